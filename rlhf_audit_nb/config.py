@@ -1,0 +1,171 @@
+"""What a user may set, validated when it is set. Floor 0.
+
+Two frozen objects: `PrivacyConfig` (what is protected and how much) and `AuditConfig` (where and how the trail is
+kept). Every refusal names the field, the value and what to write instead.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from rlhf_audit_nb.errors import ConfigError
+
+__all__ = ["DEFAULT_TRAIL", "ENV_HOME", "ENV_TRAIL", "Adjacency", "AuditConfig", "Durability", "PrivacyConfig", "Unit"]
+
+Unit = Literal["annotator", "pair"]
+Adjacency = Literal["zero-out"]
+Durability = Literal["always", "batched"]
+
+DEFAULT_TRAIL = "audit"
+ENV_TRAIL = "RLHF_AUDIT_TRAIL"
+ENV_HOME = "RLHF_AUDIT_HOME"
+ENV_PASSPHRASE = "RLHF_AUDIT_PASSPHRASE"
+
+MIN_DELTA = 1e-10
+
+
+def _number(name: str, value: object, hint: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigError(f"{name} is {value!r}, which is not a finite number.", next_step=hint, code=name)
+    return float(value)
+
+
+def _positive(name: str, value: object, hint: str) -> float:
+    number = _number(name, value, hint)
+    if number <= 0:
+        raise ConfigError(f"{name} is {value!r}; it must be greater than 0.", next_step=hint, code=name)
+    return number
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyConfig:
+    """The guarantee that is asked for, and how it is reached.
+
+    Args:
+        epsilon: the population's whole budget on this trail, over all runs (> 0).
+        delta: probability with which the bound may fail; in (1e-10, 1), and well below 1 / (number of units).
+        unit: what neighbouring data sets differ in: ``"annotator"`` (all her pairs) or ``"pair"`` (one preference).
+        anonymize_annotators: keep annotator ids out of everything but the vault.
+        run_epsilon: what this run alone may add to the composed total; ``None`` lets it plan with all that is left.
+        clipping_norm: C, the bound on the L2 norm of one unit's gradient (> 0).
+        noise_multiplier: sigma, noise standard deviation in units of C; ``None`` calibrates it to the budget.
+        sampling_rate: q in (0, 1], chance of each unit per step; ``None`` takes batch size / number of units.
+        max_pairs_per_unit: k, at most so many pairs of a sampled unit enter a step (>= 1); costs no epsilon.
+        annotator_column: the data column that holds the annotator's id.
+        adjacency: ``"zero-out"``: the roster of units is public, what each of them answered is not.
+
+    Raises:
+        ConfigError: naming the field, the value and what to write instead.
+    """
+
+    epsilon: float
+    delta: float = 1e-5
+    unit: Unit = "annotator"
+    anonymize_annotators: bool = True
+    run_epsilon: float | None = None
+    clipping_norm: float = 1.0
+    noise_multiplier: float | None = None
+    sampling_rate: float | None = None
+    max_pairs_per_unit: int = 8
+    annotator_column: str = "annotator_id"
+    adjacency: Adjacency = "zero-out"
+
+    def __post_init__(self) -> None:
+        _positive("epsilon", self.epsilon, "Write a budget such as epsilon=1.0 (strict) to 8.0 (loose).")
+        delta = _number("delta", self.delta, "Write delta=1e-5, or less than 1 / number of annotators.")
+        if not MIN_DELTA < delta < 1:
+            raise ConfigError(
+                f"delta is {self.delta!r}; it must lie between 1e-10 and 1 (both excluded).",
+                next_step="Write delta=1e-5, or less than 1 / number of annotators.",
+                code="delta",
+            )
+        self._check_choices()
+        self._check_mechanism()
+
+    def _check_choices(self) -> None:
+        for name, allowed in (("unit", get_args(Unit)), ("adjacency", get_args(Adjacency))):
+            value = getattr(self, name)
+            if value not in allowed:
+                wanted = " or ".join(f'{name}="{item}"' for item in allowed)
+                raise ConfigError(f"{name} is {value!r}, which is not known.", next_step=f"Write {wanted}.", code=name)
+        if not self.annotator_column:
+            raise ConfigError(
+                "annotator_column is empty.",
+                next_step='Write the column that holds the annotator\'s id, such as "annotator_id".',
+                code="annotator_column",
+            )
+
+    def _check_mechanism(self) -> None:
+        _positive("clipping_norm", self.clipping_norm, "Write clipping_norm=1.0.")
+        if self.run_epsilon is not None:
+            _positive("run_epsilon", self.run_epsilon, "Leave it out, or write what this run may spend.")
+        if self.noise_multiplier is not None:
+            _positive("noise_multiplier", self.noise_multiplier, "Leave it out to have it calibrated to epsilon.")
+        if self.sampling_rate is not None:
+            rate = _positive("sampling_rate", self.sampling_rate, "Leave it out, or write a rate such as 0.1.")
+            if rate > 1:
+                raise ConfigError(
+                    f"sampling_rate is {rate!r}; it is a probability and cannot exceed 1.",
+                    next_step="Leave it out, or write a rate such as 0.1.",
+                    code="sampling_rate",
+                )
+        pairs = self.max_pairs_per_unit
+        if isinstance(pairs, bool) or not isinstance(pairs, int) or pairs < 1:
+            raise ConfigError(
+                f"max_pairs_per_unit is {pairs!r}; it must be a whole number of at least 1.",
+                next_step="Write max_pairs_per_unit=8.",
+                code="max_pairs_per_unit",
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditConfig:
+    """Where and how the trail is kept.
+
+    Args:
+        trail: folder (or database URL) of the trail; ``None`` takes ``RLHF_AUDIT_TRAIL``, else ``audit``.
+        origin: the trail's name, a schemaless URL such as ``example.com/alignment``; ``None`` keeps the trail's own,
+            or makes a random local one for a new trail.
+        durability: ``"batched"`` (at most 50 ms or 1,000 entries unsynced) or ``"always"`` (each append waits for its
+            commit).
+        every_steps: audit frequency: one step entry every so many optimizer steps (>= 1).
+        weights_every: digest of the trainable weights every so many steps; 0 leaves it to the end of the run.
+    """
+
+    trail: str | None = None
+    origin: str | None = None
+    durability: Durability = "batched"
+    every_steps: int = 1
+    weights_every: int = 0
+
+    def __post_init__(self) -> None:
+        if self.durability not in get_args(Durability):
+            raise ConfigError(
+                f"durability is {self.durability!r}, which is not known.",
+                next_step='Write durability="batched" or durability="always".',
+                code="durability",
+            )
+        for name, least in (("every_steps", 1), ("weights_every", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(
+                    f"{name} is {value!r}; it must be a whole number of at least {least}.",
+                    next_step=f"Write {name}={max(least, 1)}.",
+                    code=name,
+                )
+
+    def trail_location(self) -> Path:
+        """The folder that holds the trail, from the setting, the environment or the default."""
+        return Path(self.trail or os.environ.get(ENV_TRAIL) or DEFAULT_TRAIL)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values."""
+        return asdict(self)

@@ -1,0 +1,408 @@
+"""The vocabulary: every event that the trail can hold, typed, and its bytes. Floor 1.
+
+An event has a public body, which stands in the entry, and may have private fields, which stand only in the vault
+(the entry holds a commitment). Which is which is part of the type: a class names its private half in ``PRIVATE``.
+What is a function of private data belongs to the private half while the run is under differential privacy; the
+``metrics`` of a `Step` are public without it and private with it.
+
+Encoding is JSON with a fixed field order (the order below) and sorted maps; an event is encoded once and never
+re-encoded. Numbers that JSON cannot hold are written as the strings ``NaN``, ``Infinity`` and ``-Infinity``
+(`number`). Unknown types and unknown fields are reported, never guessed. Digests are lower-case hex SHA-256.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, TypeVar
+
+import msgspec
+
+from rlhf_audit_nb.errors import EntryError
+
+__all__ = [
+    "EVENTS",
+    "CardCreated",
+    "CellExecuted",
+    "DataBound",
+    "DataPrivate",
+    "EnvironmentCaptured",
+    "Event",
+    "ModelBound",
+    "Number",
+    "PrivacyReserved",
+    "PrivacySealed",
+    "PrivacySettled",
+    "Private",
+    "RecordSealed",
+    "RecordStarted",
+    "ReportCreated",
+    "RunFinished",
+    "RunInterrupted",
+    "RunStarted",
+    "Step",
+    "StepPrivate",
+    "TrailCreated",
+    "TrainerAttached",
+    "WeightsSaved",
+    "decode_body",
+    "decode_private",
+    "encode_body",
+    "encode_private",
+    "number",
+]
+
+Number = float | int | str
+
+
+class Private(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The private half of an event: payload of a commitment, kept in the vault."""
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The public body of an entry."""
+
+    TYPE: ClassVar[str] = ""
+    PRIVATE: ClassVar[type[Private] | None] = None
+
+
+class TrailCreated(Event):
+    """First entry of every trail: its name and the public keys that act for it.
+
+    ``log_key`` is the C2SP vkey that signs checkpoints; ``record_key`` (Ed25519) signs records; ``model_key``
+    (P-256) signs model folders. The last two are base64 of the DER SubjectPublicKeyInfo.
+    """
+
+    TYPE: ClassVar[str] = "trail.created"
+
+    origin: str
+    log_key: str
+    record_key: str
+    model_key: str
+    tool: str
+
+
+class RunStarted(Event):
+    """A training run was opened by ``%%audit_train`` or ``track_training``.
+
+    ``privacy`` is the configuration that was asked for, ``None`` without differential privacy. ``declared_model`` is
+    a declaration until a trainer shows the model. ``entry_point`` is ``cell`` or ``context``.
+    """
+
+    TYPE: ClassVar[str] = "run.started"
+
+    experiment: str
+    entry_point: str
+    tool: str
+    privacy: dict[str, Any] | None = None
+    declared_model: str | None = None
+    compliance_mode: str | None = None
+    cell_digest: str | None = None
+    record: str | None = None
+    audit: dict[str, Any] = {}
+
+
+class EnvironmentCaptured(Event):
+    """Where the run happened: interpreter, packages, code version, hardware, determinism."""
+
+    TYPE: ClassVar[str] = "environment.captured"
+
+    python: str
+    implementation: str
+    platform: str
+    packages: dict[str, str]
+    hardware: dict[str, Any]
+    threads: int | None = None
+    determinism: dict[str, Any] = {}
+    git_commit: str | None = None
+    git_dirty: bool | None = None
+
+
+class DataPrivate(Private):
+    """What is private about a data set under differential privacy: counts and digests of its rows."""
+
+    rows: int
+    digest: str
+    annotators: int | None = None
+
+
+class DataBound(Event):
+    """A data set entered the run.
+
+    Without differential privacy ``rows`` and ``digest`` stand in the open; with it they are in the private half, and
+    only what the adjacency makes public (columns, the number of units) stands here.
+    """
+
+    TYPE: ClassVar[str] = "data.bound"
+    PRIVATE: ClassVar[type[Private] | None] = DataPrivate
+
+    role: str
+    columns: list[str]
+    provenance: str = "unknown"
+    source: str | None = None
+    unit: str | None = None
+    units: int | None = None
+    rows: int | None = None
+    digest: str | None = None
+
+
+class ModelBound(Event):
+    """The model that a trainer showed: ``role`` is ``base``, ``reference`` or ``final``."""
+
+    TYPE: ClassVar[str] = "model.bound"
+
+    role: str
+    architecture: str
+    parameters: int
+    trainable: int
+    weights_digest: str
+    config_digest: str
+    name: str | None = None
+    tokenizer_digest: str | None = None
+    adapter: dict[str, Any] | None = None
+
+
+class TrainerAttached(Event):
+    """A trainer started to train inside the run: its class, loss and public hyperparameters."""
+
+    TYPE: ClassVar[str] = "trainer.attached"
+
+    trainer: str
+    loss: str | None
+    max_steps: int
+    seed: int | None
+    hyperparameters: dict[str, Any]
+
+
+class PrivacySealed(Private):
+    """The secret from which sampling and noise are drawn (hex, 32 bytes)."""
+
+    seed: str
+
+
+class PrivacyReserved(Event):
+    """The whole planned spend of one training, reserved before its first step; the seed is sealed with it.
+
+    ``epsilon_before`` is what the unit's population had spent or reserved on this trail, ``epsilon_planned`` the
+    composed total at the planned end (never a sum of parts); ``accountants`` holds each accountant's own figure for
+    the composed total. ``steps`` counts optimizer steps that may be taken; ``steps_asked`` those that were asked for.
+    """
+
+    TYPE: ClassVar[str] = "privacy.reserved"
+    PRIVATE: ClassVar[type[Private] | None] = PrivacySealed
+
+    reservation: str
+    unit: str
+    adjacency: str
+    mechanism: str
+    engine: str
+    generator: str
+    units: int
+    clipping_norm: float
+    noise_multiplier: float
+    sampling_rate: float
+    steps: int
+    steps_asked: int
+    max_pairs_per_unit: int
+    delta: float
+    epsilon_budget: float
+    epsilon_before: Number
+    epsilon_planned: Number
+    accountants: dict[str, Number]
+
+
+class PrivacySettled(Event):
+    """What a training really spent, replacing its reservation: the steps in which the mechanism ran."""
+
+    TYPE: ClassVar[str] = "privacy.settled"
+
+    reservation: str
+    steps: int
+    epsilon_run: Number
+    epsilon_total: Number
+    stopped_by_budget: bool = False
+
+
+class StepPrivate(Private):
+    """A step's metrics that are functions of private data."""
+
+    metrics: dict[str, Number]
+
+
+class Step(Event):
+    """One optimizer step (or one of every n: the audit frequency).
+
+    ``epsilon`` is the composed total after this step. ``update_norm`` is the L2 norm of the parameter update.
+    """
+
+    TYPE: ClassVar[str] = "train.step"
+    PRIVATE: ClassVar[type[Private] | None] = StepPrivate
+
+    step: int
+    metrics: dict[str, Number] = {}
+    learning_rate: float | None = None
+    epsilon: Number | None = None
+    gradient_norm: Number | None = None
+    update_norm: Number | None = None
+    weights_digest: str | None = None
+    notes: list[str] = []
+
+
+class WeightsSaved(Event):
+    """A folder of weights was saved: digest over its files, and its OpenSSF model signature's digest."""
+
+    TYPE: ClassVar[str] = "weights.saved"
+
+    step: int | None
+    name: str
+    digest: str
+    files: int
+    bytes: int
+    signature_digest: str | None = None
+
+
+class RunFinished(Event):
+    """The run was closed: ``status`` is ``completed``, ``failed``, ``interrupted`` or ``stopped-by-budget``."""
+
+    TYPE: ClassVar[str] = "run.finished"
+
+    status: str
+    steps: int
+    trained: bool
+    reason: str | None = None
+
+
+class RunInterrupted(Event):
+    """A later opening of the trail found this run open and its process gone."""
+
+    TYPE: ClassVar[str] = "run.interrupted"
+
+    run: str
+    last_sequence: int
+
+
+class RecordStarted(Event):
+    """A notebook began to be executed into a record."""
+
+    TYPE: ClassVar[str] = "record.started"
+
+    record: str
+    notebook_digest: str
+    parameters: dict[str, Any]
+    tool: str
+
+
+class CellExecuted(Event):
+    """One cell of a record was executed: digests of its source and its outputs at that moment."""
+
+    TYPE: ClassVar[str] = "record.cell"
+
+    record: str
+    cell: str
+    position: int
+    source_digest: str
+    outputs_digest: str
+    status: str
+
+
+class RecordSealed(Event):
+    """A record was sealed: the digest of its normal form and its outcome (``completed``, ``failed``, ``aborted``)."""
+
+    TYPE: ClassVar[str] = "record.sealed"
+
+    record: str
+    digest: str
+    status: str
+    cells: int
+    reason: str | None = None
+
+
+class ReportCreated(Event):
+    """A report was written: the digest of its bytes and of what it was drawn from (trail size and root)."""
+
+    TYPE: ClassVar[str] = "report.created"
+
+    format: str
+    digest: str
+    size: int
+    root: str
+
+
+class CardCreated(Event):
+    """A model card was written."""
+
+    TYPE: ClassVar[str] = "card.created"
+
+    format: str
+    digest: str
+    size: int
+    root: str
+
+
+def _all_events(base: type[Event]) -> dict[str, type[Event]]:
+    return {kind.TYPE: kind for kind in base.__subclasses__()}
+
+
+EVENTS: dict[str, type[Event]] = _all_events(Event)
+"""Every known event type by its name."""
+
+_encoder = msgspec.json.Encoder(order="deterministic")
+_decoders: dict[str, msgspec.json.Decoder[Any]] = {name: msgspec.json.Decoder(kind) for name, kind in EVENTS.items()}
+_private_decoders: dict[str, msgspec.json.Decoder[Any]] = {
+    name: msgspec.json.Decoder(kind.PRIVATE) for name, kind in EVENTS.items() if kind.PRIVATE is not None
+}
+
+EventT = TypeVar("EventT", bound=Event)
+
+
+def number(value: float) -> Number:
+    """The value as it can stand in an event: itself, or its name where JSON has no such number."""
+    if isinstance(value, int) or math.isfinite(value):
+        return value
+    if math.isnan(value):
+        return "NaN"
+    return "Infinity" if value > 0 else "-Infinity"
+
+
+def encode_body(event: Event) -> bytes:
+    """The event's public body as JSON bytes."""
+    return _encoder.encode(event)
+
+
+def encode_private(private: Private) -> bytes:
+    """The private half as the JSON bytes that a commitment covers."""
+    return _encoder.encode(private)
+
+
+def decode_body(kind: str, body: bytes) -> Event:
+    """The event of type ``kind`` in ``body``.
+
+    Raises:
+        EntryError: the type is unknown, or the body is not of that type.
+    """
+    decoder = _decoders.get(kind)
+    if decoder is None:
+        raise EntryError(
+            f"Entry type {kind!r} is not known to this version.",
+            next_step="Read the trail with the version that wrote it, or a later one.",
+            code="unknown-type",
+        )
+    return _decode(decoder, kind, body)
+
+
+def decode_private(kind: str, payload: bytes) -> Private:
+    """The private half of an event of type ``kind``.
+
+    Raises:
+        EntryError: the type has no private half, or the payload is not of that type.
+    """
+    decoder = _private_decoders.get(kind)
+    if decoder is None:
+        raise EntryError(f"Entry type {kind!r} has no private half.", code="unknown-type")
+    return _decode(decoder, kind, payload)
+
+
+def _decode(decoder: msgspec.json.Decoder[Any], kind: str, data: bytes) -> Any:
+    try:
+        return decoder.decode(data)
+    except msgspec.MsgspecError as error:
+        raise EntryError(f"An entry of type {kind!r} is malformed: {error}.", code="malformed-body") from error
