@@ -9,7 +9,7 @@
 In a notebook, ``%load_ext rlhf_audit_nb`` gives ``%%audit_train`` and ``%audit``.
 
 This module owns only names: each is fetched from its room when it is first asked for, so that
-``import rlhf_audit_nb`` costs no torch, no transformers and no altair.
+``import rlhf_audit_nb`` costs no torch, no transformers and no altair. Floor 6.
 """
 
 from __future__ import annotations

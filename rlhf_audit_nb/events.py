@@ -65,7 +65,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     PRIVATE: ClassVar[type[Private] | None] = None
 
 
-class TrailCreated(Event):
+class TrailCreated(Event, frozen=True, kw_only=True):
     """First entry of every trail: its name and the public keys that act for it.
 
     ``log_key`` is the C2SP vkey that signs checkpoints; ``record_key`` (Ed25519) signs records; ``model_key``
@@ -81,7 +81,7 @@ class TrailCreated(Event):
     tool: str
 
 
-class RunStarted(Event):
+class RunStarted(Event, frozen=True, kw_only=True):
     """A training run was opened by ``%%audit_train`` or ``track_training``.
 
     ``privacy`` is the configuration that was asked for, ``None`` without differential privacy. ``declared_model`` is
@@ -101,7 +101,7 @@ class RunStarted(Event):
     audit: dict[str, Any] = {}
 
 
-class EnvironmentCaptured(Event):
+class EnvironmentCaptured(Event, frozen=True, kw_only=True):
     """Where the run happened: interpreter, packages, code version, hardware, determinism."""
 
     TYPE: ClassVar[str] = "environment.captured"
@@ -117,7 +117,7 @@ class EnvironmentCaptured(Event):
     git_dirty: bool | None = None
 
 
-class DataPrivate(Private):
+class DataPrivate(Private, frozen=True, kw_only=True):
     """What is private about a data set under differential privacy: counts and digests of its rows."""
 
     rows: int
@@ -125,7 +125,7 @@ class DataPrivate(Private):
     annotators: int | None = None
 
 
-class DataBound(Event):
+class DataBound(Event, frozen=True, kw_only=True):
     """A data set entered the run.
 
     Without differential privacy ``rows`` and ``digest`` stand in the open; with it they are in the private half, and
@@ -145,7 +145,7 @@ class DataBound(Event):
     digest: str | None = None
 
 
-class ModelBound(Event):
+class ModelBound(Event, frozen=True, kw_only=True):
     """The model that a trainer showed: ``role`` is ``base``, ``reference`` or ``final``."""
 
     TYPE: ClassVar[str] = "model.bound"
@@ -161,7 +161,7 @@ class ModelBound(Event):
     adapter: dict[str, Any] | None = None
 
 
-class TrainerAttached(Event):
+class TrainerAttached(Event, frozen=True, kw_only=True):
     """A trainer started to train inside the run: its class, loss and public hyperparameters."""
 
     TYPE: ClassVar[str] = "trainer.attached"
@@ -173,13 +173,13 @@ class TrainerAttached(Event):
     hyperparameters: dict[str, Any]
 
 
-class PrivacySealed(Private):
+class PrivacySealed(Private, frozen=True, kw_only=True):
     """The secret from which sampling and noise are drawn (hex, 32 bytes)."""
 
     seed: str
 
 
-class PrivacyReserved(Event):
+class PrivacyReserved(Event, frozen=True, kw_only=True):
     """The whole planned spend of one training, reserved before its first step; the seed is sealed with it.
 
     ``epsilon_before`` is what the unit's population had spent or reserved on this trail, ``epsilon_planned`` the
@@ -210,7 +210,7 @@ class PrivacyReserved(Event):
     accountants: dict[str, Number]
 
 
-class PrivacySettled(Event):
+class PrivacySettled(Event, frozen=True, kw_only=True):
     """What a training really spent, replacing its reservation: the steps in which the mechanism ran."""
 
     TYPE: ClassVar[str] = "privacy.settled"
@@ -222,13 +222,13 @@ class PrivacySettled(Event):
     stopped_by_budget: bool = False
 
 
-class StepPrivate(Private):
+class StepPrivate(Private, frozen=True, kw_only=True):
     """A step's metrics that are functions of private data."""
 
     metrics: dict[str, Number]
 
 
-class Step(Event):
+class Step(Event, frozen=True, kw_only=True):
     """One optimizer step (or one of every n: the audit frequency).
 
     ``epsilon`` is the composed total after this step. ``update_norm`` is the L2 norm of the parameter update.
@@ -247,7 +247,7 @@ class Step(Event):
     notes: list[str] = []
 
 
-class WeightsSaved(Event):
+class WeightsSaved(Event, frozen=True, kw_only=True):
     """A folder of weights was saved: digest over its files, and its OpenSSF model signature's digest."""
 
     TYPE: ClassVar[str] = "weights.saved"
@@ -260,7 +260,7 @@ class WeightsSaved(Event):
     signature_digest: str | None = None
 
 
-class RunFinished(Event):
+class RunFinished(Event, frozen=True, kw_only=True):
     """The run was closed: ``status`` is ``completed``, ``failed``, ``interrupted`` or ``stopped-by-budget``."""
 
     TYPE: ClassVar[str] = "run.finished"
@@ -271,7 +271,7 @@ class RunFinished(Event):
     reason: str | None = None
 
 
-class RunInterrupted(Event):
+class RunInterrupted(Event, frozen=True, kw_only=True):
     """A later opening of the trail found this run open and its process gone."""
 
     TYPE: ClassVar[str] = "run.interrupted"
@@ -280,7 +280,7 @@ class RunInterrupted(Event):
     last_sequence: int
 
 
-class RecordStarted(Event):
+class RecordStarted(Event, frozen=True, kw_only=True):
     """A notebook began to be executed into a record."""
 
     TYPE: ClassVar[str] = "record.started"
@@ -291,7 +291,7 @@ class RecordStarted(Event):
     tool: str
 
 
-class CellExecuted(Event):
+class CellExecuted(Event, frozen=True, kw_only=True):
     """One cell of a record was executed: digests of its source and its outputs at that moment."""
 
     TYPE: ClassVar[str] = "record.cell"
@@ -304,7 +304,7 @@ class CellExecuted(Event):
     status: str
 
 
-class RecordSealed(Event):
+class RecordSealed(Event, frozen=True, kw_only=True):
     """A record was sealed: the digest of its normal form and its outcome (``completed``, ``failed``, ``aborted``)."""
 
     TYPE: ClassVar[str] = "record.sealed"
@@ -316,7 +316,7 @@ class RecordSealed(Event):
     reason: str | None = None
 
 
-class ReportCreated(Event):
+class ReportCreated(Event, frozen=True, kw_only=True):
     """A report was written: the digest of its bytes and of what it was drawn from (trail size and root)."""
 
     TYPE: ClassVar[str] = "report.created"
@@ -327,7 +327,7 @@ class ReportCreated(Event):
     root: str
 
 
-class CardCreated(Event):
+class CardCreated(Event, frozen=True, kw_only=True):
     """A model card was written."""
 
     TYPE: ClassVar[str] = "card.created"
@@ -351,7 +351,7 @@ _private_decoders: dict[str, msgspec.json.Decoder[Any]] = {
     name: msgspec.json.Decoder(kind.PRIVATE) for name, kind in EVENTS.items() if kind.PRIVATE is not None
 }
 
-EventT = TypeVar("EventT", bound=Event)
+HalfT = TypeVar("HalfT", bound=Event | Private)
 
 
 def number(value: float) -> Number:
@@ -379,7 +379,7 @@ def decode_body(kind: str, body: bytes) -> Event:
     Raises:
         EntryError: the type is unknown, or the body is not of that type.
     """
-    decoder = _decoders.get(kind)
+    decoder: msgspec.json.Decoder[Event] | None = _decoders.get(kind)
     if decoder is None:
         raise EntryError(
             f"Entry type {kind!r} is not known to this version.",
@@ -395,13 +395,13 @@ def decode_private(kind: str, payload: bytes) -> Private:
     Raises:
         EntryError: the type has no private half, or the payload is not of that type.
     """
-    decoder = _private_decoders.get(kind)
+    decoder: msgspec.json.Decoder[Private] | None = _private_decoders.get(kind)
     if decoder is None:
         raise EntryError(f"Entry type {kind!r} has no private half.", code="unknown-type")
     return _decode(decoder, kind, payload)
 
 
-def _decode(decoder: msgspec.json.Decoder[Any], kind: str, data: bytes) -> Any:
+def _decode(decoder: msgspec.json.Decoder[HalfT], kind: str, data: bytes) -> HalfT:
     try:
         return decoder.decode(data)
     except msgspec.MsgspecError as error:
