@@ -281,7 +281,11 @@ class RunInterrupted(Event, frozen=True, kw_only=True):
 
 
 class RecordStarted(Event, frozen=True, kw_only=True):
-    """A notebook began to be executed into a record."""
+    """A notebook began to be executed into a record.
+
+    ``notebook_digest`` covers type, tags and source of every cell but the injected parameters; ``kernel`` holds the
+    kernel specification's ``name``, ``language`` and ``display_name``.
+    """
 
     TYPE: ClassVar[str] = "record.started"
 
@@ -289,6 +293,7 @@ class RecordStarted(Event, frozen=True, kw_only=True):
     notebook_digest: str
     parameters: dict[str, Any]
     tool: str
+    kernel: dict[str, str] = {}
 
 
 class CellExecuted(Event, frozen=True, kw_only=True):
@@ -305,7 +310,10 @@ class CellExecuted(Event, frozen=True, kw_only=True):
 
 
 class RecordSealed(Event, frozen=True, kw_only=True):
-    """A record was sealed: the digest of its normal form and its outcome (``completed``, ``failed``, ``aborted``)."""
+    """A record was sealed: the digest of its normal form and its outcome (``completed``, ``failed``, ``aborted``).
+
+    ``cell`` is the id of the cell in which it failed or was aborted.
+    """
 
     TYPE: ClassVar[str] = "record.sealed"
 
@@ -314,6 +322,7 @@ class RecordSealed(Event, frozen=True, kw_only=True):
     status: str
     cells: int
     reason: str | None = None
+    cell: str | None = None
 
 
 class ReportCreated(Event, frozen=True, kw_only=True):
