@@ -2,12 +2,13 @@
 
 - `preferences`: reads a preference file, or a `datasets` name, into the four columns that training needs.
 - `simulate`: makes the SIMULATED preference set that ships here, byte for byte.
-- `phrases`: the public texts it is put together from; a tokenizer may be trained on them at no cost in privacy.
+- `phrases`: the public texts it is put together from; `tokenizer` learns from them at no cost in privacy.
 """
 
 from __future__ import annotations
 
 from rlhf_audit_nb.demo.phrases import public_texts
 from rlhf_audit_nb.demo.preferences import COLUMNS, SIMULATED, SIMULATED_FILE, load_preferences
+from rlhf_audit_nb.demo.tokenizer import train_tokenizer
 
-__all__ = ["COLUMNS", "SIMULATED", "SIMULATED_FILE", "load_preferences", "public_texts"]
+__all__ = ["COLUMNS", "SIMULATED", "SIMULATED_FILE", "load_preferences", "public_texts", "train_tokenizer"]
