@@ -1,0 +1,382 @@
+"""What a sequence of mechanisms costs: epsilon from privacy loss distributions, with two cross-checks. Floor 2.
+
+The mechanism is the Poisson-subsampled Gaussian under *zero-out* adjacency (a unit's data against nothing in its
+place, the roster being public), which dp-accounting calls ``REPLACE_SPECIAL``; its privacy loss is that of
+add-or-remove. The authority is the pessimistic (upper-bounding) privacy loss distribution of dp-accounting on a grid
+of 1e-4, of 1e-5 where epsilon is below 0.1, and coarser where epsilon is in the hundreds (a coarser grid only makes
+the bound looser, never wrong). Opacus' PRV and dp-accounting's RDP are computed beside it; what they cannot compute
+is recorded in words, and a PRV above the authority by more than 0.02 + 0.002 epsilon is an error, since it would mean
+that the authority understates.
+
+Everything here is a pure function of numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_audit_nb.errors import PrivacyError
+
+__all__ = ["Accounted", "Mechanism", "calibrate", "compose", "epsilon_curve", "max_steps"]
+
+FINE_GRID = 1e-5
+GRID = 1e-4
+COARSE_GRID = 1e-3
+CURVE_POINTS = 64
+MAX_NOISE_MULTIPLIER = 1e4
+_FINE_BELOW = 0.1
+_PRV_MAX_EPSILON = 50.0
+_PRV_MAX_STEPS = 200_000
+_PRV_MAX_MECHANISMS = 16
+_SEARCH_TOLERANCE = 2e-3
+_SIGMA_MARGIN = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Mechanism:
+    """``steps`` releases of a Poisson-subsampled Gaussian mechanism of sensitivity 1 (in units of C).
+
+    Args:
+        noise_multiplier: sigma, standard deviation of the noise in units of the clipping norm (> 0).
+        sampling_rate: q in (0, 1], the chance of each unit per step.
+        steps: how often it ran (>= 0).
+
+    Raises:
+        PrivacyError: a number outside these ranges.
+    """
+
+    noise_multiplier: float
+    sampling_rate: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier > 0):
+            raise PrivacyError(f"A noise multiplier of {self.noise_multiplier!r} gives no privacy; it must be above 0.")
+        if not 0 < self.sampling_rate <= 1:
+            raise PrivacyError(f"A sampling rate of {self.sampling_rate!r} is not a probability above 0.")
+        if self.steps < 0:
+            raise PrivacyError(f"A mechanism cannot have run {self.steps!r} times.")
+
+    def with_steps(self, steps: int) -> Mechanism:
+        """The same mechanism, run ``steps`` times."""
+        return Mechanism(self.noise_multiplier, self.sampling_rate, steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Accounted:
+    """The composed cost, and what each accountant says of it.
+
+    Attributes:
+        epsilon: the authority's figure: an upper bound from the privacy loss distribution.
+        prv: Opacus' PRV upper bound, or why there is none.
+        rdp: dp-accounting's RDP bound, or why there is none.
+        grid: the discretisation of the privacy loss that ``epsilon`` was computed with.
+        notes: what a reader of these figures should know (never empty silence about a failed cross-check).
+    """
+
+    epsilon: float
+    prv: float | str
+    rdp: float | str
+    grid: float
+    notes: tuple[str, ...] = ()
+
+
+def compose(mechanisms: Sequence[Mechanism], delta: float) -> Accounted:
+    """The composed epsilon of all ``mechanisms`` at ``delta``, cross-checked.
+
+    Raises:
+        PrivacyError: PRV is above the authority by more than 0.02 + 0.002 epsilon.
+    """
+    ran = _merged(mechanisms)
+    if not ran:
+        return Accounted(0.0, 0.0, 0.0, GRID)
+    epsilon, grid = _authority(ran, delta)
+    prv = _prv(ran, delta, epsilon)
+    rdp, left_out = _rdp(ran, delta)
+    return Accounted(epsilon, prv, rdp, grid, (*_cross_check(epsilon, prv, rdp), *left_out))
+
+
+def epsilon_curve(mechanism: Mechanism, delta: float, prior: Sequence[Mechanism] = ()) -> list[float]:
+    """Composed total after 0, 1, ... ``mechanism.steps`` steps on top of ``prior``.
+
+    It never understates: exact upper bounds stand on at most 64 grid points, a step between two of them takes the
+    later one's bound, and no point exceeds the end's own bound (epsilon cannot fall as steps are added). The last
+    value is the authority's figure of the whole.
+    """
+    before = _epsilon(prior, delta)
+    steps = mechanism.steps
+    if steps == 0:
+        return [before]
+    end = _epsilon([*prior, mechanism], delta)
+    grid = _pick_curve_grid(end)
+    start = _composed(_merged(prior), grid)
+    base = _base(mechanism.noise_multiplier, mechanism.sampling_rate, grid)
+    curve = [before] * (steps + 1)
+    reached, level, total = 0, before, start
+    for point in _curve_points(steps):
+        if point == steps:
+            level = end
+        else:
+            total = total.compose(base.self_compose(point - reached))
+            level = min(max(level, float(total.get_epsilon_for_delta(delta))), end)
+        curve[reached + 1 : point + 1] = [level] * (point - reached)
+        reached = point
+    return curve
+
+
+def calibrate(epsilon: float, delta: float, sampling_rate: float, steps: int, prior: Sequence[Mechanism] = ()) -> float:
+    """The least noise multiplier (to about 3e-4 of itself, rounded up) whose composed total stays within ``epsilon``.
+
+    The search runs on a coarse grid, where the bound is looser and a tenth as dear; the answer is then tightened and
+    checked on the authority's own grid.
+
+    Raises:
+        PrivacyError: code ``no-noise-fits``: not even a noise multiplier of 10,000 stays within the budget.
+    """
+
+    def on_grid(sigma: float, grid: float) -> float:
+        return _on_grid(_merged([*prior, Mechanism(sigma, sampling_rate, steps)]), grid, delta)
+
+    def cost(sigma: float) -> float:
+        return _epsilon([*prior, Mechanism(sigma, sampling_rate, steps)], delta)
+
+    coarse = COARSE_GRID if epsilon >= 1 else GRID
+    low, high = _bracket(lambda sigma: on_grid(sigma, coarse), epsilon)
+    while high - low > _SEARCH_TOLERANCE * high:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if on_grid(middle, coarse) <= epsilon else (middle, high)
+    slope = math.log(on_grid(high, coarse) / on_grid(low, coarse)) / math.log(high / low)
+    return _tighten(cost, epsilon, high, slope)
+
+
+def max_steps(
+    epsilon: float,
+    delta: float,
+    noise_multiplier: float,
+    sampling_rate: float,
+    prior: Sequence[Mechanism] = (),
+    at_most: int = 1_000_000,
+) -> int:
+    """How many steps (0 to ``at_most``) of the mechanism fit into ``epsilon`` on top of ``prior``."""
+
+    def fits(steps: int) -> bool:
+        return _epsilon([*prior, Mechanism(noise_multiplier, sampling_rate, steps)], delta) <= epsilon
+
+    if not fits(1):
+        return 0
+    good, bad = 1, 2
+    while bad <= at_most and fits(bad):
+        good, bad = bad, bad * 2
+    bad = min(bad, at_most + 1)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if fits(middle) else (good, middle)
+    return good
+
+
+# -- the authority ------------------------------------------------------------------------------------------------
+
+
+def _merged(mechanisms: Sequence[Mechanism]) -> tuple[Mechanism, ...]:
+    """The mechanisms with equal noise and rate added up, none of zero steps, in a fixed order."""
+    steps: dict[tuple[float, float], int] = {}
+    for mechanism in mechanisms:
+        key = (mechanism.noise_multiplier, mechanism.sampling_rate)
+        steps[key] = steps.get(key, 0) + mechanism.steps
+    return tuple(Mechanism(sigma, rate, count) for (sigma, rate), count in sorted(steps.items()) if count)
+
+
+def _epsilon(mechanisms: Sequence[Mechanism], delta: float) -> float:
+    """The authority's figure alone, without cross-checks."""
+    ran = _merged(mechanisms)
+    return _authority(ran, delta)[0] if ran else 0.0
+
+
+def _authority(ran: tuple[Mechanism, ...], delta: float) -> tuple[float, float]:
+    """Epsilon and the grid it was computed on: the finest whose cost its size allows; each is an upper bound."""
+    for grid, coarse_enough_above in ((10 * COARSE_GRID, 1000.0), (COARSE_GRID, 100.0)):
+        epsilon = _on_grid(ran, grid, delta)
+        if epsilon > coarse_enough_above:
+            return epsilon, grid
+    epsilon = _on_grid(ran, GRID, delta)
+    if epsilon < _FINE_BELOW:
+        return _on_grid(ran, FINE_GRID, delta), FINE_GRID
+    return epsilon, GRID
+
+
+@functools.lru_cache(maxsize=512)
+def _on_grid(ran: tuple[Mechanism, ...], grid: float, delta: float) -> float:
+    return max(float(_composed(ran, grid).get_epsilon_for_delta(delta)), 0.0)
+
+
+@functools.lru_cache(maxsize=8)
+def _base(noise_multiplier: float, sampling_rate: float, grid: float) -> Any:
+    """The privacy loss distribution of one step."""
+    from dp_accounting import NeighboringRelation
+    from dp_accounting.pld import privacy_loss_distribution
+
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        noise_multiplier,
+        value_discretization_interval=grid,
+        sampling_prob=sampling_rate,
+        neighboring_relation=NeighboringRelation.REPLACE_SPECIAL,
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _composed(ran: tuple[Mechanism, ...], grid: float) -> Any:
+    from dp_accounting.pld import privacy_loss_distribution
+
+    total = privacy_loss_distribution.identity(value_discretization_interval=grid)
+    for mechanism in ran:
+        base = _base(mechanism.noise_multiplier, mechanism.sampling_rate, grid)
+        total = total.compose(base.self_compose(mechanism.steps))
+    return total
+
+
+def _pick_curve_grid(end: float) -> float:
+    """A grid ten times coarser than the authority's: still an upper bound, a tenth of the time."""
+    if end < _FINE_BELOW:
+        return GRID
+    return COARSE_GRID if end <= 100 else 10 * COARSE_GRID  # noqa: PLR2004
+
+
+def _curve_points(steps: int) -> list[int]:
+    """Up to 64 step counts, each once, rising, the last being ``steps``: all of them, or denser at the start."""
+    if steps <= CURVE_POINTS:
+        return list(range(1, steps + 1))
+    fractions = ((index / CURVE_POINTS) ** 1.5 for index in range(1, CURVE_POINTS + 1))
+    return sorted({max(1, min(steps, round(fraction * steps))) for fraction in fractions} | {steps})
+
+
+# -- searching ----------------------------------------------------------------------------------------------------
+
+
+def _bracket(cost: Callable[[float], float], epsilon: float) -> tuple[float, float]:
+    """Two noise multipliers, a factor of two apart, of which only the larger fits."""
+    sigma = 1.0
+    if cost(sigma) <= epsilon:
+        while sigma > 2**-6 and cost(sigma / 2) <= epsilon:
+            sigma /= 2
+        return sigma / 2, sigma
+    while cost(sigma) > epsilon:
+        sigma *= 2
+        if sigma > MAX_NOISE_MULTIPLIER:
+            raise PrivacyError(
+                f"No noise multiplier up to {MAX_NOISE_MULTIPLIER:g} keeps the composed epsilon within {epsilon:g}.",
+                next_step="Ask for fewer steps, or give the population a larger budget.",
+                code="no-noise-fits",
+            )
+    return sigma / 2, sigma
+
+
+def _tighten(cost: Callable[[float], float], epsilon: float, sigma: float, slope: float) -> float:
+    """The least noise multiplier near ``sigma`` that the authority accepts; ``slope`` is d log cost / d log sigma."""
+    best = math.inf
+    for _ in range(4):
+        spent = cost(sigma)
+        if spent <= epsilon:
+            best = min(best, sigma)
+            if spent >= epsilon * (1 - 3e-4):
+                break
+        step = (epsilon / spent) ** (1 / min(slope, -0.1))
+        sigma = sigma * min(max(step, 0.9), 1.1) * (1 + _SIGMA_MARGIN)
+    while best == math.inf:
+        sigma *= 1.01
+        if cost(sigma) <= epsilon:
+            best = sigma
+    return best
+
+
+# -- the cross-checks ---------------------------------------------------------------------------------------------
+
+
+def _attempt(work: Callable[[], float]) -> float | str:
+    """The figure, or why there is none: a cross-check that fails is recorded, and never takes the authority's place."""
+    try:
+        value = float(work())
+    except (ArithmeticError, MemoryError, ValueError, RuntimeError) as error:
+        return f"failed: {type(error).__name__}: {str(error)[:120]}"
+    return value if math.isfinite(value) else f"failed: returned {value}"
+
+
+def _rdp(ran: Sequence[Mechanism], delta: float) -> tuple[float | str, tuple[str, ...]]:
+    """dp-accounting's RDP bound, and a note where it left out orders that did not converge (which loosens it)."""
+    counter = _Counter()
+    logger = logging.getLogger("absl")
+    logger.addFilter(counter)
+    try:
+        value = _attempt(lambda: _dp_accounting_rdp(ran, delta))
+    finally:
+        logger.removeFilter(counter)
+    if not counter.seen:
+        return value, ()
+    return value, (f"RDP cross-check: {counter.seen} orders did not converge and were left out, so it is looser",)
+
+
+class _Counter(logging.Filter):
+    """Counts the accountant's own warnings instead of printing dozens of lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def filter(self, _record: logging.LogRecord) -> bool:  # type: ignore[override]
+        self.seen += 1
+        return False
+
+
+def _dp_accounting_rdp(ran: Sequence[Mechanism], delta: float) -> float:
+    import dp_accounting
+    from dp_accounting import rdp
+
+    accountant = rdp.RdpAccountant(neighboring_relation=dp_accounting.NeighboringRelation.REPLACE_SPECIAL)
+    for mechanism in ran:
+        gaussian = dp_accounting.GaussianDpEvent(mechanism.noise_multiplier)
+        accountant.compose(dp_accounting.PoissonSampledDpEvent(mechanism.sampling_rate, gaussian), mechanism.steps)
+    return float(accountant.get_epsilon(delta))
+
+
+def _prv(ran: Sequence[Mechanism], delta: float, epsilon: float) -> float | str:
+    """Opacus' upper bound, where it can be had in seconds and without gigabytes."""
+    steps = sum(mechanism.steps for mechanism in ran)
+    if epsilon > _PRV_MAX_EPSILON or steps > _PRV_MAX_STEPS or len(ran) > _PRV_MAX_MECHANISMS:
+        return "not computed: the accountant needs gigabytes of memory or minutes for such settings"
+    return _attempt(lambda: _opacus_prv(ran, delta))
+
+
+def _opacus_prv(ran: Sequence[Mechanism], delta: float) -> float:
+    import warnings
+
+    from opacus.accountants import PRVAccountant
+
+    accountant = PRVAccountant()
+    accountant.history = [(item.noise_multiplier, item.sampling_rate, item.steps) for item in ran]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return float(accountant.get_epsilon(delta))
+
+
+def _cross_check(epsilon: float, prv: float | str, rdp: float | str) -> tuple[str, ...]:
+    notes = []
+    tolerance = 0.02 + 0.002 * epsilon
+    if isinstance(prv, str):
+        notes.append(f"PRV cross-check: {prv}")
+    elif prv - epsilon > tolerance:
+        raise PrivacyError(
+            f"Two accountants disagree: PRV says epsilon {prv:.4f}, the privacy loss distribution {epsilon:.4f}.",
+            next_step="Choose other settings (noise multiplier, sampling rate, steps) and report these.",
+            code="accountants-disagree",
+        )
+    elif epsilon - prv > tolerance:
+        notes.append(f"PRV cross-check: {prv:.4f} is below the figure used by more than {tolerance:.4f}")
+    if isinstance(rdp, str):
+        notes.append(f"RDP cross-check: {rdp}")
+    elif epsilon > rdp + tolerance:
+        notes.append(f"RDP cross-check: {rdp:.4f} is below the figure used by more than {tolerance:.4f}")
+    return tuple(notes)

@@ -1,0 +1,600 @@
+"""The loop engine: one training step made private, and everything around it kept quiet. Floor 2.
+
+`private_training` swaps the class of an unmodified TRL trainer for a subclass of it while it trains, and puts
+everything back afterwards. One optimizer step is then
+
+1. sample: each unit is in with chance q, by sealed randomness; of a unit at most k pairs are drawn;
+2. for each sampled unit alone: the gradient of the trainer's own loss over its pairs (in chunks of the per-device
+   batch size, which is exact because the loss is a mean over pairs); its L2 norm over all trainable parameters in
+   float64; the whole gradient scaled to at most C in float32 and added to a float64 sum. A gradient that is not finite
+   contributes nothing;
+3. once: N(0, (sigma C)^2) is added to each coordinate of every trainable parameter, and the result is divided by the
+   *expected* number of units q N and written to ``.grad``. An empty sample gives noise alone.
+
+A sum in float64 keeps one unit's influence on it at C to 1e-9 of C whatever else is in the sample; in float32 the
+rounding of the sum would depend on everybody. Dropout (of LoRA, for instance) draws from torch's generator, which is
+seeded apart for every unit and step from the sealed seed, so that one unit's masks do not depend on which units came
+before it; torch's global generator is neither used nor moved.
+
+What the trainer would log about the data (loss, rewards, margins, accuracies, token counts, run time) is taken out of
+``log_history``, ``trainer_state.json``, what ``train()`` returns, and what progress bars print. It goes to the
+observer, who keeps it in the vault. What stays is public: step, learning rate, the norm of the privatised gradient,
+the composed epsilon.
+
+Nothing steps the optimizer without noise: a hook in front of the optimizer's own ``step`` aborts the training
+unless the mechanism ran for exactly this step, and only over parameters that it covered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import TrainOutput
+
+from rlhf_audit_nb.errors import AuditError, PrivacyError, UnsupportedTrainerError
+from rlhf_audit_nb.privacy.plan import data_fingerprint
+from rlhf_audit_nb.privacy.quiet import quiet_preparation
+from rlhf_audit_nb.privacy.supported import check_supported
+
+if TYPE_CHECKING:
+    from rlhf_audit_nb.privacy.plan import Plan
+    from rlhf_audit_nb.privacy.sampling import SealedRandom
+
+__all__ = ["PUBLIC_LOGS", "PrivacyObserver", "PrivateTraining", "private_training"]
+
+PUBLIC_LOGS = frozenset({"grad_norm", "learning_rate", "epoch", "epsilon"})
+"""What may stay in a trainer's log under differential privacy."""
+
+_ENGINE = "_rlhf_audit_engine"
+_MARGIN = 1 - 2.0**-22  # so that rounding to float32 cannot lift a clipped gradient above C
+
+
+class PrivacyObserver(Protocol):
+    """Who is told about each step, in private."""
+
+    def on_private_step(self, step: int, epsilon: float, metrics: dict[str, float | int | str]) -> None:
+        """A step's mechanism ran: ``step`` counts from 1, ``epsilon`` is public, ``metrics`` belong in the vault."""
+
+
+class PrivateTraining:
+    """The state of one private training; the value of the ``with private_training(...)`` block.
+
+    Attributes:
+        plan: what it follows.
+        steps: steps whose sampling has begun; these count as spent, even where one was cut short.
+        stopped_by_budget: whether training ended because the next step would have crossed the budget.
+    """
+
+    def __init__(self, plan: Plan, randomness: SealedRandom, observer: PrivacyObserver | None) -> None:
+        self.plan = plan
+        self.steps = 0
+        self.stopped_by_budget = False
+        self._random = randomness
+        self._observer = observer
+        self._parameters: list[torch.nn.Parameter] = []
+        self._sums: list[torch.Tensor] = []
+        self._buffers: list[tuple[str, torch.Tensor, int]] = []
+        self._pending = False
+        self._noised = False
+        self._started = False
+        self._metrics: dict[str, float | int | str] = {}
+        self.rows: Any = None
+
+    @property
+    def epsilon(self) -> float:
+        """The composed total after the steps so far."""
+        return self.plan.curve[self.steps]
+
+    def begin(self, trainer: Any) -> None:
+        """Fix what is trained: called once, when the training loop starts.
+
+        Raises:
+            PrivacyError: a second training with the same plan, or data or options that changed since it was made.
+        """
+        if self._started:
+            raise PrivacyError(
+                "A plan serves one training.", next_step="Call trainer.train() once per plan.", code="plan-reused"
+            )
+        if data_fingerprint(trainer.train_dataset) != self.plan.fingerprint:
+            raise PrivacyError(
+                "The training data was changed after the privacy plan was made.",
+                next_step="Set the data before training starts.",
+                code="data-changed",
+            )
+        self._started = True
+        self.rows = trainer._remove_unused_columns(trainer.train_dataset)  # noqa: SLF001 - as Trainer does itself
+
+    def cover(self, model: torch.nn.Module) -> None:
+        """Take all trainable parameters of the model under the mechanism."""
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        _refuse_gradient_hooks(self._parameters)
+
+    def step(self, trainer: Any, model: torch.nn.Module) -> None:
+        """Sample units and sum their clipped gradients; the noise is still to come.
+
+        Raises:
+            PrivacyError: the plan allows no further step, or the last one was not finished.
+        """
+        if self.steps >= self.plan.steps or self._pending:
+            raise PrivacyError(
+                f"The privacy plan allows no step after step {self.plan.steps}; training was aborted.",
+                next_step="Plan again: the next run needs a reservation of its own.",
+                code="plan-exhausted",
+            )
+        if not self._parameters:
+            self.cover(model)
+        self._buffers = _buffer_states(model)
+        index, self.steps, self._pending = self.steps, self.steps + 1, True
+        started = time.perf_counter()
+        self._sums = [torch.zeros(p.shape, dtype=torch.float64, device=_sum_device(p)) for p in self._parameters]
+        seen = _Seen()
+        with _own_generators(model):
+            for unit in self._sample(index):
+                self._add_unit(trainer, model, index, unit, seen)
+        model.zero_grad(set_to_none=True)
+        self._metrics = {**seen.summary(), **_trainer_metrics(trainer), "seconds": time.perf_counter() - started}
+
+    def privatise(self) -> None:
+        """Add the step's noise and write the private gradient to ``.grad``; once per step, later calls do nothing."""
+        if not self._pending:
+            return
+        plan = self.plan
+        deviation = plan.noise_multiplier * plan.clipping_norm
+        for index, (parameter, total) in enumerate(zip(self._parameters, self._sums, strict=True)):
+            noise = torch.from_numpy(self._random.normals(self.steps - 1, index, total.numel()))
+            noisy = total + noise.view(total.shape).to(total.device).mul_(deviation)
+            parameter.grad = noisy.div_(plan.expected_units).to(device=parameter.device, dtype=parameter.dtype)
+        self._sums = []
+        self._pending, self._noised = False, True
+        if self._observer is not None:
+            self._observer.on_private_step(self.steps, self.epsilon, self._metrics)
+        self._metrics = {}
+
+    def guard(self, optimizer: Any, *_: Any) -> None:
+        """In front of every optimizer step: abort unless what is about to be applied is private.
+
+        Raises:
+            PrivacyError: no noise was added for this step, or a gradient is not one that the mechanism covers.
+        """
+        if not self._noised:
+            raise PrivacyError(
+                "An optimizer step was about to be taken without its noise; training was aborted.",
+                next_step="Do not step the optimizer yourself during a private training.",
+                code="no-noise",
+            )
+        covered = {id(parameter) for parameter in self._parameters}
+        for group in optimizer.param_groups:
+            if any(item.grad is not None and id(item) not in covered for item in group["params"]):
+                raise PrivacyError(
+                    "The optimizer holds a gradient that the privacy mechanism does not cover; training was aborted.",
+                    next_step="Do not add or unfreeze parameters during a private training.",
+                    code="uncovered-parameter",
+                )
+        self._noised = False
+
+    def close(self) -> None:
+        """Forget sums and gradients, so that nothing unprotected is left behind."""
+        self._sums = []
+        self._metrics = {}
+        for parameter in self._parameters:
+            parameter.grad = None
+        self.rows = None
+
+    def _sample(self, step: int) -> list[int]:
+        mask = self._random.bernoulli_mask(step, self.plan.sampling_rate, len(self.plan.units))
+        return [int(unit) for unit in mask.nonzero()[0]]
+
+    def _add_unit(self, trainer: Any, model: torch.nn.Module, step: int, unit: int, seen: _Seen) -> None:
+        members = self.plan.units.members[unit]
+        drawn = self._random.choice(step, unit, self.plan.config.max_pairs_per_unit, len(members))
+        rows = [members[place] for place in drawn]
+        for parameter in self._parameters:
+            parameter.grad = None
+        torch.manual_seed(self._random.torch_seed(step, unit))
+        try:
+            loss = _unit_gradient(trainer, model, self.rows, rows)
+        except (AuditError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            raise self._private_failure(error) from None
+        self._check_buffers(model)
+        norm = clip_into(self._parameters, self._sums, self.plan.clipping_norm)
+        seen.add(len(rows), loss, norm, self.plan.clipping_norm)
+
+    def _private_failure(self, error: Exception) -> PrivacyError:
+        """An error while private rows were computed with: its text may quote them, so it goes to the vault alone."""
+        if self._observer is not None:
+            told = {"error": f"{type(error).__name__}: {error}"}
+            self._observer.on_private_step(self.steps, self.epsilon, cast("dict[str, float | int | str]", told))
+        return PrivacyError(
+            f"The gradient of a privacy unit could not be computed ({type(error).__name__}); training was aborted.",
+            next_step="The details may quote private data, so they are kept in the vault. Try the trainer without a "
+            "privacy configuration on data that may be shown.",
+            code="unit-failed",
+        )
+
+    def _check_buffers(self, model: torch.nn.Module) -> None:
+        for (name, before, version), (_, now, current) in zip(self._buffers, _buffer_states(model), strict=True):
+            if now is not before or current != version:
+                raise UnsupportedTrainerError(
+                    f"The model's buffer {name!r} changes with the data that passes through it, which would carry data "
+                    "from one unit to the next; training was aborted.",
+                    next_step="Use a model without running statistics.",
+                )
+
+
+def clip_into(parameters: list[torch.nn.Parameter], sums: list[torch.Tensor], bound: float) -> float:
+    """Add the gradient that stands in ``.grad``, scaled as a whole to an L2 norm of at most ``bound``, to ``sums``.
+
+    Returns:
+        The norm before clipping. Where it is not finite, nothing is added.
+    """
+    squares = [
+        torch.linalg.vector_norm(parameter.grad.detach(), dtype=torch.float64).square().to("cpu")
+        if parameter.device.type != "mps"
+        else torch.linalg.vector_norm(parameter.grad.detach().to("cpu"), dtype=torch.float64).square()
+        for parameter in parameters
+        if parameter.grad is not None
+    ]
+    norm = math.sqrt(float(torch.stack(squares).sum())) if squares else 0.0
+    if not math.isfinite(norm):
+        return norm
+    scale = 1.0 if norm <= bound * _MARGIN else bound * _MARGIN / norm
+    for parameter, total in zip(parameters, sums, strict=True):
+        if parameter.grad is not None:
+            total.add_(parameter.grad.detach().to(device=total.device, dtype=torch.float32).mul(scale))
+    return norm
+
+
+@contextlib.contextmanager
+def private_training(
+    trainer: Any, plan: Plan, randomness: SealedRandom, observer: PrivacyObserver | None = None
+) -> Iterator[PrivateTraining]:
+    """While inside, one ``train()`` of ``trainer`` is private as ``plan`` says; afterwards all is as it was.
+
+    ::
+
+        with private_training(trainer, plan, SealedRandom.from_system(), observer) as training:
+            original_train(trainer)
+        training.steps, training.stopped_by_budget
+
+    Args:
+        trainer: a TRL trainer that `check_supported` accepts.
+        plan: what `plan_training` made for this trainer.
+        randomness: a sealed seed that has served no other training.
+        observer: is given each step's private metrics.
+
+    Raises:
+        PrivacyError: the trainer changed since the plan was made, or the seed has been used.
+    """
+    check_supported(trainer)
+    randomness.claim()
+    engine = PrivateTraining(plan, randomness, observer)
+    with contextlib.ExitStack() as stack:
+        stack.callback(engine.close)
+        stack.enter_context(_swapped_class(trainer, engine))
+        stack.enter_context(_quiet_callbacks(trainer, engine))
+        stack.enter_context(_kept_counters(trainer))
+        stack.enter_context(quiet_preparation())
+        yield engine
+
+
+class PrivateTrainerMixin:
+    """Stands in front of a TRL trainer's class while it trains: what a step is, and what may be said about it."""
+
+    def get_train_dataloader(self) -> _Steps:
+        """One item per micro-step, without data: the units are fetched and collated when their step comes."""
+        trainer, engine = _both(self)
+        return _Steps(engine.plan.steps_per_epoch, trainer.args.gradient_accumulation_steps)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The trainer's own optimizer, with the guard in front of its steps."""
+        trainer, engine = _both(self)
+        optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        _guard_optimizer(trainer, engine, optimizer)
+        return optimizer
+
+    def training_step(self, model: Any, inputs: Mapping[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """On the first micro-step, the whole logical batch of units; on the others nothing. The loss is not told."""
+        del num_items_in_batch
+        trainer, engine = _both(self)
+        if inputs["micro_step"] == 0:
+            model.train()
+            if callable(getattr(trainer.optimizer, "train", None)):
+                trainer.optimizer.train()
+            engine.step(trainer, model)
+        return torch.zeros((), device=trainer.args.device)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        _both(self)[1].privatise()
+        return super()._clip_grad_norm(model)  # type: ignore[misc]
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        _both(self)[1].privatise()
+        return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Keep what is public of ``logs`` (in place: ``train()`` returns the same dict), and add epsilon."""
+        trainer, engine = _both(self)
+        del start_time  # the time since then depends on the sampled data
+        for name in [name for name in logs if name not in PUBLIC_LOGS]:
+            del logs[name]
+        _clear_metrics(trainer)
+        if trainer.state.epoch is not None:
+            logs["epoch"] = trainer.state.epoch
+        logs["epsilon"] = engine.epsilon
+        trainer.state.log_history.append({**logs, "step": trainer.state.global_step})
+        trainer.control = trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, logs)
+
+    def _inner_training_loop(
+        self,
+        batch_size: Any = None,
+        args: Any = None,
+        resume_from_checkpoint: Any = None,
+        trial: Any = None,
+        ignore_keys_for_eval: Any = None,
+    ) -> Any:
+        trainer, engine = _both(self)
+        if resume_from_checkpoint is not None or trial is not None:
+            raise _cannot_resume() if trial is None else _cannot_search()
+        check_supported_options(trainer)
+        engine.begin(trainer)
+        output = super()._inner_training_loop(  # type: ignore[misc]
+            batch_size=batch_size, args=args, ignore_keys_for_eval=ignore_keys_for_eval
+        )
+        return _without_private_results(output)
+
+    def _load_from_checkpoint(self, *_: Any, **__: Any) -> None:
+        raise _cannot_resume()
+
+    def _evaluate(self, *_: Any, **__: Any) -> Any:
+        raise UnsupportedTrainerError(
+            "Evaluation during a private training would show losses of data that may be protected.",
+            next_step="Evaluate on unprotected data after the run.",
+        )
+
+
+class _Steps:
+    """The data loader of a private training: ``len`` is what an epoch's micro-steps are; its items hold no data."""
+
+    def __init__(self, steps: int, accumulation: int) -> None:
+        self._accumulation = accumulation
+        self.dataset = range(steps * accumulation)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[dict[str, int]]:
+        return ({"micro_step": item % self._accumulation} for item in self.dataset)
+
+
+class _Seen:
+    """What a step saw of its units: private, every number of it."""
+
+    def __init__(self) -> None:
+        self.pairs: list[int] = []
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.clipped = 0
+
+    def add(self, pairs: int, loss: float, norm: float, bound: float) -> None:
+        self.pairs.append(pairs)
+        if math.isfinite(norm):
+            self.losses.append(loss)
+            self.norms.append(norm)
+            self.clipped += norm > bound
+
+    def summary(self) -> dict[str, float | int | str]:
+        finite = len(self.norms)
+        out: dict[str, float | int | str] = {
+            "units": len(self.pairs),
+            "pairs": sum(self.pairs),
+            "non_finite_units": len(self.pairs) - finite,
+        }
+        if finite:
+            out |= {
+                "loss": sum(self.losses) / finite,
+                "unit_norm_mean": sum(self.norms) / finite,
+                "unit_norm_max": max(self.norms),
+                "clipped_fraction": self.clipped / finite,
+            }
+        return out
+
+
+class _QuietProgress(ProgressCallback):
+    """A progress bar that shows steps and nothing of the time they take, which depends on the sampled data."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        del args, control
+        from tqdm.auto import tqdm  # type: ignore[import-untyped,unused-ignore]
+
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(
+                total=state.max_steps,
+                miniters=max(1, state.max_steps // 20),
+                mininterval=0,
+                maxinterval=math.inf,
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}",
+            )
+        self.current_step = 0
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Nothing: the steps are in the trail and on the panel."""
+
+    def close(self) -> None:
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
+
+
+class _StopsInTime(TrainerCallback):
+    """Ends the training after the last step that the plan allows."""
+
+    def __init__(self, engine: PrivateTraining) -> None:
+        self._engine = engine
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        engine = self._engine
+        if engine.steps >= engine.plan.steps and state.global_step < state.max_steps:
+            engine.stopped_by_budget = True
+            control.should_training_stop = True
+            if str(getattr(args.save_strategy, "value", args.save_strategy)) != "no":
+                control.should_save = True
+        return control
+
+
+def _both(mixed: Any) -> tuple[Any, PrivateTraining]:
+    return mixed, cast("PrivateTraining", vars(mixed)[_ENGINE])
+
+
+def check_supported_options(trainer: Any) -> None:
+    """`check_supported` for a trainer whose class is already swapped: its options may have changed meanwhile."""
+    mixed = type(trainer)
+    trainer.__class__ = mixed.__mro__[2]
+    try:
+        check_supported(trainer)
+    finally:
+        trainer.__class__ = mixed
+
+
+def _cannot_resume() -> UnsupportedTrainerError:
+    return UnsupportedTrainerError(
+        "A private training cannot be resumed from a checkpoint yet: its sampling and noise came from another seed, "
+        "and the steps since the checkpoint would be paid for twice.",
+        next_step="Start a new run from the saved weights; the ledger already holds what the first one spent.",
+        code="resume",
+    )
+
+
+def _cannot_search() -> UnsupportedTrainerError:
+    return UnsupportedTrainerError(
+        "A hyperparameter search trains many times on the same data, and choosing among the results costs privacy.",
+        next_step="Train once with settings chosen on unprotected data.",
+        code="search",
+    )
+
+
+def _without_private_results(output: Any) -> TrainOutput:
+    metrics = {name: value for name, value in output.metrics.items() if name in PUBLIC_LOGS}
+    return TrainOutput(output.global_step, math.nan, metrics)
+
+
+def _unit_gradient(trainer: Any, model: torch.nn.Module, data: Any, rows: list[int]) -> float:
+    """Leave the gradient of the mean loss over ``rows`` in ``.grad``; returns that loss (private)."""
+    chunk = max(1, trainer.args.per_device_train_batch_size)
+    mean = 0.0
+    for start in range(0, len(rows), chunk):
+        part = rows[start : start + chunk]
+        inputs = trainer._prepare_inputs(trainer.data_collator([data[row] for row in part]))  # noqa: SLF001
+        with trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(model, inputs)
+        share = loss * (len(part) / len(rows))
+        share.backward()
+        mean += float(share.detach())
+    return mean
+
+
+def _refuse_gradient_hooks(parameters: list[torch.nn.Parameter]) -> None:
+    for parameter in parameters:
+        if getattr(parameter, "_backward_hooks", None) or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise UnsupportedTrainerError(
+                "A hook on a parameter sees gradients before they are clipped and noised; nothing was trained.",
+                next_step="Remove it (an optimizer that works inside the backward pass, a gradient watcher).",
+                code="gradient-hook",
+            )
+
+
+def _sum_device(parameter: torch.nn.Parameter) -> torch.device:
+    """Where the float64 sum lives: with the parameter, or on the CPU where the device has no float64."""
+    return torch.device("cpu") if parameter.device.type == "mps" else parameter.device
+
+
+def _buffer_states(model: torch.nn.Module) -> list[tuple[str, torch.Tensor, int]]:
+    return [(name, buffer, buffer._version) for name, buffer in model.named_buffers()]  # noqa: SLF001
+
+
+@contextlib.contextmanager
+def _own_generators(model: torch.nn.Module) -> Iterator[None]:
+    """Seed torch freely inside; its global generators are as before afterwards."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def _trainer_metrics(trainer: Any) -> dict[str, float | int | str]:
+    """What TRL gathered over the step's units, and forget it there."""
+    gathered = {
+        name: sum(values) / len(values)
+        for name, values in trainer._metrics["train"].items()  # noqa: SLF001
+        if values and name != "num_tokens"
+    }
+    _clear_metrics(trainer)
+    return dict(gathered)
+
+
+def _clear_metrics(trainer: Any) -> None:
+    trainer._metrics["train"].clear()  # noqa: SLF001
+
+
+def _guard_optimizer(trainer: Any, engine: PrivateTraining, optimizer: Any) -> None:
+    """Put the guard in front of the innermost optimizer's steps, once."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    stack: contextlib.ExitStack = vars(trainer)[f"{_ENGINE}_hooks"]
+    stack.callback(optimizer.register_step_pre_hook(engine.guard).remove)
+
+
+@contextlib.contextmanager
+def _swapped_class(trainer: Any, engine: PrivateTraining) -> Iterator[None]:
+    original = type(trainer)
+    mixed = type(f"Private{original.__name__}", (PrivateTrainerMixin, original), {"__module__": __name__})
+    with contextlib.ExitStack() as hooks:
+        vars(trainer)[_ENGINE] = engine
+        vars(trainer)[f"{_ENGINE}_hooks"] = hooks
+        trainer.__class__ = mixed
+        try:
+            yield
+        finally:
+            trainer.__class__ = original
+            del vars(trainer)[_ENGINE], vars(trainer)[f"{_ENGINE}_hooks"]
+
+
+@contextlib.contextmanager
+def _quiet_callbacks(trainer: Any, engine: PrivateTraining) -> Iterator[None]:
+    """Exchange progress displays for one that tells nothing of the data, and add the stop; undo both afterwards."""
+    handler = trainer.callback_handler
+    before = list(handler.callbacks)
+    progress = _QuietProgress()
+    handler.callbacks = [progress if _is_progress(item) else item for item in before] + [_StopsInTime(engine)]
+    ours = [item for item in handler.callbacks if item not in before]
+    try:
+        yield
+    finally:
+        progress.close()
+        added = [item for item in handler.callbacks if item not in before and item not in ours]
+        removed = [item for item in before if not _is_progress(item) and item not in handler.callbacks]
+        handler.callbacks = [item for item in before if item not in removed] + added
+
+
+def _is_progress(callback: Any) -> bool:
+    if isinstance(callback, ProgressCallback):
+        return True
+    return type(callback).__name__ == "NotebookProgressCallback"
+
+
+@contextlib.contextmanager
+def _kept_counters(trainer: Any) -> Iterator[None]:
+    """Token counts and metrics that TRL gathers on the trainer are not left on it."""
+    tokens = trainer._total_train_tokens  # noqa: SLF001
+    try:
+        yield
+    finally:
+        trainer._total_train_tokens = tokens  # noqa: SLF001
+        _clear_metrics(trainer)

@@ -1,0 +1,306 @@
+"""The plan of one training: who is a unit, how much noise, how many steps, and what it will have cost. Floor 2.
+
+A plan is made before the data is touched by training, from what the ledger already holds; it is everything that the
+reservation in the trail needs, and everything that the engine follows. The epsilon in it is computed from the very
+numbers that the engine samples with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rlhf_audit_nb.errors import BudgetExceededError, DataError, PrivacyError
+from rlhf_audit_nb.events import PrivacyReserved, PrivacySealed, PrivacySettled, number
+from rlhf_audit_nb.privacy.accountant import Accounted, Mechanism, calibrate, compose, epsilon_curve, max_steps
+from rlhf_audit_nb.privacy.sampling import GENERATOR
+from rlhf_audit_nb.privacy.supported import check_supported
+from rlhf_audit_nb.privacy.units import Units, build_units, read_ids
+
+if TYPE_CHECKING:
+    from rlhf_audit_nb.config import PrivacyConfig
+    from rlhf_audit_nb.privacy.sampling import SealedRandom
+
+__all__ = [
+    "ENGINE",
+    "MECHANISM",
+    "Plan",
+    "check_supported",
+    "plan_training",
+    "reserve_event",
+    "sealed_event",
+    "settle_event",
+]
+
+MECHANISM = "Poisson-subsampled Gaussian"
+ENGINE = "loop over units"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one training will do and cost; every number in it but the rows is public under zero-out adjacency.
+
+    Attributes:
+        config: what was asked for.
+        units: the roster (row numbers; not public).
+        mechanism: sigma, q and the steps that may be taken.
+        steps_asked: the steps that the trainer was set up for; more than ``mechanism.steps`` where the budget is short.
+        steps_per_epoch: ceil(1 / q): how often an epoch samples, so that each unit is expected once.
+        prior: what the ledger held before.
+        before: composed epsilon of ``prior``.
+        limit: the composed epsilon that this training may reach.
+        accounted: the composed total at the planned end, by each accountant.
+        curve: composed total after 0, 1, ... steps; never understates.
+        warnings: what a person should know about these settings, as sentences.
+        fingerprint: of the prepared data set, to notice that it was changed between plan and training.
+    """
+
+    config: PrivacyConfig
+    units: Units
+    mechanism: Mechanism
+    steps_asked: int
+    steps_per_epoch: int
+    prior: tuple[Mechanism, ...]
+    before: float
+    limit: float
+    accounted: Accounted
+    curve: tuple[float, ...]
+    warnings: tuple[str, ...]
+    fingerprint: str
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that may be taken."""
+        return self.mechanism.steps
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Sigma: the noise's standard deviation in units of the clipping norm."""
+        return self.mechanism.noise_multiplier
+
+    @property
+    def sampling_rate(self) -> float:
+        """q: the chance of each unit in each step."""
+        return self.mechanism.sampling_rate
+
+    @property
+    def clipping_norm(self) -> float:
+        """C: the bound on one unit's contribution (L2)."""
+        return self.config.clipping_norm
+
+    @property
+    def expected_units(self) -> float:
+        """Expected sample size q N: what the noisy sum is divided by in every step, whatever was sampled."""
+        return self.sampling_rate * len(self.units)
+
+    @property
+    def epsilon(self) -> float:
+        """The composed total at the planned end."""
+        return self.accounted.epsilon
+
+    @property
+    def cut_by_budget(self) -> bool:
+        """Whether fewer steps fit than were asked for."""
+        return self.steps < self.steps_asked
+
+    @property
+    def notice(self) -> str | None:
+        """The sentence to show where the budget allows fewer steps than were asked for."""
+        if not self.cut_by_budget:
+            return None
+        return (
+            f"The privacy budget allows {self.steps} of the {self.steps_asked} steps asked for at noise multiplier "
+            f"{self.noise_multiplier:g}: training will stop after step {self.steps}, at epsilon "
+            f"{self.epsilon:.3f} of {self.limit:g}, and save."
+        )
+
+    def replanned(self, prior: Sequence[Mechanism]) -> Plan:
+        """The same training on top of another ledger, without looking at the trainer again.
+
+        Raises:
+            BudgetExceededError: nothing fits any more.
+        """
+        if tuple(prior) == self.prior:
+            return self
+        return _plan(
+            self.config, self.units, self.sampling_rate, self.steps_asked, self.steps_per_epoch, prior, self.fingerprint
+        )
+
+
+def plan_training(trainer: Any, config: PrivacyConfig, prior: Sequence[Mechanism] = ()) -> Plan:
+    """Plan the training that ``trainer`` is set up for, on top of what ``prior`` has spent.
+
+    Nothing is trained and no row's content is read; only the annotator column is.
+
+    Raises:
+        UnsupportedTrainerError: the trainer, its loss or an option cannot be made private.
+        DataError: the data has no rows, no such column, or a row without an id.
+        BudgetExceededError: not a single step fits.
+        PrivacyError: the accountants disagree.
+    """
+    check_supported(trainer)
+    dataset = _dataset(trainer)
+    units = _units(dataset, config)
+    rate = config.sampling_rate or _default_rate(trainer.args, len(units))
+    per_epoch = max(1, math.ceil(1 / rate - 1e-9))
+    asked = trainer.args.max_steps
+    if asked <= 0:
+        asked = math.ceil(trainer.args.num_train_epochs * per_epoch)
+    return _plan(config, units, rate, asked, per_epoch, prior, data_fingerprint(dataset))
+
+
+def data_fingerprint(dataset: Any) -> str:
+    """What tells one prepared data set from another within a process; stays in memory."""
+    return f"{getattr(dataset, '_fingerprint', id(dataset))}:{len(dataset)}"
+
+
+def reserve_event(plan: Plan, reservation: str) -> PrivacyReserved:
+    """The public description of the plan: the event that reserves its whole spend."""
+    accounted = plan.accounted
+    return PrivacyReserved(
+        reservation=reservation,
+        unit=plan.units.unit,
+        adjacency=plan.config.adjacency,
+        mechanism=MECHANISM,
+        engine=ENGINE,
+        generator=GENERATOR,
+        units=len(plan.units),
+        clipping_norm=plan.clipping_norm,
+        noise_multiplier=plan.noise_multiplier,
+        sampling_rate=plan.sampling_rate,
+        steps=plan.steps,
+        steps_asked=plan.steps_asked,
+        max_pairs_per_unit=plan.config.max_pairs_per_unit,
+        delta=plan.config.delta,
+        epsilon_budget=plan.config.epsilon,
+        epsilon_before=number(plan.before),
+        epsilon_planned=number(plan.epsilon),
+        accountants={
+            "pld": number(accounted.epsilon),
+            "pld_grid": accounted.grid,
+            "prv": accounted.prv if isinstance(accounted.prv, str) else number(accounted.prv),
+            "rdp": accounted.rdp if isinstance(accounted.rdp, str) else number(accounted.rdp),
+        },
+    )
+
+
+def sealed_event(randomness: SealedRandom) -> PrivacySealed:
+    """The private half of the reservation: the seed, for the vault."""
+    return PrivacySealed(seed=randomness.seed.hex())
+
+
+def settle_event(plan: Plan, reservation: str, steps: int, *, stopped_by_budget: bool = False) -> PrivacySettled:
+    """The event that puts the ``steps`` that ran in the reservation's place; its epsilons are composed anew.
+
+    Raises:
+        PrivacyError: more steps than were planned.
+    """
+    if not 0 <= steps <= plan.steps:
+        raise PrivacyError(f"{steps} steps cannot settle a plan of {plan.steps}.", code="ledger")
+    ran = plan.mechanism.with_steps(steps)
+    return PrivacySettled(
+        reservation=reservation,
+        steps=steps,
+        epsilon_run=number(compose([ran], plan.config.delta).epsilon),
+        epsilon_total=number(compose([*plan.prior, ran], plan.config.delta).epsilon),
+        stopped_by_budget=stopped_by_budget,
+    )
+
+
+def _dataset(trainer: Any) -> Any:
+    dataset = trainer.train_dataset
+    if dataset is None or not hasattr(dataset, "column_names") or not hasattr(dataset, "__len__"):
+        raise DataError(
+            "The training data is a stream or not a data set of `datasets`; units cannot be sampled from it.",
+            next_step="Pass a datasets.Dataset (for a stream: Dataset.from_generator, or load it without streaming).",
+            code="streaming-data",
+        )
+    return dataset
+
+
+def _units(dataset: Any, config: PrivacyConfig) -> Units:
+    ids = None
+    if config.unit == "annotator" and len(dataset):
+        ids = read_ids(dataset.column_names, config.annotator_column, lambda column: dataset[column])
+    return build_units(ids, len(dataset), config.unit)
+
+
+def _default_rate(args: Any, units: int) -> float:
+    return float(min(1.0, args.per_device_train_batch_size * args.gradient_accumulation_steps / units))
+
+
+def _plan(
+    config: PrivacyConfig,
+    units: Units,
+    rate: float,
+    asked: int,
+    per_epoch: int,
+    prior: Sequence[Mechanism],
+    fingerprint: str,
+) -> Plan:
+    before = compose(prior, config.delta).epsilon
+    limit = config.epsilon if config.run_epsilon is None else min(config.epsilon, before + config.run_epsilon)
+    mechanism = _mechanism(config, rate, asked, prior, before, limit)
+    accounted = compose([*prior, mechanism], config.delta)
+    return Plan(
+        config=config,
+        units=units,
+        mechanism=mechanism,
+        steps_asked=asked,
+        steps_per_epoch=per_epoch,
+        prior=tuple(prior),
+        before=before,
+        limit=limit,
+        accounted=accounted,
+        curve=tuple(epsilon_curve(mechanism, config.delta, prior)),
+        warnings=(*_warnings(config, len(units), mechanism), *accounted.notes),
+        fingerprint=fingerprint,
+    )
+
+
+def _mechanism(
+    config: PrivacyConfig, rate: float, asked: int, prior: Sequence[Mechanism], before: float, limit: float
+) -> Mechanism:
+    if before >= limit:
+        raise _exhausted(config, before, asked)
+    if config.noise_multiplier is None:
+        try:
+            return Mechanism(calibrate(limit, config.delta, rate, asked, prior), rate, asked)
+        except PrivacyError as error:
+            if error.reason != "no-noise-fits":
+                raise
+            raise _exhausted(config, before, asked) from error
+    steps = max_steps(limit, config.delta, config.noise_multiplier, rate, prior, at_most=asked)
+    if steps == 0:
+        raise _exhausted(config, before, asked)
+    return Mechanism(config.noise_multiplier, rate, steps)
+
+
+def _exhausted(config: PrivacyConfig, before: float, asked: int) -> BudgetExceededError:
+    left = max(config.epsilon - before, 0.0)
+    noise = "" if config.noise_multiplier is None else f" at noise multiplier {config.noise_multiplier:g}"
+    this_run = "" if config.run_epsilon is None else f" (this run may add {config.run_epsilon:g})"
+    return BudgetExceededError(
+        f"The privacy budget does not allow this run: epsilon {before:.4g} of {config.epsilon:g} is spent or reserved, "
+        f"{left:.4g} is left{this_run}, and none of the {asked} steps fits{noise}.",
+        next_step="Choose fewer steps, more noise (a larger noise_multiplier or a smaller sampling_rate), or a larger "
+        "budget (epsilon); nothing was trained.",
+    )
+
+
+def _warnings(config: PrivacyConfig, units: int, mechanism: Mechanism) -> tuple[str, ...]:
+    found = []
+    if config.delta >= 1 / units:
+        found.append(
+            f"delta is {config.delta:g}, not below 1 / {units} {config.unit}s: with that chance a unit's data may be "
+            f"exposed altogether. Write delta={10 ** math.floor(math.log10(1 / units) - 1):g} or less."
+        )
+    if mechanism.noise_multiplier > mechanism.sampling_rate * units:
+        found.append(
+            f"The noise (multiplier {mechanism.noise_multiplier:.3g}) is larger than all of an expected sample "
+            f"({mechanism.sampling_rate * units:.3g} {config.unit}s) can weigh: little can be learnt. Use more data, "
+            f"a larger batch, fewer steps or a larger epsilon."
+        )
+    return tuple(found)

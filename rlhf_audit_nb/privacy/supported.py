@@ -1,0 +1,351 @@
+"""Which trainers, losses and options the engine can make private; everything else is refused with a reason. Floor 2.
+
+This is an allow-list. A trainer that is not on it is refused, even where it might be safe: under a privacy
+configuration nothing is ever trained without privacy in silence. The reasons fall into a few kinds: what couples
+units (one unit's gradient would depend on another's data), what would take a step or not because of the data, what
+prints or publishes functions of the data, and what was not verified yet.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_audit_nb.errors import UnsupportedTrainerError
+
+__all__ = ["DPO_LOSSES", "check_supported"]
+
+DPO_LOSSES = frozenset(
+    {
+        "apo_down",
+        "apo_zero",
+        "bco_pair",
+        "discopop",
+        "exo_pair",
+        "hinge",
+        "ipo",
+        "nca_pair",
+        "robust",
+        "sigmoid",
+        "sigmoid_norm",
+        "sppo_hard",
+    }
+)
+"""DPO losses that are means over pairs, each pair's term depending on that pair alone."""
+
+_TRAINERS = {
+    ("trl.trainer.dpo_trainer", "DPOTrainer"): "trl.trainer.dpo_trainer",
+    ("trl.trainer.reward_trainer", "RewardTrainer"): "trl.trainer.reward_trainer",
+}
+
+_WHY_NOT = {
+    "KTOTrainer": (
+        "its KL term is a mean over the batch and its KL completions come from neighbouring records, so one "
+        "annotator's gradient depends on the others' data"
+    ),
+    "GRPOTrainer": "its advantages and normalisers are taken over groups and batches, which mixes units",
+    "RLOOTrainer": "its baseline is taken over the other samples of a group, which mixes units",
+    "SFTTrainer": "its loss is divided by the number of tokens in the batch, which depends on everyone's data",
+    "PPOTrainer": "its rollouts, advantages and value updates mix units",
+}
+
+_METHODS = (
+    "compute_loss",
+    "_compute_loss",
+    "training_step",
+    "get_train_dataloader",
+    "_clip_grad_norm",
+    "_get_grad_norm",
+    "create_optimizer",
+    "log",
+    "_inner_training_loop",
+    "_run_epoch",
+    "_prepare_inputs",
+    "compute_ref_log_probs",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """An option that is refused: ``broken`` finds it, ``why`` says why, ``instead`` what to write."""
+
+    broken: Callable[[Any], bool]
+    why: str
+    instead: str
+
+
+def _arg(name: str, *allowed: Any) -> Callable[[Any], bool]:
+    def broken(trainer: Any) -> bool:
+        value = getattr(trainer.args, name, allowed[0])
+        return getattr(value, "value", value) not in allowed
+
+    return broken
+
+
+_RULES = (
+    _Rule(
+        _arg("eval_strategy", "no"),
+        "evaluation during training would show losses of data that may be protected",
+        'Write eval_strategy="no" and evaluate on unprotected data after the run.',
+    ),
+    _Rule(
+        _arg("eval_on_start", False),
+        "evaluation during training would show losses of data that may be protected",
+        "Write eval_on_start=False and evaluate on unprotected data after the run.",
+    ),
+    _Rule(
+        _arg("load_best_model_at_end", False, None),
+        "choosing among checkpoints by a metric of the data is not covered by the privacy accounting",
+        "Write load_best_model_at_end=False.",
+    ),
+    _Rule(
+        _arg("save_strategy", "no", "steps", "epoch"),
+        "choosing among checkpoints by a metric of the data is not covered by the privacy accounting",
+        'Write save_strategy="steps", "epoch" or "no".',
+    ),
+    _Rule(
+        _arg("fp16", False),
+        "its gradient scaler skips steps depending on the data",
+        "Write fp16=False (bf16=True or full precision).",
+    ),
+    _Rule(
+        _arg("auto_find_batch_size", False),
+        "it repeats steps after running out of memory, which would not be accounted for",
+        "Write auto_find_batch_size=False.",
+    ),
+    _Rule(
+        _arg("include_num_input_tokens_seen", "no", False),
+        "token counts are a function of private data",
+        'Write include_num_input_tokens_seen="no".',
+    ),
+    _Rule(
+        _arg("train_sampling_strategy", "random"),
+        "batches are drawn by Poisson sampling, which the accounting is for",
+        'Leave out train_sampling_strategy (or write "random").',
+    ),
+    _Rule(
+        _arg("group_by_length", False),
+        "batches are drawn by Poisson sampling, which the accounting is for",
+        "Write group_by_length=False.",
+    ),
+    _Rule(
+        _arg("dataloader_drop_last", False),
+        "batches are drawn by Poisson sampling, which has no last batch",
+        "Write dataloader_drop_last=False.",
+    ),
+    _Rule(
+        _arg("use_liger_kernel", False),
+        "the replaced kernels were not verified with per-unit gradients",
+        "Write use_liger_kernel=False.",
+    ),
+    _Rule(
+        _arg("torch_compile", False),
+        "compiled models were not verified with per-unit gradients",
+        "Write torch_compile=False.",
+    ),
+    _Rule(
+        _arg("activation_offloading", False),
+        "activation offloading was not verified with per-unit gradients",
+        "Write activation_offloading=False.",
+    ),
+    _Rule(lambda trainer: bool(getattr(trainer.args, "debug", None)), "it prints activations", "Leave out debug."),
+    _Rule(
+        lambda trainer: (
+            str(getattr(trainer.args.lr_scheduler_type, "value", trainer.args.lr_scheduler_type))
+            in ("reduce_lr_on_plateau", "greedy")
+        ),
+        "that learning rate schedule follows a metric of the data",
+        'Write lr_scheduler_type="linear", "cosine" or "constant".',
+    ),
+    _Rule(
+        lambda trainer: any(
+            part in str(getattr(trainer.args.optim, "value", trainer.args.optim)) for part in ("lomo", "layerwise")
+        ),
+        "that optimizer updates weights inside the backward pass, before noise is added",
+        'Write optim="adamw_torch".',
+    ),
+    _Rule(
+        lambda trainer: trainer.accelerator.num_processes > 1 or trainer.args.n_gpu > 1,
+        "training over several processes or GPUs is not supported yet",
+        "Train in one process with one GPU (CUDA_VISIBLE_DEVICES=0).",
+    ),
+    _Rule(
+        lambda trainer: bool(trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled),
+        "DeepSpeed and FSDP shard the gradients that have to be clipped as one",
+        "Train without them.",
+    ),
+    _Rule(
+        lambda trainer: getattr(trainer.accelerator, "scaler", None) is not None,
+        "a gradient scaler skips steps depending on the data",
+        "Train in bf16 or full precision.",
+    ),
+    _Rule(
+        lambda trainer: getattr(trainer, "model_init", None) is not None,
+        "a model_init makes another model than the one that was planned for",
+        "Pass the model itself.",
+    ),
+    _Rule(
+        lambda trainer: getattr(trainer, "compute_loss_func", None) is not None,
+        "a loss function of your own cannot be shown to keep units apart",
+        "Leave out compute_loss_func.",
+    ),
+    _Rule(
+        lambda trainer: bool(getattr(trainer.args, "resume_from_checkpoint", None)),
+        "resuming would repeat steps whose sampling and noise were drawn from another seed",
+        "Start a new run; the ledger already holds what the first one spent.",
+    ),
+    _Rule(
+        lambda trainer: _watched_by_wandb(trainer.args),
+        "WANDB_WATCH hooks the gradients before they are clipped and sends them away",
+        "Unset WANDB_WATCH, or set it to 'false'.",
+    ),
+)
+
+_DPO_RULES = (
+    _Rule(
+        lambda trainer: bool(getattr(trainer, "aux_loss_enabled", False)),
+        "the mixture-of-experts balancing loss is a statistic over the batch",
+        "Write router_aux_loss_coef=0.0.",
+    ),
+    _Rule(
+        _arg("padding_free", False),
+        "padding-free batches join records into one sequence",
+        "Write padding_free=False.",
+    ),
+    _Rule(
+        _arg("sync_ref_model", False),
+        "a reference model that moves with the policy was not verified",
+        "Write sync_ref_model=False.",
+    ),
+    _Rule(
+        _arg("precompute_ref_log_probs", False),
+        "reference log-probabilities computed ahead are made in batches that mix units and are cached with the data",
+        "Write precompute_ref_log_probs=False.",
+    ),
+    _Rule(
+        lambda trainer: "robust" in trainer.loss_types and not 0 <= trainer.label_smoothing < 0.5,  # noqa: PLR2004
+        "with the robust loss, label_smoothing is a flip probability and must lie in [0, 0.5)",
+        "Write label_smoothing=0.1, or what your flips are.",
+    ),
+    _Rule(
+        lambda trainer: bool(getattr(trainer, "_is_vision_dataset", False)),
+        "vision data was not verified with per-unit gradients",
+        "Train on text.",
+    ),
+)
+
+
+def check_supported(trainer: Any) -> None:
+    """Refuse a trainer that the engine cannot make private.
+
+    Raises:
+        UnsupportedTrainerError: with the reason and what to change.
+    """
+    module = _check_class(trainer)
+    _check_overrides(trainer)
+    rules: tuple[_Rule, ...] = _RULES
+    if module == "trl.trainer.dpo_trainer":
+        _check_dpo_losses(trainer)
+        rules += _DPO_RULES
+    for rule in rules:
+        if rule.broken(trainer):
+            raise _refusal(
+                f"{type(trainer).__name__} cannot be made private as it is set up: {rule.why}.", rule.instead
+            )
+    _check_collator(trainer, module)
+    _check_model(trainer.model)
+
+
+def _refusal(message: str, instead: str) -> UnsupportedTrainerError:
+    return UnsupportedTrainerError(message, next_step=instead)
+
+
+def _check_class(trainer: Any) -> str:
+    kind = type(trainer)
+    module = _TRAINERS.get((kind.__module__, kind.__qualname__))
+    if module is not None:
+        return module
+    known = next((base.__name__ for base in kind.__mro__ if base.__name__ in _WHY_NOT), None)
+    if known is not None:
+        raise _refusal(
+            f"{kind.__name__} cannot be trained with differential privacy: {_WHY_NOT[known]}.",
+            "Use DPOTrainer or RewardTrainer, or train without a privacy configuration.",
+        )
+    base = next((item.__name__ for item in kind.__mro__ if (item.__module__, item.__qualname__) in _TRAINERS), None)
+    if base is not None:
+        raise _refusal(
+            f"{kind.__name__} is a subclass of {base}; what it overrides cannot be shown to keep units apart.",
+            f"Use {base} itself, or train without a privacy configuration.",
+        )
+    raise _refusal(
+        f"{kind.__name__} is not among the trainers that can be made private (DPOTrainer, RewardTrainer).",
+        "Use one of these, or train without a privacy configuration.",
+    )
+
+
+def _check_overrides(trainer: Any) -> None:
+    replaced = sorted(name for name in _METHODS if name in vars(trainer))
+    if replaced:
+        raise _refusal(
+            f"{', '.join(replaced)} of this trainer was replaced; it cannot be shown to keep units apart any more.",
+            "Use the trainer as TRL made it.",
+        )
+
+
+def _check_dpo_losses(trainer: Any) -> None:
+    for loss in trainer.loss_types:
+        if loss not in DPO_LOSSES:
+            why = {
+                "aot": "it sorts all pairs of a batch against each other",
+                "aot_unpaired": "it sorts all pairs of a batch against each other",
+                "sft": "it is a mean over all tokens of a batch",
+            }.get(loss, "it is not known to keep pairs apart")
+            raise _refusal(
+                f"The DPO loss {loss!r} cannot be made private: {why}.",
+                f"Use one of {', '.join(sorted(DPO_LOSSES))}.",
+            )
+
+
+def _check_collator(trainer: Any, module: str) -> None:
+    kind = type(trainer.data_collator)
+    if (kind.__module__, kind.__qualname__) != (module, "DataCollatorForPreference"):
+        raise _refusal(
+            f"The data collator {kind.__name__} is not TRL's own; it cannot be shown to keep units apart.",
+            "Leave out data_collator.",
+        )
+
+
+def _check_model(model: Any) -> None:
+    from torch import nn
+
+    batch_norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    for name, module in model.named_modules():
+        if isinstance(module, batch_norms) or getattr(module, "track_running_stats", False):
+            raise _refusal(
+                f"The model's layer {name!r} ({type(module).__name__}) keeps statistics of the data.",
+                "Use a model without batch normalisation.",
+            )
+    for name in _rope_types(model):
+        if name in ("dynamic", "longrope"):
+            raise _refusal(
+                f"The model's rotary embedding ({name}) changes with the longest sequence seen, which couples units.",
+                "Use a model with another rope_type.",
+            )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise _refusal("The model has no trainable parameter.", "Unfreeze some, or pass a peft_config.")
+
+
+def _rope_types(model: Any) -> Iterator[str]:
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        if isinstance(kind, str):
+            yield kind
+        elif isinstance(kind, dict):
+            yield from (item for item in kind.values() if isinstance(item, str))
+
+
+def _watched_by_wandb(args: Any) -> bool:
+    reports = getattr(args, "report_to", None) or []
+    return "wandb" in reports and os.environ.get("WANDB_WATCH", "false").lower() in ("gradients", "all")
