@@ -24,6 +24,7 @@ FLOORS = {
     "reports": 4,
     "cards": 4,
     "auditor": 5,
+    "showcase": 5,
     "cli": 6,
     "notebook": 6,
     "labserver": 6,

@@ -1,0 +1,542 @@
+"""The command ``rlhf-audit``. Floor 6: a face, thin; what a command does is done on the floors below.
+
+What a person reads goes to stdout, progress and complaints to stderr; with ``--json`` stdout holds one JSON object and
+nothing else. Exit codes: 0 done, 1 a notebook failed, 2 usage or bad input, 3 refused, 10/30/40 verdicts. A mistake of
+the user's gets one sentence and the next step, never a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rlhf_audit_nb import __version__
+from rlhf_audit_nb.errors import AuditError, ConfigError
+
+if TYPE_CHECKING:
+    from rlhf_audit_nb.compliance.evidence import Evidence
+    from rlhf_audit_nb.trail import TrustPolicy, Verdict
+
+__all__ = ["main"]
+
+PROGRAM = "rlhf-audit"
+INTERRUPTED = 130
+RECORD_SUFFIX = ".ipynb"
+LEVELS = ("UNANCHORED", "TIMESTAMPED", "COSIGNED")
+
+Command = Callable[[argparse.Namespace], int]
+
+
+# -- saying things ----------------------------------------------------------------------------------------------
+
+
+def _say(text: str = "") -> None:
+    """A result, for whoever reads stdout."""
+    print(text)
+
+
+def _note(text: str) -> None:
+    """Progress and complaints, which are no result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _finish(args: argparse.Namespace, result: dict[str, Any], words: Sequence[str], code: int = 0) -> int:
+    """Ends a command: the words, or with ``--json`` one object on stdout and the words on stderr."""
+    for line in words:
+        (_note if args.json else _say)(line)
+    if args.json:
+        print(json.dumps(result, ensure_ascii=False, allow_nan=False))
+    return code
+
+
+# -- shared pieces ----------------------------------------------------------------------------------------------
+
+
+def _policy(args: argparse.Namespace) -> TrustPolicy | None:
+    if args.policy is None:
+        return None
+    from rlhf_audit_nb.trail import TrustPolicy
+
+    return TrustPolicy.parse(_text(args.policy, "trust policy"))
+
+
+def _text(path: str, what: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"The {what} {path} cannot be read: {reason}.", next_step="Check the path.") from error
+
+
+def _is_record(target: str) -> bool:
+    """Whether a target is a record (a notebook) and not a trail's folder.
+
+    Raises:
+        ConfigError: there is nothing of that name.
+    """
+    path = Path(target)
+    if path.is_dir():
+        return False
+    if path.exists() or path.suffix == RECORD_SUFFIX:
+        return True
+    raise ConfigError(
+        f"There is no record or trail at {target}.",
+        next_step="Name an executed notebook (.ipynb) or a trail's folder.",
+        code="no-target",
+    )
+
+
+def _verdict(target: str, policy: TrustPolicy | None) -> Verdict:
+    if _is_record(target):
+        from rlhf_audit_nb.records import verify_record
+
+        return verify_record(Path(target), policy=policy)
+    from rlhf_audit_nb.trail import verify_trail
+
+    return verify_trail(Path(target), policy=policy)
+
+
+def _evidence(target: str, policy: TrustPolicy | None) -> Evidence:
+    from rlhf_audit_nb.compliance.evidence import Evidence
+
+    if _is_record(target):
+        from rlhf_audit_nb.records import open_record
+
+        return Evidence.from_record(open_record(Path(target), policy=policy))
+    return Evidence.from_trail(Path(target), policy=policy)
+
+
+def _trail_folder(args: argparse.Namespace) -> Path:
+    from rlhf_audit_nb.config import AuditConfig
+
+    return AuditConfig(trail=args.trail).trail_location()
+
+
+def _output(args: argparse.Namespace, default: Path) -> Path:
+    """Where the result goes; the folder is made.
+
+    Raises:
+        ConfigError: it cannot be written there.
+    """
+    path = Path(args.out) if args.out else default
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(21, "it is a folder")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise PermissionError(13, "no permission to write there")
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror}.", next_step="Name another file with -o.", code="output"
+        ) from error
+    return path
+
+
+# -- train and record -------------------------------------------------------------------------------------------
+
+
+def _do_demo(args: argparse.Namespace) -> int:
+    from rlhf_audit_nb import showcase
+
+    settings = {
+        "data": args.data,
+        "columns": args.columns,
+        "epsilon": args.epsilon,
+        "delta": args.delta,
+        "unit": args.unit,
+        "steps": args.steps,
+        "seed": args.seed,
+        "model_name_or_path": args.model,
+    }
+    done = showcase.run_demo(Path(args.out), {k: v for k, v in settings.items() if v is not None}, _note)
+    return _finish(args, done.to_dict(), done.words(), done.verdict.exit_code(None))
+
+
+def _do_run(args: argparse.Namespace) -> int:
+    from rlhf_audit_nb.records import read_parameters, run_notebook
+
+    pairs = dict(args.parameter)
+    if len(pairs) < len(args.parameter):
+        raise ConfigError("A parameter is given twice.", next_step="Give each -p once.", code="usage")
+    output = _output(args, Path(args.notebook).with_suffix(".record.ipynb"))
+    values = read_parameters(args.notebook, pairs)
+    result = run_notebook(
+        args.notebook, output, values, trail=args.trail, kernel_name=args.kernel, progress=_cell_progress
+    )
+    verdict = _verdict(str(output), None)
+    answer = {
+        "record": str(result.path),
+        "id": result.record,
+        "status": result.status,
+        "trail": str(result.trail),
+        "verdict": verdict.to_dict(),
+    }
+    words = [f"record   {result.path}", f"trail    {result.trail}", *_verdict_words(verdict)]
+    return _finish(args, answer, words, verdict.exit_code(None))
+
+
+def _cell_progress(position: int, cells: int, state: str) -> None:
+    _note(f"cell {position + 1} of {cells}: {state}")
+
+
+# -- check ------------------------------------------------------------------------------------------------------
+
+
+def _do_verify(args: argparse.Namespace) -> int:
+    from rlhf_audit_nb.trail import Level
+
+    verdict = _verdict(args.target, _policy(args))
+    require = Level[args.require] if args.require else None
+    words = _verdict_words(verdict)
+    code = verdict.exit_code(require)
+    if require is not None and code and not verdict.reasons:
+        words.append(f"Required was {require.name}: refused.")
+    return _finish(args, verdict.to_dict(), words, code)
+
+
+def _verdict_words(verdict: Verdict) -> list[str]:
+    from rlhf_audit_nb.compliance.words import level_words, short
+
+    words = level_words(verdict.level.name)
+    lines = [f"{verdict.level.name}  {words.shows}"]
+    lines += [f"  {reason.where}: {reason.message} [{reason.code}]" for reason in verdict.reasons]
+    if verdict.size:
+        signers = ", ".join(verdict.signers) or "nobody that is trusted here"
+        lines.append(f"  {verdict.origin}: {verdict.size} entries, root {short(verdict.root)}, signed by {signers}")
+    lines += [f"  run {short(run.run)}: {run.status}, {run.entries} entries" for run in verdict.runs]
+    return [*lines, f"  {words.not_shown}"]
+
+
+# -- say --------------------------------------------------------------------------------------------------------
+
+
+def _do_report(args: argparse.Namespace) -> int:
+    from rlhf_audit_nb.reports import build_compliance_report
+
+    output = _output(args, Path(args.target).with_suffix(f".{args.format}"))
+    report = build_compliance_report(_evidence(args.target, _policy(args)), args.mode)
+    report.save(output)
+    level = report.to_dict()["verdict"]["level"]
+    return _finish(
+        args, {"report": str(output), "format": args.format, "level": level}, [f"report   {output} ({level})"]
+    )
+
+
+def _do_card(args: argparse.Namespace) -> int:
+    from rlhf_audit_nb.cards import build_card
+
+    card = build_card(_evidence(args.target, _policy(args)), args.format)
+    if args.out is None:
+        return _finish(args, card.to_dict(), card.text.splitlines())
+    output = _output(args, Path(args.out))
+    card.save(output)
+    return _finish(args, {"card": str(output), "format": args.format}, [f"card     {output}"])
+
+
+def _do_budget_plan(args: argparse.Namespace) -> int:
+    from rlhf_audit_nb.privacy.accountant import Mechanism, calibrate, compose
+
+    if (args.noise_multiplier is None) == (args.epsilon is None):
+        raise ConfigError(
+            "A plan needs either the noise multiplier or the ε to reach.",
+            next_step="Give --noise-multiplier S to learn ε, or --epsilon E to learn the noise multiplier.",
+            code="usage",
+        )
+    _check_plan(args)
+    noise = args.noise_multiplier
+    if noise is None:
+        noise = calibrate(args.epsilon, args.delta, args.sampling_rate, args.steps)
+    total = compose([Mechanism(noise, args.sampling_rate, args.steps)], args.delta)
+    answer = {
+        "epsilon": _finite(total.epsilon),
+        "delta": args.delta,
+        "noise_multiplier": noise,
+        "sampling_rate": args.sampling_rate,
+        "steps": args.steps,
+        "adjacency": "zero-out",
+        "accountants": {"pld": _finite(total.epsilon), "prv": _finite(total.prv), "rdp": _finite(total.rdp)},
+        "notes": list(total.notes),
+    }
+    words = [
+        f"ε = {total.epsilon:.4f} at δ = {args.delta:g} (zero-out adjacency)",
+        f"noise multiplier {noise:.4f}, sampling rate {args.sampling_rate:g}, {args.steps} steps",
+        f"accountants: PLD {_figure(total.epsilon)} (counts), PRV {_figure(total.prv)}, RDP {_figure(total.rdp)}",
+        *total.notes,
+    ]
+    return _finish(args, answer, words)
+
+
+def _check_plan(args: argparse.Namespace) -> None:
+    """The same bounds, and the same words, as a run's own configuration."""
+    from rlhf_audit_nb.config import PrivacyConfig
+
+    PrivacyConfig(
+        epsilon=1.0 if args.epsilon is None else args.epsilon,
+        delta=args.delta,
+        noise_multiplier=args.noise_multiplier,
+        sampling_rate=args.sampling_rate,
+    )
+    if args.steps < 1:
+        raise ConfigError(
+            f"steps is {args.steps}; it must be at least 1.", next_step="Write --steps 100.", code="steps"
+        )
+
+
+def _finite(value: float | str) -> float | str:
+    """A number as JSON can hold it: infinity by its name."""
+    return value if isinstance(value, str) or value not in (float("inf"), float("-inf")) else str(value)
+
+
+def _figure(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4f}"
+
+
+def _do_budget_show(args: argparse.Namespace) -> int:
+    from rlhf_audit_nb.compliance.words import plural, short
+    from rlhf_audit_nb.privacy.ledger import fold
+    from rlhf_audit_nb.trail import TrailReader
+
+    reader = TrailReader.open(_trail_folder(args))
+    ledger = fold(reader.entries())
+    if ledger.unit is None:
+        answer: dict[str, Any] = {"unit": None, "epsilon": 0.0, "delta": args.delta, "spends": []}
+        return _finish(args, answer, ["Nothing was spent: no run with differential privacy stands on this trail."])
+    total = ledger.composed(args.delta)
+    spends = [
+        {
+            "run": spend.run,
+            "settled": spend.settled,
+            "noise_multiplier": spend.mechanism.noise_multiplier,
+            "sampling_rate": spend.mechanism.sampling_rate,
+            "steps": spend.steps,
+        }
+        for spend in ledger.spends
+    ]
+    answer = {"unit": ledger.unit, "epsilon": _finite(total.epsilon), "delta": args.delta, "adjacency": "zero-out"}
+    words = [
+        f"ε = {total.epsilon:.4f} at δ = {args.delta:g}, unit {ledger.unit}, zero-out adjacency, all runs composed"
+    ]
+    for spend in ledger.spends:
+        state = "spent" if spend.settled else "reserved"
+        mechanism = spend.mechanism
+        words.append(
+            f"  run {short(spend.run or '')}: {state} {plural(spend.steps, 'step')}, noise multiplier "
+            f"{mechanism.noise_multiplier:.4f}, sampling rate {mechanism.sampling_rate:g}"
+        )
+    return _finish(args, {**answer, "spends": spends}, words)
+
+
+# -- the grammar ------------------------------------------------------------------------------------------------
+
+SECTIONS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
+    (
+        "train and record",
+        (
+            ("demo", "the main job on a small data set, or on yours: model, record, reports"),
+            ("run", "execute a notebook into a signed record"),
+        ),
+    ),
+    ("check", (("verify", "check a record or a trail and say how far the check reaches"),)),
+    (
+        "say",
+        (
+            ("report", "write the compliance report of a record or a trail (HTML, PDF or JSON)"),
+            ("card", "write the model card"),
+            ("budget", "what a plan would cost (plan), what a trail has spent (show)"),
+        ),
+    ),
+)
+COMMANDS = {name: text for _, commands in SECTIONS for name, text in commands}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse in the words of this package: one sentence, the close match, the next step; exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message[:1].upper()}{message[1:]}.", next_step=f"See {self.prog} --help.", code="usage")
+
+    def options(self) -> list[str]:
+        """Every option that this command takes."""
+        return [text for action in self._actions for text in action.option_strings]
+
+
+def _overview() -> str:
+    lines = ["RLHF training that can be proved.", ""]
+    for title, commands in SECTIONS:
+        lines += [f"{title}:", *(f"  {name:<8} {text}" for name, text in commands), ""]
+    lines += [
+        f"{PROGRAM} COMMAND --help tells what a command takes. Exit codes: 0 done, 1 a notebook failed,",
+        "2 usage or bad input, 3 refused (budget, policy); verdicts: 10 below what was required, 30 DIVERGED,",
+        "40 INVALID.",
+    ]
+    return "\n".join(lines)
+
+
+def _parser() -> tuple[_Parser, dict[str, _Parser]]:
+    parser = _Parser(
+        prog=PROGRAM,
+        usage=f"{PROGRAM} COMMAND …",
+        description=_overview(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(dest="command", help=argparse.SUPPRESS, metavar="COMMAND", parser_class=_Parser)
+    shared = _Parser(add_help=False)
+    shared.add_argument("--json", action="store_true", help="one JSON object on stdout, words on stderr")
+    made = {}
+    for name, build in _BUILDERS.items():
+        made[name] = commands.add_parser(name, description=COMMANDS[name], parents=[shared], allow_abbrev=False)
+        build(made[name])
+    return parser, made
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(do=_do_demo)
+    parser.add_argument("--data", metavar="FILE|NAME", help="preferences: JSON lines, CSV, parquet, or a hub name")
+    parser.add_argument(
+        "--columns", metavar="OURS=THEIRS,…", help="what prompt, chosen, rejected, annotator_id are called"
+    )
+    parser.add_argument("--epsilon", type=float, metavar="E", help="the annotators' privacy budget (8)")
+    parser.add_argument("--delta", type=float, metavar="D", help="probability with which the bound may fail (1e-5)")
+    parser.add_argument("--unit", choices=("annotator", "pair"), help="what is protected (annotator)")
+    parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps (30)")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the model's first weights (42)")
+    parser.add_argument("--model", metavar="NAME|DIR", help="train LoRA adapters on this model, not on a tiny new one")
+    parser.add_argument("-o", "--out", default="out/demo", metavar="DIR", help="where everything goes (out/demo)")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(do=_do_run)
+    parser.add_argument("notebook", metavar="NOTEBOOK")
+    parser.add_argument(
+        "-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="repeatable"
+    )
+    parser.add_argument("-o", "--out", metavar="RECORD.ipynb", help="the record (NOTEBOOK.record.ipynb)")
+    parser.add_argument("--trail", metavar="DIR", help="the trail's folder ($RLHF_AUDIT_TRAIL, else audit)")
+    parser.add_argument("--kernel", metavar="NAME", help="another kernel than the notebook names")
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="RECORD.ipynb|TRAIL")
+    parser.add_argument("--policy", metavar="FILE", help="whom to trust (default: the user's own keys)")
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(do=_do_verify)
+    _add_target(parser)
+    parser.add_argument("--require", choices=LEVELS, type=str.upper, help="a lower level is a failure")
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(do=_do_report)
+    _add_target(parser)
+    parser.add_argument("--format", choices=("html", "pdf", "json"), default="html")
+    parser.add_argument("--mode", default="eu_ai_act", metavar="FRAMEWORK", help="eu_ai_act")
+    parser.add_argument("-o", "--out", metavar="FILE", help="where it goes (beside the target)")
+
+
+def _add_card(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(do=_do_card)
+    _add_target(parser)
+    parser.add_argument("--format", default="eu_standard", metavar="FORMAT", help="eu_standard")
+    parser.add_argument("-o", "--out", metavar="FILE", help="where it goes (stdout)")
+
+
+def _add_budget(parser: argparse.ArgumentParser) -> None:
+    parts = parser.add_subparsers(
+        dest="part", prog=f"{PROGRAM} budget", required=True, metavar="plan|show", parser_class=_Parser
+    )
+    plan = parts.add_parser("plan", help="ε of a plan, or the noise multiplier that reaches an ε", allow_abbrev=False)
+    plan.set_defaults(do=_do_budget_plan)
+    plan.add_argument("--noise-multiplier", type=float, metavar="S", help="noise in units of the clipping norm")
+    plan.add_argument("--epsilon", type=float, metavar="E", help="the ε to reach, in place of the noise multiplier")
+    plan.add_argument("--sampling-rate", type=float, required=True, metavar="Q", help="chance of each unit per step")
+    plan.add_argument("--steps", type=int, required=True, metavar="T")
+    plan.add_argument("--delta", type=float, default=1e-5, metavar="D", help="(1e-5)")
+    show = parts.add_parser("show", help="what all runs on a trail have spent together", allow_abbrev=False)
+    show.set_defaults(do=_do_budget_show)
+    show.add_argument("--trail", metavar="DIR", help="the trail's folder ($RLHF_AUDIT_TRAIL, else audit)")
+    show.add_argument("--delta", type=float, default=1e-5, metavar="D", help="(1e-5)")
+    for part in (plan, show):
+        # SUPPRESS: an absent flag here must not overwrite one given before the part.
+        part.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON object on stdout")
+
+
+_BUILDERS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "demo": _add_demo,
+    "run": _add_run,
+    "verify": _add_verify,
+    "report": _add_report,
+    "card": _add_card,
+    "budget": _add_budget,
+}
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser, commands = _parser()
+    if not argv:
+        parser.print_help()
+        raise SystemExit(0)
+    first = argv[0]
+    if not first.startswith("-") and first not in commands:
+        raise ConfigError(
+            f"There is no command {first!r}.{_did_you_mean(first, commands)}",
+            next_step=f"See {PROGRAM} --help.",
+            code="usage",
+        )
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = commands[args.command].options()
+        raise ConfigError(
+            f"{PROGRAM} {args.command} does not take {unknown[0]!r}.{_did_you_mean(unknown[0], known)}",
+            next_step=f"See {PROGRAM} {args.command} --help.",
+            code="usage",
+        )
+    if not hasattr(args, "do"):
+        parser.error(f"name a command: {', '.join(commands)}")
+    return args
+
+
+def _did_you_mean(word: str, known: Sequence[str] | dict[str, Any]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = _parse(given)
+        do: Command = args.do
+        return do(args)
+    except AuditError as error:
+        _note(f"error: {error.message}")
+        if error.next_step:
+            _note(f"Next step: {error.next_step}")
+        if "--json" in given:
+            reason = {"code": error.reason, "message": error.message, "next_step": error.next_step}
+            print(json.dumps({"error": reason}, ensure_ascii=False))
+        return error.exit_code
+    except KeyboardInterrupt:
+        _note("interrupted; what was recorded until now is kept")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone; nothing more may be written, not even by the interpreter's exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _note(f"error: {where}{error.strerror or error}.")
+        _note("Next step: check the path, its permissions and the space left on the disk.")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""The command line: its grammar, its refusals, and plans that agree with dp-accounting. No training here."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rlhf_audit_nb import cli
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*argv):
+        try:
+            code = cli.main([str(a) for a in argv])
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def test_help_lists_every_command_under_its_section(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    for title, commands in cli.SECTIONS:
+        assert f"{title}:" in out
+        for name, text in commands:
+            assert f"{name:<8} {text}" in out
+    assert run()[1] == out
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_each_command_has_help_and_json(run, command):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert "--json" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["verfy", "x.ipynb"], "Did you mean 'verify'?"),
+        (["run", "x.ipynb", "--kernl", "y"], "Did you mean '--kernel'?"),
+        (["verify"], "RECORD.ipynb|TRAIL"),
+        (["budget"], "plan|show"),
+        (["budget", "plan", "--sampling-rate", "0.1"], "--steps"),
+        (["budget", "plan", "--sampling-rate", "0.1", "--steps", "5"], "either the noise multiplier or the ε"),
+        (["verify", "nowhere"], "There is no record or trail at nowhere"),
+        (["verify", "nowhere.ipynb"], "nowhere.ipynb"),
+        (["run", "nowhere.ipynb", "-p", "a", "1", "-p", "a", "2"], "given twice"),
+        (["report", "nowhere"], "There is no record or trail"),
+        (["run", "nowhere.ipynb", "-o", "/proc/x/r.ipynb"], "/proc/x"),
+        (["frobnicate"], "There is no command 'frobnicate'"),
+    ],
+)
+def test_a_mistake_gets_one_sentence_and_exit_code_2(run, argv, said):
+    code, out, err = run(*argv)
+    assert code == 2
+    assert out == ""
+    assert said in err
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    assert err.count("\n") <= 2
+
+
+def test_an_error_is_an_object_under_json(run):
+    code, out, _ = run("verify", "nowhere", "--json")
+    assert code == 2
+    error = json.loads(out)["error"]
+    assert error["code"] == "no-target"
+    assert error["next_step"]
+
+
+def dp_accounting_epsilon(noise, rate, steps, delta):
+    """The same plan by dp-accounting's own accountant, asked directly."""
+    import dp_accounting
+    from dp_accounting.pld import PLDAccountant
+
+    accountant = PLDAccountant(dp_accounting.NeighboringRelation.REPLACE_SPECIAL)
+    event = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise))
+    return accountant.compose(event, steps).get_epsilon(delta)
+
+
+@pytest.mark.parametrize(
+    ("noise", "rate", "steps", "delta"), [(1.1, 0.1, 100, 1e-5), (4.0, 0.01, 1000, 1e-6), (0.8, 0.3, 20, 1e-4)]
+)
+def test_a_plan_agrees_with_dp_accounting(run, noise, rate, steps, delta):
+    argv = ["--noise-multiplier", noise, "--sampling-rate", rate, "--steps", steps, "--delta", delta]
+    code, out, _ = run("budget", "plan", *argv, "--json")
+    answer = json.loads(out)
+    assert code == 0
+    assert answer["epsilon"] == pytest.approx(dp_accounting_epsilon(noise, rate, steps, delta), rel=1e-3, abs=2e-3)
+    assert answer["accountants"]["pld"] == answer["epsilon"]
+    assert answer["accountants"]["rdp"] >= answer["epsilon"]
+
+
+def test_a_plan_for_an_epsilon_keeps_it_and_wastes_little(run):
+    argv = ["budget", "plan", "--epsilon", 3, "--sampling-rate", 0.1, "--steps", 200, "--json"]
+    code, out, _ = run(*argv)
+    answer = json.loads(out)
+    assert code == 0
+    assert 2.95 <= dp_accounting_epsilon(answer["noise_multiplier"], 0.1, 200, 1e-5) <= 3.0 + 1e-3
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--epsilon", "0"], "epsilon is 0.0"),
+        (["--epsilon", "-1"], "epsilon is -1.0"),
+        (["--noise-multiplier", "0"], "noise_multiplier is 0.0"),
+        (["--noise-multiplier", "1", "--delta", "1"], "delta is 1.0"),
+        (["--noise-multiplier", "1", "--delta", "1e-11"], "delta is 1e-11"),
+        (["--noise-multiplier", "nan"], "noise_multiplier is nan"),
+        (["--noise-multiplier", "1", "--sampling-rate", "1.5"], "sampling_rate is 1.5"),
+        (["--noise-multiplier", "1", "--steps", "0"], "steps is 0"),
+    ],
+)
+def test_a_plan_out_of_range_says_what_to_write(run, argv, said):
+    code, out, err = run("budget", "plan", "--sampling-rate", "0.1", "--steps", "10", *argv)
+    assert code == 2
+    assert out == ""
+    assert said in err
+    assert "Next step: " in err
+
+
+def test_an_interruption_is_no_traceback(run, monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_do_budget_plan", interrupt)
+    code, _, err = run("budget", "plan", "--epsilon", "1", "--sampling-rate", "0.1", "--steps", "10")
+    assert code == 130
+    assert "interrupted" in err
