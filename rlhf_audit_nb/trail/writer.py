@@ -1,0 +1,645 @@
+"""The writer: a queue, a thread that commits it in groups, and appends that must be atomic. Floor 0.
+
+``submit`` takes the time, puts the entry into a queue and returns; one thread takes all that is there after at most
+20 ms or 500 entries, gives sequence numbers, hashes, signs one checkpoint and commits all in one transaction. At most
+1,000 entries are ever without a commit: then ``submit`` waits (it never drops). Several processes may write to one
+trail: each transaction takes SQLite's only write lock first and reloads the tree where another process moved it.
+
+Order of a commit: take the lock; seal the private payloads in the vault and commit that; insert the entries, the tree
+and the signed checkpoint; commit. Where any of it fails, nothing of the group is in the trail as far as is known; the
+error goes to each that waits, to the next ``submit`` and to ``close``, and this writer takes no more: whether a failed
+commit reached the disk is only known by reading it again, so nothing is ever tried twice. Opening the trail anew does
+read it again.
+
+After ``fork`` the child has a writer id, a queue and connections of its own, made when it first appends.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import threading
+import time
+import uuid
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from rlhf_audit_nb.errors import AuditError, EntryError, StoreError, TrailError
+from rlhf_audit_nb.trail.checkpoint import Checkpoint, checkpoint_of
+from rlhf_audit_nb.trail.entry import ENVELOPE_VERSION, MAX_ENTRY, Entry, Envelope, encode_envelope, stream_name
+from rlhf_audit_nb.trail.heads import Heads
+from rlhf_audit_nb.trail.liveness import WriterLock
+from rlhf_audit_nb.trail.merkle import Frontier
+from rlhf_audit_nb.trail.note import Signer, parse_note, sign_note, verify_note
+from rlhf_audit_nb.trail.store import BUNDLE, Head, Store, StreamState, Transaction, pack_entries
+from rlhf_audit_nb.trail.vault import Opening, Sealed, Vault, commitment_of
+
+__all__ = ["RUN_FINISHED", "RUN_INTERRUPTED", "RUN_STARTED", "Committed", "Pending", "Writer", "append_in", "new_head"]
+
+TRAIL_CREATED = "trail.created"
+RUN_STARTED = "run.started"
+RUN_FINISHED = "run.finished"
+RUN_INTERRUPTED = "run.interrupted"
+
+MAX_UNSYNCED = 1_000
+GROUP = 500
+LINGER_SECONDS = 0.020
+KEEP_CHECKPOINT_US = 60_000_000
+REMEMBER_HEAD_SECONDS = 2.0
+ROW_BYTES = 1 << 20
+KEY_BYTES = 32
+
+
+class Pending:
+    """An entry on its way into the trail."""
+
+    __slots__ = (
+        "_done",
+        "_error",
+        "_index",
+        "_writer",
+        "body",
+        "owner",
+        "private",
+        "resolution",
+        "run",
+        "time",
+        "type",
+    )
+
+    def __init__(  # noqa: PLR0913 (the parts of an append)
+        self,
+        writer: Writer | None,
+        kind: str,
+        body: bytes,
+        run: str | None,
+        private: bytes | None,
+        owner: str | None,
+        resolution: int,
+        now: int,
+    ) -> None:
+        self._writer = writer
+        self._index = -1
+        self._done = False
+        self._error: AuditError | None = None
+        self.type = kind
+        self.body = body
+        self.run = run
+        self.private = private
+        self.owner = owner
+        self.resolution = resolution
+        self.time = now
+
+    @property
+    def index(self) -> int | None:
+        """The entry's place in the trail once it is durable; ``None`` before."""
+        return self._index if self._done and self._error is None else None
+
+    @property
+    def done(self) -> bool:
+        """Whether its commit has succeeded or failed."""
+        return self._done
+
+    @property
+    def refusal(self) -> AuditError | None:
+        """Why it is not in the trail, once that is known."""
+        return self._error
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait until the entry is durable, and return its place in the trail.
+
+        Raises:
+            StoreError: the commit failed; the entry is not in the trail as far as is known.
+            EntryError: the entry is over 65,535 bytes.
+            TimeoutError: it took longer than ``timeout`` seconds; the entry stays queued.
+        """
+        if not self._done and self._writer is not None:
+            self._writer.wait_for(self, timeout)
+        if self._error is not None:
+            raise self._error
+        return self._index
+
+    def settle(self, index: int, error: AuditError | None = None) -> None:
+        """Say how it went (for the writer)."""
+        self._index, self._error, self._done = index, error, True
+
+
+@dataclass(frozen=True)
+class Committed:
+    """The newest commit that this writer knows of."""
+
+    head: Head
+    checkpoint: Checkpoint
+
+
+@dataclass
+class _Tree:
+    """The state that one transaction hands to the next."""
+
+    head: Head
+    frontier: Frontier
+    streams: dict[str, StreamState] = field(default_factory=dict)
+
+
+@dataclass
+class _Group:
+    """Entries that were encoded and hashed, not yet inserted."""
+
+    first: int
+    items: list[Pending] = field(default_factory=list)
+    data: list[bytes] = field(default_factory=list)
+    leaves: list[bytes] = field(default_factory=list)
+    sealed: list[Sealed] = field(default_factory=list)
+    touched: set[str] = field(default_factory=set)
+
+
+class _InterruptedBody(msgspec.Struct):
+    run: str
+
+
+_interrupted = msgspec.json.Decoder(_InterruptedBody)
+
+
+def new_head(origin: str, signer: Signer) -> Head:
+    """The head of a trail without entries."""
+    return _signed_head(origin, Frontier(), signer, 0, None)
+
+
+def _signed_head(origin: str, frontier: Frontier, signer: Signer, now: int, before: Head | None) -> Head:
+    note = sign_note(Checkpoint(origin, frontier.size, frontier.root()).format(), [signer])
+    kept_size, kept_time = (before.kept_size, before.kept_time) if before else (0, 0)
+    if frontier.size // BUNDLE != kept_size // BUNDLE or kept_size == 0 or now - kept_time >= KEEP_CHECKPOINT_US:
+        kept_size, kept_time = frontier.size, now
+    return Head(origin, frontier.size, now, note, frontier.nodes, kept_size, kept_time)
+
+
+def _load(transaction: Transaction, signer: Signer) -> _Tree:
+    """The state in the store, which must hang together before anything is built on it."""
+    head = transaction.head()
+    try:
+        frontier = Frontier(head.size, head.frontier)
+        checkpoint = checkpoint_of(head.note)
+        verify_note(parse_note(head.note), [signer.verifier()])
+        holds = (checkpoint.origin, checkpoint.size, checkpoint.root) == (head.origin, head.size, frontier.root())
+    except (ValueError, TrailError) as error:
+        raise _damaged(str(error)) from error
+    if not holds:
+        raise _damaged("the newest checkpoint is not of the newest state")
+    return _Tree(head, frontier)
+
+
+def _damaged(what: str) -> StoreError:
+    return StoreError(
+        f"The trail's newest state does not hang together: {what}.",
+        next_step="Run `rlhf-audit verify` on it to see what holds; nothing was appended.",
+        code="damaged",
+    )
+
+
+def _build(transaction: Transaction, tree: _Tree, items: Sequence[Pending], writer: str, *, vault: bool) -> _Group:
+    """Give each entry its sequence number and time, encode it and hash it."""
+    group = _Group(tree.frontier.size)
+    streams, digest = tree.streams, sha256
+    for item in items:
+        stream = stream_name(item.run, writer)
+        state = streams.get(stream)
+        if state is None:
+            state = streams[stream] = transaction.stream(stream)
+        now = max(item.time - item.time % item.resolution, state.time)
+        commitment = None
+        if item.private is not None and vault:
+            opening = Opening(os.urandom(KEY_BYTES), item.private)
+            commitment = commitment_of(item.type, stream, state.next, opening)
+        envelope = Envelope(
+            v=ENVELOPE_VERSION,
+            type=item.type,
+            time=now,
+            run=item.run,
+            seq=state.next,
+            writer=writer,
+            body=msgspec.Raw(item.body),
+            sealed=None if commitment is None else base64.b64encode(commitment).decode(),
+        )
+        data = encode_envelope(envelope)
+        if len(data) > MAX_ENTRY:
+            item.settle(-1, too_large(item.type, len(data)))
+            continue
+        if commitment is not None:
+            owner = item.owner if item.owner is not None else stream
+            group.sealed.append(Sealed(commitment, owner, item.type, stream, state.next, opening))
+        state.next += 1
+        state.time = now
+        group.touched.add(stream)
+        group.items.append(item)
+        group.data.append(data)
+        group.leaves.append(digest(b"\0" + data).digest())
+    return group
+
+
+def too_large(kind: str, size: int) -> EntryError:
+    """The refusal of an entry that does not fit."""
+    return EntryError(
+        f"An entry of type {kind} has {size} bytes; at most {MAX_ENTRY} fit.",
+        next_step="Put the payload into an artifact and its digest into the entry.",
+        code="entry-too-large",
+    )
+
+
+def _rows(group: _Group) -> tuple[list[dict[str, Any]], list[tuple[str, int]]]:
+    """The rows of entries (none across a multiple of 256, none much over 1 MiB) and their index terms."""
+    rows, terms = [], []
+    start, total = 0, len(group.data)
+    while start < total:
+        stop = min(total, start + BUNDLE - (group.first + start) % BUNDLE)
+        size = 0
+        for at in range(start, stop):
+            size += len(group.data[at])
+            if size > ROW_BYTES and at > start:
+                stop = at
+                break
+        first = group.first + start
+        hashes = b"".join(group.leaves[start:stop])
+        rows.append(
+            {"first": first, "count": stop - start, "hashes": hashes, "data": pack_entries(group.data[start:stop])}
+        )
+        found = {"t:" + item.type for item in group.items[start:stop]}
+        found |= {"r:" + item.run for item in group.items[start:stop] if item.run is not None}
+        terms += [(term, first) for term in sorted(found)]
+        start = stop
+    return rows, terms
+
+
+def append_in(  # noqa: PLR0913 (what one transaction works on)
+    transaction: Transaction, tree: _Tree, items: Sequence[Pending], writer: str, signer: Signer, vault: Vault | None
+) -> _Group:
+    """Append ``items`` within an open transaction; ``tree`` becomes the new state."""
+    group = _build(transaction, tree, items, writer, vault=vault is not None)
+    if not group.data:
+        return group
+    if group.sealed and vault is not None:
+        vault.seal(group.sealed)
+    rows, terms = _rows(group)
+    transaction.add_bundles(rows)
+    transaction.add_terms(terms)
+    transaction.add_nodes(tree.frontier.extend(group.leaves))
+    transaction.put_streams({name: tree.streams[name] for name in group.touched})
+    for item in group.items:
+        if item.type == RUN_STARTED and item.run is not None:
+            transaction.start_run(item.run, writer)
+        elif item.type == RUN_FINISHED and item.run is not None:
+            transaction.end_run(item.run)
+        elif item.type == RUN_INTERRUPTED:
+            transaction.end_run(_interrupted.decode(item.body).run)
+    before, now = tree.head, time.time_ns() // 1000
+    tree.head = _signed_head(before.origin, tree.frontier, signer, max(now, before.time), before)
+    transaction.put_head(tree.head)
+    if tree.head.kept_size == tree.head.size:
+        transaction.keep_checkpoint(tree.head.size, tree.head.time, tree.head.note)
+    return group
+
+
+class Writer:
+    """Appends to one trail from this process; safe for threads and across forks.
+
+    Args:
+        folder: the trail's folder, which holds the writers' lock files.
+        store: the database, for writing.
+        vault: where private payloads go.
+        signer: the key that signs checkpoints.
+        heads: the last-seen heads, advanced as the trail grows.
+        always: whether each `submit` waits for its commit.
+    """
+
+    def __init__(  # noqa: PLR0913 (what a writer works with)
+        self, folder: Path, store: Store, vault: Vault, signer: Signer, heads: Heads, *, always: bool
+    ) -> None:
+        self._folder = folder
+        self._store = store
+        self._vault = vault
+        self._signer = signer
+        self._heads = heads
+        self._always = always
+        self._tree: _Tree | None = None
+        self._committed: Committed | None = None
+        self._reset()
+        _LIVE.add(self)
+
+    def _reset(self) -> None:
+        self.id = uuid.uuid4().hex
+        self._commit_lock = threading.RLock()
+        self._state = threading.RLock()
+        self._work = threading.Condition(self._state)
+        self._settled = threading.Condition(self._state)
+        self._queue: deque[Pending] = deque()
+        self._submitted = 0
+        self._finished = 0
+        self._waiting = 0
+        self._closing = False
+        self._closed = False
+        self._failure: AuditError | None = None
+        self._thread: threading.Thread | None = None
+        self._lock: WriterLock | None = None
+        self._guarding = False
+        self._remembered = (0, 0.0)
+
+    @property
+    def vault(self) -> Vault:
+        """Where private payloads go."""
+        return self._vault
+
+    @property
+    def committed(self) -> Committed | None:
+        """The newest commit that this writer knows of."""
+        return self._committed
+
+    @property
+    def unsynced(self) -> int:
+        """How many entries were handed in and are not durable yet."""
+        return self._submitted - self._finished
+
+    def submit(self, item: Pending) -> None:
+        """Queue an entry; waits only while 1,000 are not durable yet.
+
+        Raises:
+            StoreError: an earlier commit failed, or the trail is closed.
+        """
+        with self._state:
+            if self._thread is None or self._failure is not None or self._closing or self._guarding:
+                self._prepare()
+            while self._submitted - self._finished >= MAX_UNSYNCED:
+                self._work.notify()
+                self._settled.wait()
+                self._check()
+            self._queue.append(item)
+            self._submitted += 1
+            queued = len(self._queue)
+            if queued == 1 or queued == GROUP:  # noqa: PLR1714 (half the cost of a tuple's test, on the caller's thread)
+                self._work.notify()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if self._closing:
+            raise StoreError("The trail is closed.", next_step="Open it again to append to it.", code="closed")
+
+    def _prepare(self) -> None:
+        self._check()
+        self._refuse_nested()
+        if self._thread is None:
+            self._start()
+
+    def _refuse_nested(self) -> None:
+        if self._guarding and self._commit_lock.acquire(blocking=False):
+            held_here = self._guarding
+            self._commit_lock.release()
+            if held_here:
+                raise EntryError(
+                    "A guarded append may not append in its own body.",
+                    next_step="Append before it or after it.",
+                    code="nested-append",
+                )
+
+    def _start(self) -> None:
+        self._take_lock()
+        self._thread = threading.Thread(target=self._run, name="rlhf-audit-writer", daemon=True)
+        self._thread.start()
+
+    def _take_lock(self) -> None:
+        if self._lock is None:
+            try:
+                self._lock = WriterLock(self._folder, self.id)
+            except OSError as error:
+                raise StoreError(
+                    f"The folder {self._folder} cannot be written: {error.strerror or error}.",
+                    next_step="Make it writable, or name another folder with trail=.",
+                    code="read-only",
+                ) from error
+
+    def wait_for(self, item: Pending, timeout: float | None) -> None:
+        """Wait until ``item`` is settled."""
+        with self._state:
+            self._wait(lambda: item.done, timeout)
+
+    def flush(self) -> None:
+        """Wait until all that was handed in before is durable.
+
+        Raises:
+            StoreError: a commit failed.
+        """
+        with self._state:
+            self._refuse_nested()
+            target = self._submitted
+            self._wait(lambda: self._finished >= target, None)
+            if self._failure is not None:
+                raise self._failure
+
+    def _wait(self, ready: Callable[[], bool], timeout: float | None) -> None:
+        if ready():
+            return
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self._waiting += 1
+        try:
+            self._work.notify()
+            while not ready():
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    raise TimeoutError("the entry is not durable yet; it stays queued")
+                self._settled.wait(left)
+        finally:
+            self._waiting -= 1
+
+    def create(self, head: Head, body: bytes) -> None:
+        """Give a new trail its head and its first entry, in one transaction."""
+        item = Pending(None, TRAIL_CREATED, body, None, None, None, 1, time.time_ns() // 1000)
+        self._take_lock()
+        with self._commit_lock, self._store.transaction() as transaction:
+            transaction.add_head(head)
+            tree = _Tree(head, Frontier())
+            append_in(transaction, tree, [item], self.id, self._signer, None)
+
+    def guarded(self, prepare: Callable[[Transaction, Head], list[Pending]]) -> list[Entry]:
+        """Append what ``prepare`` makes, from the state that its own transaction sees; nothing where it raises.
+
+        Waits first for what was queued before. The entries are durable when this returns.
+        """
+        with self._state:
+            self._refuse_nested()
+            self._check()
+            self._take_lock()
+        self.flush()
+        with self._commit_lock:
+            self._check()
+            self._guarding = True
+            try:
+                group = self._commit(prepare, whole=True)
+            finally:
+                self._guarding = False
+        entries = []
+        for offset, (item, data) in enumerate(zip(group.items, group.data, strict=True)):
+            item.settle(group.first + offset)
+            entries.append(Entry.decode(group.first + offset, data))
+        return entries
+
+    def _commit(self, prepare: Callable[[Transaction, Head], Sequence[Pending]], *, whole: bool) -> _Group:
+        # Forgotten first: whatever goes wrong, the next transaction reads the state from the disk.
+        known, self._tree = self._tree, None
+        with self._store.transaction() as transaction:
+            if known is None or transaction.size() != known.head.size:
+                known = _load(transaction, self._signer)
+            items = prepare(transaction, known.head)
+            group = append_in(transaction, known, items, self.id, self._signer, self._vault)
+            if whole and len(group.items) != len(items):
+                raise next(item.refusal for item in items if item.refusal is not None)
+        self._tree = known
+        checkpoint = Checkpoint(known.head.origin, known.head.size, known.frontier.root())
+        self._committed = Committed(known.head, checkpoint)
+        return group
+
+    def _run(self) -> None:
+        while self._await_work():
+            with self._commit_lock:
+                with self._state:
+                    batch = [self._queue.popleft() for _ in range(min(len(self._queue), MAX_UNSYNCED))]
+                if batch:
+                    self._commit_batch(batch)
+
+    def _await_work(self) -> bool:
+        """Wait for a group worth committing; ``False`` when the writer is closed and nothing is left."""
+        with self._state:
+            while not self._queue and not self._closing:
+                self._work.wait()
+            deadline = time.monotonic() + LINGER_SECONDS
+            while len(self._queue) < GROUP and not self._closing and not self._waiting and not self._always:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    break
+                self._work.wait(left)
+            return bool(self._queue)
+
+    def _commit_batch(self, batch: list[Pending]) -> None:
+        failure: AuditError | None = None
+        try:
+            group = self._commit(lambda _transaction, _head: batch, whole=False)
+        except AuditError as error:
+            failure = error
+        except BaseException as error:  # noqa: BLE001 (a waiter must learn of whatever ended its commit)
+            failure = StoreError(f"The commit failed: {type(error).__name__}: {error}.", code="commit")
+            failure.__cause__ = error
+        with self._state:
+            if failure is None:
+                for offset, item in enumerate(group.items):
+                    item.settle(group.first + offset)
+            else:
+                batch += self._queue
+                self._queue.clear()
+                self._failure = _lost(failure, sum(not item.done for item in batch))
+                for item in batch:
+                    if not item.done:
+                        item.settle(-1, self._failure)
+            self._finished += len(batch)
+            self._settled.notify_all()
+        if failure is None:
+            self._remember_sometimes()
+
+    def _remember_sometimes(self) -> None:
+        if time.monotonic() - self._remembered[1] >= REMEMBER_HEAD_SECONDS:
+            try:
+                self.remember()
+            except AuditError as error:
+                with self._state:
+                    self._failure = self._failure or error
+
+    def remember(self) -> None:
+        """Make the newest commit the last-seen head."""
+        committed = self._committed
+        if committed is not None and committed.head.size > self._remembered[0]:
+            self._heads.advance(committed.head.origin, committed.head.note)
+            self._remembered = (committed.head.size, time.monotonic())
+
+    def close(self) -> None:
+        """Make everything durable and let go; raises the failure that lost entries, if one did."""
+        with self._state:
+            if self._closed:
+                return
+            self._closing = True
+            self._work.notify()
+        if self._thread is not None:
+            self._thread.join()
+        with self._commit_lock:
+            self._closed = True
+            _LIVE.discard(self)
+            try:
+                if self._failure is None:
+                    self.remember()
+            finally:
+                self._store.close()
+                self._vault.close()
+                if self._lock is not None:
+                    self._lock.release()
+        if self._failure is not None:
+            raise self._failure
+
+    # The three steps of a fork. The locks are held across it, so that no thread is inside SQLite, whose own locks
+    # would stay taken in the child for ever.
+
+    def before_fork(self) -> None:
+        """Keep every thread out of SQLite."""
+        self._commit_lock.acquire()
+        self._state.acquire()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        self._state.release()
+        self._commit_lock.release()
+
+    def after_fork_in_child(self) -> None:
+        """Become another writer; the parent's connections and lock are left as they are, and never closed."""
+        _ABANDONED.append((self._store.abandon(), self._vault.abandon()))
+        if self._lock is not None:
+            self._lock.leave()
+        closed = self._closed
+        self._tree = None
+        self._reset()
+        self._closed = self._closing = closed
+
+
+def _lost(error: AuditError, count: int) -> AuditError:
+    step = error.next_step or "Open the trail again."
+    return StoreError(
+        f"{error.message} {count} entries were not written.",
+        next_step=f"{step} This opening takes no more entries.",
+        code=error.reason,
+    )
+
+
+_LIVE: weakref.WeakSet[Writer] = weakref.WeakSet()
+_ABANDONED: list[object] = []
+_FORKING: list[Writer] = []
+
+
+def _before_fork() -> None:
+    _FORKING[:] = sorted(_LIVE, key=id)
+    for writer in _FORKING:
+        writer.before_fork()
+
+
+def _after_fork_in_parent() -> None:
+    for writer in reversed(_FORKING):
+        writer.after_fork_in_parent()
+    _FORKING.clear()
+
+
+def _after_fork_in_child() -> None:
+    for writer in _FORKING:
+        writer.after_fork_in_child()
+    _FORKING.clear()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
