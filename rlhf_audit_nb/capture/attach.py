@@ -1,0 +1,372 @@
+"""How a trainer that knows nothing of auditing comes to be recorded. Floor 2.
+
+While at least one run is open, ``transformers.Trainer.train`` and ``save_model`` are wrapped, so a trainer counts
+whether it was built before the run or inside, and whatever its class. A training inside the run gets the recorder as a
+callback and, for as long as it trains, two methods that also tell the recorder what they return. A hook on every torch
+optimizer notices steps outside a recorded training: without privacy that is a warning, under privacy it is refused,
+since nothing may be trained without it in silence. All of it is put back afterwards, on exceptions too.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rlhf_audit_nb.capture.data import bind_data
+from rlhf_audit_nb.capture.run import PrivatePlan, Run, current_run
+from rlhf_audit_nb.capture.weights import describe_model
+from rlhf_audit_nb.errors import UnsupportedTrainerError
+from rlhf_audit_nb.events import TrainerAttached
+
+__all__ = ["attach_trainers", "hyperparameters"]
+
+HYPERPARAMETERS = (
+    # optimisation
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "warmup_ratio",
+    "optim",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "bf16",
+    "fp16",
+    "tf32",
+    "full_determinism",
+    "data_seed",
+    "neftune_noise_alpha",
+    # preference learning
+    "beta",
+    "loss_type",
+    "loss_weights",
+    "label_smoothing",
+    "f_divergence_type",
+    "reference_free",
+    "precompute_ref_log_probs",
+    "sync_ref_model",
+    "use_weighting",
+    "rpo_alpha",
+    "ld_alpha",
+    "center_rewards_coefficient",
+    "max_length",
+    "max_prompt_length",
+    "max_completion_length",
+    "truncation_mode",
+    "packing",
+    "completion_only_loss",
+    "assistant_only_loss",
+    "num_generations",
+    "num_iterations",
+    "temperature",
+    "scale_rewards",
+    "epsilon",
+)
+"""What stands in the open trail of a trainer's arguments: settings of the method, no paths, no names, no tokens."""
+
+_ALL_BARS = ("ProgressCallback", "PrinterCallback", "NotebookProgressCallback", "RichProgressCallback")
+_QUIET_BARS = ("RichProgressCallback",)
+"""The others are exchanged by the engine for a bar that tells steps and no times."""
+_MISSING = object()
+
+_lock = threading.Lock()
+_users = 0
+_installed = ExitStack()
+
+
+@contextmanager
+def attach_trainers() -> Iterator[None]:
+    """Wrap the trainers' methods for as long as any run needs it."""
+    global _users, _installed  # noqa: PLW0603  one wrapping for the whole process, counted
+    with _lock:
+        if _users == 0:
+            _installed = _install()
+        _users += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                _installed.close()
+
+
+def _install() -> ExitStack:
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+    from transformers import Trainer
+
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(Trainer, "train", _wrap_train))
+        stack.enter_context(_replaced(Trainer, "save_model", _wrap_save_model))
+        stack.callback(register_optimizer_step_pre_hook(_check_optimizer).remove)
+        return stack.pop_all()
+
+
+@contextmanager
+def _replaced(owner: type, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    original = owner.__dict__[name]
+    wrapper = wrap(original)
+    setattr(owner, name, wrapper)
+    try:
+        yield
+    finally:
+        # Who wrapped it again after us keeps theirs; ours lets everything through when no run is open.
+        if owner.__dict__.get(name) is wrapper:
+            setattr(owner, name, original)
+
+
+def _wrap_train(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        run = current_run()
+        if run is None or run.training is not None:
+            return original(self, *args, **kwargs)
+        return _train_in_run(run, self, functools.partial(original, self, *args, **kwargs))
+
+    return train
+
+
+def _wrap_save_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def save_model(self: Any, output_dir: Any = None, _internal_call: bool = False) -> Any:  # noqa: FBT001, FBT002
+        result = original(self, output_dir, _internal_call)
+        run = current_run()
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        # Checkpoints save themselves through here and are signed when they are complete.
+        if run is not None and not _internal_call and self.args.should_save and folder.is_dir():
+            run.weights_saved(folder, int(self.state.global_step) or None)
+        return result
+
+    return save_model
+
+
+def _check_optimizer(*_: Any) -> None:
+    run = current_run()
+    if run is None or run.training is not None:
+        return
+    if run.private:
+        raise UnsupportedTrainerError(
+            "An optimizer steps outside a trainer that can be made private, in a run under differential privacy.",
+            next_step="Train with TRL's DPOTrainer or RewardTrainer, or open the run without privacy.",
+            code="unrecorded-training",
+        )
+    run.warn("An optimizer stepped outside a recorded trainer; those steps are not in the trail.")
+
+
+# --- one training ----------------------------------------------------------------------------------------------------
+
+
+def _train_in_run(run: Run, trainer: Any, train: Callable[[], Any]) -> Any:
+    """Train ``trainer`` inside ``run`` and record it."""
+    run.training = trainer
+    run.training_ended(None)
+    try:
+        return _record_training(run, trainer, train)
+    except BaseException as error:
+        run.training_ended(error)
+        raise
+    finally:
+        run.training = None
+        if run.state.status == "training":
+            run.state.status = "open"
+
+
+def _record_training(run: Run, trainer: Any, train: Callable[[], Any]) -> Any:
+    from rlhf_audit_nb.capture.callback import StepRecorder
+
+    opening = _Opening(run, trainer)
+    recorder = StepRecorder(run, trainer, opening.record, run.state.step)
+    with ExitStack() as stack:
+        stack.callback(opening.record_trainer, max(int(trainer.args.max_steps), 0))
+        plan = run.privatiser.plan(trainer) if run.privatiser is not None else None
+        if plan is not None:
+            # The plan knows the steps; what a trainer would count from its rows is private.
+            opening.record(plan.steps, plan)
+            _show_plan(run, plan)
+        stack.enter_context(_with_callback(trainer, recorder))
+        if plan is None:
+            stack.enter_context(_listening(trainer, recorder))
+        else:  # what a private step measures is the engine's to tell, and only to the recorder
+            stack.enter_context(_without_bars(run, trainer))
+        try:
+            with plan.training(run, trainer, recorder) if plan is not None else nullcontext():
+                if plan is not None:
+                    _show_plan(run, plan)
+                result = train()
+        finally:
+            recorder.flush()
+        run.record(describe_model(trainer.model, "final", trainer.processing_class))
+    return result
+
+
+class _Opening:
+    """The entries that say what is about to be trained; each is written once."""
+
+    def __init__(self, run: Run, trainer: Any) -> None:
+        self._run = run
+        self._trainer = trainer
+        self._trainer_recorded = False
+        self._recorded = False
+
+    def record_trainer(self, max_steps: int) -> None:
+        """The trainer; called again at the end for trainings that failed before they began."""
+        if self._trainer_recorded:
+            return
+        self._trainer_recorded = True
+        args = self._trainer.args
+        self._run.record(
+            TrainerAttached(
+                trainer=type(self._trainer).__name__,
+                loss=_loss_name(args),
+                max_steps=max_steps,
+                seed=getattr(args, "seed", None),
+                hyperparameters=hyperparameters(args),
+            )
+        )
+
+    def record(self, max_steps: int, plan: PrivatePlan | None = None) -> None:
+        """The trainer, its data and its model."""
+        if self._recorded:
+            return
+        self._recorded = True
+        self.record_trainer(max_steps)
+        for dataset, role in self._datasets():
+            self._run.record(*_bind(dataset, role, plan))
+        self._run.record(describe_model(self._trainer.model, "base", self._trainer.processing_class))
+
+    def _datasets(self) -> Iterator[tuple[Any, str]]:
+        if self._trainer.train_dataset is not None:
+            yield self._trainer.train_dataset, "train"
+        held_out = self._trainer.eval_dataset
+        for dataset in held_out.values() if isinstance(held_out, dict) else [held_out]:
+            if dataset is not None:
+                yield dataset, "evaluation"
+
+
+def _bind(dataset: Any, role: str, plan: PrivatePlan | None) -> tuple[Any, Any]:
+    if plan is None:
+        return bind_data(dataset, role)
+    is_train = role == "train"
+    return bind_data(
+        dataset,
+        role,
+        private=True,
+        unit=plan.view.unit if is_train else None,
+        units=plan.view.units if is_train else None,
+        annotator_column=plan.annotator_column,
+    )
+
+
+def _show_plan(run: Run, plan: PrivatePlan) -> None:
+    """Let panels see the guarantee; a second training of the run goes on where the first one stopped."""
+    before = run.state.privacy
+    view = plan.view
+    if before is not None:
+        view = replace(view, before=before.before, curve=[*before.curve[: run.state.step], *view.curve])
+    run.state.privacy = view
+    for sentence in plan.warnings:
+        run.warn(sentence)
+
+
+def _loss_name(args: Any) -> str | None:
+    loss = getattr(args, "loss_type", None)
+    if isinstance(loss, list | tuple):
+        return ",".join(str(item) for item in loss)
+    return str(loss) if loss is not None else None
+
+
+def hyperparameters(args: Any) -> dict[str, Any]:
+    """The settings of the method among a trainer's arguments, as plain values; unset ones are left out."""
+    found = {}
+    for name in HYPERPARAMETERS:
+        value = getattr(args, name, None)
+        if value is not None:
+            found[name] = _plain(value)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bool | int | float | str):
+        # An enumeration of strings is a string; its value is what the user wrote.
+        return getattr(value, "value", value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return str(getattr(value, "value", value))
+
+
+# --- what is changed on the trainer while it trains ------------------------------------------------------------------
+
+
+@contextmanager
+def _with_callback(trainer: Any, callback: Any) -> Iterator[None]:
+    trainer.add_callback(callback)
+    try:
+        yield
+    finally:
+        trainer.remove_callback(callback)
+
+
+@contextmanager
+def _listening(trainer: Any, recorder: Any) -> Iterator[None]:
+    """Let the recorder hear what the trainer's own methods return."""
+    with ExitStack() as stack:
+        for name, listener in (("training_step", recorder.saw_loss), ("_get_grad_norm", recorder.saw_gradient_norm)):
+            stack.enter_context(_heard(trainer, name, listener))
+        yield
+
+
+@contextmanager
+def _heard(trainer: Any, name: str, listener: Callable[[Any], None]) -> Iterator[None]:
+    if not hasattr(trainer, name):  # another version of transformers: go without this number
+        yield
+        return
+    before = vars(trainer).get(name, _MISSING)
+
+    def method(*args: Any, **kwargs: Any) -> Any:
+        # Found anew at each call: under privacy the trainer's class changes while it trains.
+        bound = before if before is not _MISSING else functools.partial(getattr(type(trainer), name), trainer)
+        result = bound(*args, **kwargs)
+        listener(result)
+        return result
+
+    setattr(trainer, name, method)
+    try:
+        yield
+    finally:
+        if before is _MISSING:
+            vars(trainer).pop(name, None)
+        else:
+            setattr(trainer, name, before)
+
+
+@contextmanager
+def _without_bars(run: Run, trainer: Any) -> Iterator[None]:
+    """Take away the displays that would tell times, which depend on private data; a panel replaces all of them."""
+    handler = trainer.callback_handler
+    unwanted = _QUIET_BARS if run.show_progress else _ALL_BARS
+    taken = [(place, item) for place, item in enumerate(handler.callbacks) if _is_one_of(item, unwanted)]
+    handler.callbacks = [item for item in handler.callbacks if not _is_one_of(item, unwanted)]
+    try:
+        yield
+    finally:
+        for place, item in taken:
+            handler.callbacks.insert(min(place, len(handler.callbacks)), item)
+
+
+def _is_one_of(callback: Any, names: tuple[str, ...]) -> bool:
+    return any(kind.__name__ in names for kind in type(callback).__mro__)

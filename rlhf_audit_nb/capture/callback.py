@@ -1,0 +1,313 @@
+"""The trainer's callback: one `Step` event per optimizer step, and one per save and evaluation. Floor 2.
+
+Without differential privacy a step's metrics are public: the loss, what TRL measured in the step, the norms. With it,
+what is a function of private data comes from the engine (`on_private_step`) and goes into the event's private half;
+public are epsilon, the learning rate, the norm of the update and of the privatised gradient, which follow from
+released weights.
+
+The norm of the update needs a copy of the trainable parameters. It is taken at every step for up to `NORM_EVERY_STEP`
+of them, less often above (so that its share of the time stays the same), and never above `NORM_NEVER`, where the copy
+could cost the training its memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+from rlhf_audit_nb.capture.weights import trainable_digest
+from rlhf_audit_nb.events import Number, Step, StepPrivate, number
+
+if TYPE_CHECKING:
+    from rlhf_audit_nb.capture.run import Run
+
+__all__ = ["NORM_EVERY_STEP", "NORM_NEVER", "StepRecorder", "UpdateNorm"]
+
+NORM_EVERY_STEP = 20_000_000
+NORM_NEVER = 500_000_000
+
+
+class UpdateNorm:
+    """L2 norm of what an optimizer step changed, over all trainable parameters.
+
+    Args:
+        parameters: the parameters to watch.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        self._parameters = parameters
+        size = sum(parameter.numel() for parameter in parameters)
+        self.every = 0 if not size or size > NORM_NEVER else math.ceil(size / NORM_EVERY_STEP)
+        self._before: list[torch.Tensor] = []
+
+    def before_step(self, step: int) -> None:
+        """Keep the parameters as they are before the optimizer step ``step`` (from 1), if it is to be measured."""
+        if not self.every or step % self.every:
+            self._before = []
+            return
+        self._before = [parameter.detach().clone() for parameter in self._parameters]
+
+    @torch.no_grad()
+    def after_step(self) -> torch.Tensor | None:
+        """The norm as a scalar tensor, or ``None`` where this step is not measured."""
+        if not self._before:
+            return None
+        differences, self._before = self._before, []
+        # torch's documented foreach family: one kernel launch for many small tensors.
+        torch._foreach_sub_(differences, self._parameters)  # type: ignore[arg-type]
+        return _total_norm(differences)
+
+
+class StepRecorder(TrainerCallback):  # type: ignore[misc]
+    """Records one training of an open run.
+
+    Args:
+        run: the open run.
+        trainer: the trainer that trains.
+        opening: called once when training begins, with the number of planned steps.
+        first_step: the run's steps before this training.
+    """
+
+    def __init__(self, run: Run, trainer: Any, opening: Callable[[int], None], first_step: int) -> None:
+        self._run = run
+        self._trainer = trainer
+        self._opening = opening
+        self._first_step = first_step
+        self._private = run.private
+        self._norm: UpdateNorm | None = None
+        self._losses: list[torch.Tensor] = []
+        self._gradient_norm: torch.Tensor | float | None = None
+        self._update_norm: torch.Tensor | None = None
+        self._learning_rate: float | None = None
+        self._epsilon: float | None = None
+        self._marks: dict[str, int] = {}
+        self._covered: list[dict[str, Number]] = []
+        self._last: _Scalars | None = None
+        self._resumed_at = 0
+
+    # --- what the wrapped trainer tells it ---------------------------------------------------------------------------
+
+    def saw_loss(self, loss: torch.Tensor) -> None:
+        """A micro-batch's loss, already divided by the number of micro-batches."""
+        self._losses.append(loss.detach())
+
+    def saw_gradient_norm(self, norm: torch.Tensor | float | None) -> None:
+        """The gradient's norm before clipping; under privacy, of the privatised gradient."""
+        self._gradient_norm = norm
+
+    def on_private_step(self, step: int, epsilon: float, metrics: dict[str, Number]) -> None:
+        """What the engine measured in a private step; the gradient that stands in the parameters now is private.
+
+        A step that failed is told here with its error, which may quote private rows: it is recorded at once, sealed.
+        """
+        self._epsilon = epsilon
+        if "error" in metrics:
+            event = Step(step=step, epsilon=number(epsilon), notes=["the step failed"])
+            self._run.record(event, StepPrivate(metrics=dict(metrics)))
+            return
+        self._gradient_norm = _gradient_norm(self._trainer.model)
+        self._covered.append(dict(metrics))
+
+    # --- what transformers tells it ----------------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """The plan is known and nothing was trained yet."""
+        self._opening(int(state.max_steps))
+        self._resumed_at = int(state.global_step)
+        self._run.state.max_steps = self._first_step + int(state.max_steps) - self._resumed_at
+        self._run.state.status = "training"
+        if not (self._trainer.is_deepspeed_enabled or self._trainer.is_fsdp_enabled):  # sharded: no whole norm here
+            self._norm = UpdateNorm([p for p in self._trainer.model.parameters() if p.requires_grad])
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Remember how much TRL has measured before this step."""
+        if not self._private:
+            self._marks = {name: len(values) for name, values in self._measured().items()}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Keep what the step is about to change."""
+        self._learning_rate = float(kwargs["optimizer"].param_groups[0]["lr"])
+        if self._norm is not None:
+            self._norm.before_step(int(state.global_step) + 1)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Measure what it changed."""
+        self._update_norm = self._norm.after_step() if self._norm is not None else None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """One optimizer step is done."""
+        step = int(state.global_step)
+        self._run.state.step = self._run_step(step)
+        scalars = self._scalars(step)
+        if not self._private:
+            self._covered.append({**scalars.losses, **self._fresh_metrics()})
+        self._show(scalars)
+        self._last = scalars
+        if step % self._run.audit.every_steps == 0:
+            self.flush()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:  # noqa: ARG002
+        """An evaluation inside the training; its data may be private too."""
+        found = _numbers(metrics or {})
+        half = StepPrivate(metrics=found) if self._private else None
+        event = Step(step=int(state.global_step), metrics={} if self._private else found, notes=["evaluation"])
+        self._run.record(event, half)
+        if not self._private:
+            for name, value in found.items():
+                self._run.state.add(name, self._run.state.step, _float(value))
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """A checkpoint was written."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if folder.is_dir() and state.is_world_process_zero:
+            self._run.weights_saved(folder, int(state.global_step))
+
+    # --- one event ---------------------------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Record the steps since the last event, if there are any; the metrics are their means."""
+        last, self._last = self._last, None
+        if last is None:
+            return
+        covered, self._covered = self._covered, []
+        metrics = _means(covered)
+        notes = [] if self._private else self._anomalies(covered, last.step)
+        every = self._run.audit.weights_every
+        event = Step(
+            step=last.step,
+            metrics={} if self._private else metrics,
+            learning_rate=last.learning_rate,
+            epsilon=number(last.epsilon) if last.epsilon is not None else None,
+            gradient_norm=number(last.gradient_norm) if last.gradient_norm is not None else None,
+            update_norm=number(last.update_norm) if last.update_norm is not None else None,
+            weights_digest=trainable_digest(self._trainer.model) if every and last.step % every == 0 else None,
+            notes=notes,
+        )
+        self._run.record(event, StepPrivate(metrics=metrics) if self._private else None)
+        if not self._private:
+            for name, value in metrics.items():
+                if name != "loss":
+                    self._run.state.add(name, self._run_step(last.step), _float(value))
+
+    def _run_step(self, step: int) -> int:
+        return self._first_step + step - self._resumed_at
+
+    def _scalars(self, step: int) -> _Scalars:
+        """The step's numbers; read from the device together, so that it is waited for once."""
+        tensors = {"update_norm": self._update_norm, "gradient_norm": self._gradient_norm}
+        if self._losses:
+            tensors["loss"] = torch.stack([loss.float() for loss in self._losses]).sum()
+        self._losses = []
+        values = _read(tensors)
+        losses = {"loss": values["loss"]} if "loss" in values else {}
+        return _Scalars(
+            step=step,
+            losses=losses,
+            learning_rate=self._learning_rate,
+            epsilon=self._epsilon,
+            gradient_norm=values.get("gradient_norm"),
+            update_norm=values.get("update_norm"),
+        )
+
+    def _show(self, scalars: _Scalars) -> None:
+        at, state = self._run_step(scalars.step), self._run.state
+        series = {
+            **scalars.losses,
+            "epsilon": scalars.epsilon,
+            "learning_rate": scalars.learning_rate,
+            "gradient_norm": scalars.gradient_norm,
+            "update_norm": scalars.update_norm,
+        }
+        for name, value in series.items():
+            if value is not None:
+                state.add(name, at, value)
+
+    def _measured(self) -> Mapping[str, list[Any]]:
+        """What TRL has measured since its last log: values by name, or nothing for a plain trainer."""
+        every_mode = getattr(self._trainer, "_metrics", None)
+        measured = every_mode.get("train") if isinstance(every_mode, Mapping) else None
+        return measured if isinstance(measured, Mapping) else {}
+
+    def _fresh_metrics(self) -> dict[str, float]:
+        found = {}
+        for name, values in self._measured().items():
+            # A running total is kept as a list of one value, replaced in place.
+            fresh = values[self._marks.get(name, 0) :] or values[-1:]
+            numeric = [float(value) for value in fresh if isinstance(value, int | float)]
+            if numeric:
+                found[name] = sum(numeric) / len(numeric)
+        return found
+
+    def _anomalies(self, covered: list[dict[str, Number]], step: int) -> list[str]:
+        if all(math.isfinite(float(values.get("loss", 0.0))) for values in covered):
+            return []
+        self._run.warn(f"The loss was not a finite number at or before step {step}; the weights may be spoilt.")
+        return ["the loss was not finite"]
+
+
+class _Scalars:
+    """The numbers of one step."""
+
+    __slots__ = ("epsilon", "gradient_norm", "learning_rate", "losses", "step", "update_norm")
+
+    def __init__(
+        self,
+        *,
+        step: int,
+        losses: dict[str, float],
+        learning_rate: float | None,
+        epsilon: float | None,
+        gradient_norm: float | None,
+        update_norm: float | None,
+    ) -> None:
+        self.step = step
+        self.losses = losses
+        self.learning_rate = learning_rate
+        self.epsilon = epsilon
+        self.gradient_norm = gradient_norm
+        self.update_norm = update_norm
+
+
+def _read(tensors: Mapping[str, torch.Tensor | float | None]) -> dict[str, float]:
+    values = {name: float(value) for name, value in tensors.items() if isinstance(value, int | float)}
+    waiting = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+    if waiting:
+        device = next(iter(waiting.values())).device
+        together = torch.stack([value.detach().float().reshape(()).to(device) for value in waiting.values()])
+        values.update(zip(waiting, together.tolist(), strict=True))
+    return values
+
+
+def _means(covered: list[dict[str, Number]]) -> dict[str, Number]:
+    """The mean of each metric over the steps in which it was measured; of texts, the last."""
+    means: dict[str, Number] = {}
+    for name in dict.fromkeys(name for values in covered for name in values):
+        present = [values[name] for values in covered if name in values]
+        numeric = [value for value in present if isinstance(value, int | float)]
+        means[name] = number(sum(numeric) / len(numeric)) if len(numeric) == len(present) else present[-1]
+    return means
+
+
+def _gradient_norm(model: Any) -> torch.Tensor | None:
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return _total_norm(gradients) if gradients else None
+
+
+@torch.no_grad()
+def _total_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """L2 norm over all of them together, in float32."""
+    norms = torch._foreach_norm(tensors, 2.0, torch.float32)  # noqa: SLF001  documented, in spite of its name
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, Number]:
+    return {name: number(value) for name, value in metrics.items() if isinstance(value, int | float)}
+
+
+def _float(value: Number) -> float:
+    return float(value)  # "NaN" and "Infinity" are what float() reads

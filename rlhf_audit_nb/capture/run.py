@@ -1,0 +1,398 @@
+"""The open run: its life, what it appends to the trail, and who may find it. Floor 2.
+
+A run is opened by ``%%audit_train`` or ``track_training`` and closed with its outcome, whatever happens in between.
+While it is open, `current_run` finds it (a context variable; in a thread that did not inherit the context, the one run
+that is open in this process), trainers are attached (`attach`), and everything that this changed in the process is
+put back when it closes.
+
+How training is made private is not known here: a `Privatiser` is handed in.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import uuid
+import warnings
+from contextlib import AbstractContextManager, ExitStack
+from contextvars import ContextVar
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from rlhf_audit_nb.capture.environment import capture_environment
+from rlhf_audit_nb.capture.state import PrivacyView, RunState, Status
+from rlhf_audit_nb.capture.telemetry import no_telemetry
+from rlhf_audit_nb.capture.weights import folder_state, sign_folder
+from rlhf_audit_nb.config import AuditConfig
+from rlhf_audit_nb.errors import AuditError, ConfigError, RunError
+from rlhf_audit_nb.events import (
+    Event,
+    Number,
+    Private,
+    RunFinished,
+    RunStarted,
+    WeightsSaved,
+    encode_body,
+    encode_private,
+)
+
+if TYPE_CHECKING:
+    from rlhf_audit_nb.trail import Trail
+
+__all__ = [
+    "COARSE_US",
+    "ENV_RECORD",
+    "AuditWarning",
+    "PrivatePlan",
+    "Privatiser",
+    "Run",
+    "RunObserver",
+    "current_run",
+]
+
+ENV_RECORD = "RLHF_AUDIT_RECORD"
+COARSE_US = 60_000_000
+"""Under privacy, entries after the reservation carry a time in whole minutes: step times depend on private data."""
+MAX_NAME = 200
+TOOL = "rlhf-audit-trail"
+
+
+class AuditWarning(UserWarning):
+    """Something in the run deserves a look; it is recorded as well."""
+
+
+class RunObserver(Protocol):
+    """Who is told of each private step by the engine."""
+
+    def on_private_step(self, step: int, epsilon: float, metrics: dict[str, Number]) -> None:
+        """Step ``step`` (from 1) ended with the composed total ``epsilon``; ``metrics`` are private."""
+
+
+class PrivatePlan(Protocol):
+    """What one private training will do, worked out before it touches anything."""
+
+    @property
+    def view(self) -> PrivacyView:
+        """The guarantee, for people."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that may be taken."""
+
+    @property
+    def annotator_column(self) -> str | None:
+        """The column that holds the annotator's id, where that is the unit."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a person should know about these settings, as sentences; all of it is public."""
+
+    def training(self, run: Run, trainer: Any, observer: RunObserver) -> AbstractContextManager[Any]:
+        """Reserves the spend in the trail, makes ``trainer`` private, and settles at the end, however it comes."""
+
+
+class Privatiser(Protocol):
+    """How training is made private."""
+
+    def quiet(self) -> AbstractContextManager[Any]:
+        """Keeps libraries from telling about private rows while trainers are built and trained."""
+
+    def plan(self, trainer: Any) -> PrivatePlan:
+        """The plan for ``trainer``.
+
+        Raises:
+            PrivacyError: the trainer cannot be made private, or the budget allows no step.
+            DataError: the data set cannot serve.
+        """
+
+
+_current: ContextVar[Run | None] = ContextVar("rlhf_audit_run", default=None)
+_open_runs: list[Run] = []
+_lock = threading.Lock()
+
+
+def current_run() -> Run | None:
+    """The run that is open here, or ``None``."""
+    run = _current.get()
+    if run is not None and run.is_open:
+        return run
+    with _lock:
+        # A thread started inside the run does not inherit its context.
+        return _open_runs[0] if len(_open_runs) == 1 else None
+
+
+class Run:
+    """One run, from its first entry to its last; a context manager.
+
+    Args:
+        trail: the open trail that it is written to.
+        experiment: the experiment's name.
+        privatiser: how training is made private; ``None`` records training as it is, without privacy.
+        privacy: the privacy configuration that was asked for, as plain values.
+        audit: audit frequency and the like.
+        declared_model: the model's name as the user declared it.
+        compliance_mode: which framework the user works under.
+        entry_point: ``cell`` or ``context``.
+        cell_digest: hex SHA-256 of the cell's source.
+        show_progress: whether a bar of steps may be printed under privacy; a cell has the panel instead.
+    """
+
+    def __init__(
+        self,
+        trail: Trail,
+        experiment: str,
+        *,
+        privatiser: Privatiser | None = None,
+        privacy: dict[str, Any] | None = None,
+        audit: AuditConfig | None = None,
+        declared_model: str | None = None,
+        compliance_mode: str | None = None,
+        entry_point: str = "context",
+        cell_digest: str | None = None,
+        show_progress: bool = True,
+    ) -> None:
+        self.id = uuid.uuid4().hex
+        self.experiment = _experiment_name(experiment)
+        self.trail = trail
+        self.privatiser = privatiser
+        self.audit = audit or AuditConfig()
+        self.show_progress = show_progress
+        self.state = RunState(experiment=self.experiment, run_id=self.id, private=privatiser is not None)
+        self.stopped_by_budget = False
+        self.training: Any = None
+        self._started: dict[str, Any] = {
+            "privacy": privacy,
+            "declared_model": declared_model,
+            "compliance_mode": compliance_mode,
+            "entry_point": entry_point,
+            "cell_digest": cell_digest,
+        }
+        self._resolution_us = 1
+        self._open = False
+        self._failure: BaseException | None = None
+        self._saved: dict[Path, tuple[int | None, object]] = {}
+        self._undo = ExitStack()
+        self._token: Any = None
+
+    # --- life --------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_open(self) -> bool:
+        """Whether entries may still be appended."""
+        return self._open
+
+    @property
+    def private(self) -> bool:
+        """Whether the run trains under differential privacy."""
+        return self.privatiser is not None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken in this run so far."""
+        return self.state.step
+
+    def __enter__(self) -> Self:
+        """Open the run: first entries, attachment, and a quiet process.
+
+        Raises:
+            RunError: a run is open here already, or this one was closed.
+        """
+        other = _current.get()
+        if other is not None and other.is_open:
+            raise RunError(
+                f"A run is already open here: experiment {other.experiment!r}.",
+                next_step="Close it first; one run may hold several trainings.",
+                code="run-open",
+            )
+        if self._token is not None:
+            raise RunError("This run was closed; a run is used once.", next_step="Open a new one.", code="run-closed")
+        self._enter()
+        return self
+
+    def _enter(self) -> None:
+        from rlhf_audit_nb.capture.attach import attach_trainers
+
+        with ExitStack() as undo:
+            undo.enter_context(no_telemetry())
+            if self.privatiser is not None:
+                undo.enter_context(self.privatiser.quiet())
+            undo.enter_context(attach_trainers())
+            self._token = _current.set(self)
+            undo.callback(_current.set, None)
+            with _lock:
+                _open_runs.append(self)
+            undo.callback(self._unregister)
+            self._open = True
+            undo.callback(setattr, self, "_open", False)
+            self.record(self._start_event())
+            self.record(capture_environment())
+            self._undo = undo.pop_all()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the run with the outcome that the exception, if any, says."""
+        try:
+            self._close(error)
+        except AuditError as late:
+            if error is None:
+                raise
+            # What stopped the run matters more than that its end could not be written; say both.
+            error.add_note(f"The run's end could not be recorded: {late}")
+        finally:
+            self._open = False
+            self._undo.close()
+            self.state.finished_at = time.time()
+
+    def _close(self, error: BaseException | None) -> None:
+        failure = error or self._failure
+        status = self._outcome(failure)
+        try:
+            self._sign_changed_folders()
+            self.record(
+                RunFinished(
+                    status=status,
+                    steps=self.steps,
+                    trained=self.steps > 0,
+                    reason=type(failure).__name__ if failure is not None else None,
+                )
+            )
+            self.trail.flush()
+        finally:
+            self.state.status = status
+
+    def _outcome(self, failure: BaseException | None) -> Status:
+        if isinstance(failure, KeyboardInterrupt):
+            return "interrupted"
+        if failure is not None:
+            return "failed"
+        return "stopped-by-budget" if self.stopped_by_budget else "completed"
+
+    def _unregister(self) -> None:
+        with _lock:
+            _open_runs.remove(self)
+
+    def _start_event(self) -> RunStarted:
+        from rlhf_audit_nb import __version__
+
+        return RunStarted(
+            experiment=self.experiment,
+            tool=f"{TOOL}/{__version__}",
+            record=os.environ.get(ENV_RECORD),
+            audit={"every_steps": self.audit.every_steps, "weights_every": self.audit.weights_every},
+            **self._started,
+        )
+
+    # --- what others tell it -----------------------------------------------------------------------------------------
+
+    def record(self, event: Event, private: Private | None = None) -> None:
+        """Append one event of this run; ``private`` goes to the vault.
+
+        Raises:
+            RunError: the run is closed.
+            TrailError: the trail cannot take it.
+        """
+        if not self._open:
+            raise RunError(
+                f"The run of experiment {self.experiment!r} is closed; nothing can be added to it.",
+                next_step="Open a new run.",
+                code="run-closed",
+            )
+        self.trail.append(
+            event.TYPE,
+            encode_body(event),
+            run=self.id,
+            private=encode_private(private) if private is not None else None,
+            resolution_us=self._resolution_us,
+        )
+
+    def coarsen_time(self) -> None:
+        """From here on this run's entries carry a time in whole minutes."""
+        self._resolution_us = COARSE_US
+
+    @property
+    def resolution_us(self) -> int:
+        """The resolution of the times of this run's entries, in microseconds."""
+        return self._resolution_us
+
+    def training_ended(self, failure: BaseException | None) -> None:
+        """A training of this run ended; the last one's failure is the run's own even where the cell went on."""
+        self._failure = failure
+
+    def warn(self, sentence: str) -> None:
+        """Show ``sentence`` in the panel and as a Python warning, once."""
+        if sentence not in self.state.warnings:
+            self.state.warnings.append(sentence)
+            warnings.warn(sentence, AuditWarning, stacklevel=3)
+
+    def weights_saved(self, folder: Path, step: int | None) -> None:
+        """Sign the folder that a trainer saved and record it."""
+        self._sign(folder, step)
+        self._saved[folder] = (step, folder_state(folder))
+
+    def _sign(self, folder: Path, step: int | None) -> None:
+        try:
+            signed = sign_folder(folder, self.trail.keys.model)
+        except OSError as error:
+            raise RunError(
+                f"The saved model in {folder.name!r} cannot be signed: {error.strerror or error}.",
+                next_step="Save into a folder that can be written.",
+                code="unwritable",
+            ) from error
+        self.record(
+            WeightsSaved(
+                step=step,
+                name=folder.resolve().name,
+                digest=signed.digest,
+                files=signed.files,
+                bytes=signed.bytes,
+                signature_digest=signed.signature_digest,
+            )
+        )
+
+    def _sign_changed_folders(self) -> None:
+        """Sign again what was added to a saved folder afterwards, such as a tokenizer or a card."""
+        for folder, (step, before) in self._saved.items():
+            if folder.is_dir() and folder_state(folder) != before:
+                self._sign(folder, step)
+
+    # --- how it shows ------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """The run as plain values."""
+        return {"run": self.id, **self.state.snapshot()}
+
+    def summary(self) -> str:
+        """One line: experiment, outcome, steps and what privacy cost."""
+        state = self.state
+        steps = f"{state.step} step{'' if state.step == 1 else 's'}" if state.step else "nothing was trained"
+        return f"{self.experiment}: {state.status}, {steps}, {self._privacy_words()}"
+
+    def _privacy_words(self) -> str:
+        if not self.private:
+            return "trained without differential privacy" if self.steps else "no differential privacy"
+        view = self.state.privacy
+        if view is None:
+            return "no privacy spent"
+        return (
+            f"epsilon {self.state.epsilon:.4g} of {view.budget:g} (delta {view.delta:g}, "
+            f"unit {view.unit}, {view.adjacency})"
+        )
+
+    def _repr_markdown_(self) -> str:
+        return f"**Run** {self.summary()} · `{self.id}`"
+
+    def __repr__(self) -> str:
+        return f"<Run {self.summary()}>"
+
+
+def _experiment_name(name: object) -> str:
+    if not isinstance(name, str) or not name.strip() or len(name) > MAX_NAME or not name.isprintable():
+        raise ConfigError(
+            f"The experiment's name is {name!r}; it must be one line of 1 to {MAX_NAME} characters.",
+            next_step='Write a name such as "safety_alignment".',
+            code="experiment",
+        )
+    return name.strip()

@@ -1,0 +1,120 @@
+"""What an open run shows of itself while it trains: plain values that panels poll. Floor 2.
+
+One thread writes (the one that trains), any number read. Nothing is ever removed or changed in place: points are
+only appended, and the scalar fields are replaced whole, so a reader needs no lock and sees at worst a slightly older
+value. No torch, no transformers: a panel imports this module in milliseconds.
+
+Only public values come here. Under differential privacy that leaves epsilon, the learning rate, the norm of the
+privatised gradient and the norm of the parameter update.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NamedTuple
+
+__all__ = ["Point", "PrivacyView", "RunState", "Status"]
+
+Status = Literal["open", "training", "completed", "failed", "interrupted", "stopped-by-budget"]
+
+
+class Point(NamedTuple):
+    """One value of a public series; ``value`` may be ``nan`` or infinite."""
+
+    name: str
+    step: int
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyView:
+    """The guarantee of a private run, as a panel shows it.
+
+    ``before`` is the composed epsilon of the population when the run reserved, ``planned`` the composed total at its
+    planned end, ``budget`` what may not be crossed; ``curve[t]`` is the composed total after ``t`` steps.
+    """
+
+    unit: str
+    units: int
+    adjacency: str
+    delta: float
+    budget: float
+    before: float
+    planned: float
+    noise_multiplier: float
+    sampling_rate: float
+    clipping_norm: float
+    curve: list[float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values."""
+        return asdict(self)
+
+
+@dataclass(kw_only=True)
+class RunState:
+    """The live picture of one run.
+
+    Attributes:
+        status: ``open`` until a trainer trains, then ``training``, then the run's outcome.
+        started_at: ``time.time()`` when the run was opened.
+        step: optimizer steps taken so far, over all trainings of the run.
+        max_steps: steps planned by the training that goes on, 0 while unknown.
+        private: whether the run trains under differential privacy.
+        series: public series by name, each a list of ``(step, value)``.
+        points: the same points in the order of their arrival, for `points_since`.
+        warnings: sentences for a person.
+    """
+
+    experiment: str
+    run_id: str
+    private: bool = False
+    status: Status = "open"
+    started_at: float = field(default_factory=time.time)
+    finished_at: float | None = None
+    step: int = 0
+    max_steps: int = 0
+    privacy: PrivacyView | None = None
+    series: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    points: list[Point] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is closed."""
+        return self.status not in ("open", "training")
+
+    @property
+    def epsilon(self) -> float | None:
+        """The composed epsilon so far, or ``None`` without differential privacy."""
+        if self.privacy is None:
+            return None
+        spent = self.series.get("epsilon")
+        return spent[-1][1] if spent else self.privacy.before
+
+    def add(self, name: str, step: int, value: float) -> None:
+        """Append one point of the public series ``name``."""
+        self.series.setdefault(name, []).append((step, value))
+        self.points.append(Point(name, step, value))
+
+    def points_since(self, cursor: int) -> list[Point]:
+        """The points that arrived after the first ``cursor`` ones; the next cursor is ``cursor + len(result)``."""
+        return self.points[cursor:]
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything at this moment, as plain values that do not change afterwards."""
+        return {
+            "experiment": self.experiment,
+            "run_id": self.run_id,
+            "private": self.private,
+            "status": self.status,
+            "started_at": self.started_at,
+            "finished_at": self.finished_at,
+            "step": self.step,
+            "max_steps": self.max_steps,
+            "epsilon": self.epsilon,
+            "privacy": self.privacy.to_dict() if self.privacy else None,
+            "series": {name: list(points) for name, points in list(self.series.items())},
+            "warnings": list(self.warnings),
+        }
