@@ -1,0 +1,35 @@
+"""Records: executed notebooks bound to the trail by signatures and proofs. Floor 3.
+
+`run.run_notebook` executes a notebook into a record through the papermill engine in `engine`; `record.open_record`
+and `record.verify_record` read one back with nothing but the file and a public key. What the digest of a notebook
+covers is in `normal_form`; the bytes of the seal are in `seal`, `statement` and `dsse`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlhf_audit_nb.records.record import OpenedRecord, open_record, read_record, verify_record
+    from rlhf_audit_nb.records.run import RunResult, read_parameters, run_notebook
+
+__all__ = [
+    "OpenedRecord",
+    "RunResult",
+    "open_record",
+    "read_parameters",
+    "read_record",
+    "run_notebook",
+    "verify_record",
+]
+
+# Verifying needs no kernel client and running no verifier: each half is imported when it is asked for.
+_MODULES = dict.fromkeys(["OpenedRecord", "open_record", "read_record", "verify_record"], "record")
+_MODULES |= dict.fromkeys(["RunResult", "read_parameters", "run_notebook"], "run")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

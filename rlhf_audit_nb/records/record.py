@@ -1,0 +1,321 @@
+"""Opening and verifying a record, with nothing but the file and a public key. Floor 3.
+
+The order of trust: the policy (or the user's own key for the origin) names the log key; the log key signs the
+checkpoint; the checkpoint covers the entries; the first entry names the record key; the record key signs the
+statement; the entry ``record.sealed`` and the statement name the notebook's digest. Each link is checked, and what
+does not hold is named by its place. Nothing in the file is trusted because it is in the file.
+
+A verdict is INVALID where anything does not hold, DIVERGED where a head of this trail that was seen on this machine
+contradicts the record's checkpoint, UNANCHORED where all holds and no one else has witnessed the checkpoint, COSIGNED
+where the policy's quorum of witnesses has. `OpenedRecord.notes` holds what is worth knowing and is no fault.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import nbformat
+
+from rlhf_audit_nb.config import DEFAULT_TRAIL, AuditConfig
+from rlhf_audit_nb.errors import AuditError, EntryError, FormatError, KeyFileError, RecordError
+from rlhf_audit_nb.events import RecordSealed, RecordStarted, TrailCreated
+from rlhf_audit_nb.records import checks
+from rlhf_audit_nb.records.checks import SEAL
+from rlhf_audit_nb.records.normal_form import SEAL_KEY, NormalFormError, parse_json
+from rlhf_audit_nb.records.seal import Seal, SealError, parse_seal
+from rlhf_audit_nb.records.statement import event_of, only
+from rlhf_audit_nb.trail import Level, Reason, TrailReader, TrustPolicy, Verdict, check_entries
+from rlhf_audit_nb.trail.checkpoint import Checkpoint, checkpoint_of
+from rlhf_audit_nb.trail.heads import Heads
+from rlhf_audit_nb.trail.keys import home_folder, local_policy
+from rlhf_audit_nb.trail.merkle import check_consistency
+
+if TYPE_CHECKING:
+    from rlhf_audit_nb.trail import Entry, RunSummary
+    from rlhf_audit_nb.trail.keys import CheckedCheckpoint
+
+__all__ = ["OpenedRecord", "open_record", "read_record", "verify_record"]
+
+
+@dataclass(frozen=True)
+class OpenedRecord:
+    """A record that was read, and what verifying it found.
+
+    Args:
+        verdict: level and reasons; nothing below is evidence under INVALID or DIVERGED.
+        entries: those of its entries that a trusted checkpoint covers.
+        notebook: the notebook (nbformat), ``None`` where the file is none.
+        metadata: the seal as it stands in the file, ``None`` where it is missing.
+        notes: what is worth knowing and no fault: outputs updated after their cell ran, a refreshed kernel name.
+        statement: the statement as it stands in the seal, empty where it cannot be read.
+        started: how the record began, ``None`` where its entry is missing or not proven.
+        sealed: how it ended, likewise.
+    """
+
+    verdict: Verdict
+    entries: tuple[Entry, ...] = ()
+    notebook: Any = None
+    metadata: dict[str, Any] | None = None
+    notes: tuple[Reason, ...] = ()
+    statement: dict[str, Any] = field(default_factory=dict)
+    started: RecordStarted | None = None
+    sealed: RecordSealed | None = None
+
+
+def open_record(path: Path | str, *, policy: TrustPolicy | None = None, home: Path | None = None) -> OpenedRecord:
+    """Reads and verifies a record.
+
+    Args:
+        path: the executed notebook.
+        policy: whose signatures count; ``None`` takes the user's own key for the record's trail.
+        home: the folder of keys and last-seen heads; ``None`` takes ``RLHF_AUDIT_HOME`` or the user's own.
+
+    Raises:
+        RecordError: the file cannot be read.
+        KeyFileError: there is no policy and no key of the user's own for this trail.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise RecordError(
+            f"The record {path} cannot be read: {error.strerror or error}.",
+            next_step="Name an executed notebook (.ipynb) that exists.",
+            code="no-record",
+        ) from error
+    return read_record(data, policy=policy, home=home, trails=(Path(path).parent / DEFAULT_TRAIL,))
+
+
+def verify_record(path: Path | str, *, policy: TrustPolicy | None = None, home: Path | None = None) -> Verdict:
+    """The verdict on a record; arguments and errors as `open_record`."""
+    return open_record(path, policy=policy, home=home).verdict
+
+
+def read_record(
+    data: bytes, *, policy: TrustPolicy | None = None, home: Path | None = None, trails: tuple[Path, ...] = ()
+) -> OpenedRecord:
+    """`open_record` for a record's bytes.
+
+    ``trails`` are folders in which the record's trail may lie, beside the usual one. It is needed only to compare the
+    record's checkpoint with a last-seen head of another size.
+    """
+    try:
+        notebook = parse_json(data)
+    except NormalFormError as error:
+        return _refused(Reason(error.reason, "file", error.message))
+    shape = checks.check_shape(notebook)
+    if shape:
+        return _refused(*shape)
+    raw = notebook["metadata"].get(SEAL_KEY)
+    if raw is None:
+        message = "The notebook carries no seal: it was not run into a record, or the seal was taken away."
+        return _refused(Reason("no-seal", SEAL, message), notebook=notebook)
+    try:
+        seal = parse_seal(raw)
+    except SealError as error:
+        return _refused(Reason(error.reason, f"{SEAL}.{error.where}".rstrip("."), error.message), notebook=notebook)
+    try:
+        head = checkpoint_of(seal.checkpoint)
+    except FormatError as error:
+        return _refused(Reason(error.reason, f"{SEAL}.checkpoint", error.message), notebook=notebook)
+    places = (AuditConfig().trail_location(), *trails)
+    return _Verification(notebook, raw, seal, head, home_folder(home), places).opened(policy)
+
+
+def _refused(*reasons: Reason, notebook: dict[str, Any] | None = None) -> OpenedRecord:
+    verdict = Verdict(level=Level.INVALID, origin="", size=0, root="", signers=(), runs=(), reasons=reasons)
+    return OpenedRecord(verdict, notebook=_node(notebook))
+
+
+def _node(notebook: dict[str, Any] | None) -> Any:
+    if notebook is None:
+        return None
+    try:
+        return nbformat.v4.to_notebook(_copied(notebook))  # type: ignore[no-untyped-call]
+    except (AttributeError, KeyError, TypeError):
+        # Outputs or attachments of a shape that nbformat cannot hold; the verdict has named them.
+        return None
+
+
+def _copied(value: Any) -> Any:
+    """A deep copy of a JSON value."""
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
+
+
+class _Verification:
+    """One pass over a record whose file could be read."""
+
+    def __init__(
+        self, notebook: dict[str, Any], raw: Any, seal: Seal, head: Checkpoint, home: Path, trails: tuple[Path, ...]
+    ) -> None:
+        self._notebook = notebook
+        self._raw = raw
+        self._seal = seal
+        self._head = head
+        self._home = home
+        self._trails = trails
+        self._entries = tuple(item.entry for item in seal.entries)
+        self._statement = checks.claims(seal)
+        self._reasons: list[Reason] = []
+        self._notes: list[Reason] = []
+        self._runs: tuple[RunSummary, ...] = ()
+        self._wanted = "none"
+        self._started: RecordStarted | None = None
+        self._sealed: RecordSealed | None = None
+
+    def opened(self, policy: TrustPolicy | None) -> OpenedRecord:
+        """Everything, in the order of trust; what rests on a broken link is left out rather than guessed."""
+        proven = self._check_entries()
+        if proven:
+            self._check_content()
+        checked = self._check_trust(policy)
+        level = self._level(checked)
+        verdict = Verdict(
+            level=level,
+            origin=self._head.origin,
+            size=self._head.size,
+            root=self._head.root_base64,
+            signers=checked.signers if checked else (),
+            runs=self._runs,
+            reasons=tuple(self._reasons),
+        )
+        return OpenedRecord(
+            verdict,
+            entries=self._entries if proven and checked else (),
+            notebook=_node(self._notebook),
+            metadata=self._raw,
+            notes=tuple(self._notes),
+            statement=self._statement,
+            started=self._started,
+            sealed=self._sealed,
+        )
+
+    def _check_entries(self) -> bool:
+        """Whether the entries are whole and are what the checkpoint covers."""
+        self._reasons += checks.check_included(self._seal, self._head, self._statement)
+        known = checks.check_events(self._seal)
+        named = {reason.where for reason in self._reasons}
+        self._reasons += [reason for reason in known if reason.where not in named]
+        return not self._reasons
+
+    def _check_content(self) -> None:
+        try:
+            _, created = only(self._entries[:1], TrailCreated)
+            _, started = only(self._entries, RecordStarted, self._seal.record)
+            _, sealed = only(self._entries, RecordSealed, self._seal.record)
+        except (RecordError, EntryError) as error:
+            where = "record" if self._of_another_record() else "entries"
+            self._reasons.append(Reason(error.reason, f"{SEAL}.{where}", error.message))
+            return
+        self._started, self._sealed = started, sealed
+        self._check_origin(created)
+        self._reasons += checks.check_belonging(self._seal)
+        self._reasons += checks.check_statement(self._seal, self._entries, created.record_key)
+        self._check_streams()
+        self._check_notebook(started, sealed)
+
+    def _of_another_record(self) -> bool:
+        records = {event_of(e, RecordStarted).record for e in self._entries if e.type == RecordStarted.TYPE}
+        return len(records) == 1 and self._seal.record not in records
+
+    def _check_origin(self, created: TrailCreated) -> None:
+        if created.origin != self._head.origin:
+            message = f"The checkpoint is of {self._head.origin!r}, and the trail is {created.origin!r}."
+            self._reasons.append(Reason("origin", f"{SEAL}.checkpoint", message))
+
+    def _check_streams(self) -> None:
+        reasons, self._runs = check_entries(self._entries, whole=False)
+        places = {f"entry {entry.index}": f"{SEAL}.entries[{i}]" for i, entry in enumerate(self._entries)}
+        self._reasons += [
+            Reason(item.code, places.get(item.where, f"{SEAL}.entries"), item.message) for item in reasons
+        ]
+
+    def _check_notebook(self, started: RecordStarted, sealed: RecordSealed) -> None:
+        changed = checks.check_notebook(self._notebook, self._seal, sealed)
+        changed += checks.check_parameters(self._notebook, started)
+        reasons, notes = checks.check_kernel(self._notebook, started)
+        if not changed:
+            more, updated = checks.check_cells(self._notebook, self._entries, started)
+            reasons, notes = [*reasons, *more], [*notes, *updated]
+        self._reasons += [*changed, *reasons]
+        self._notes += notes
+
+    def _check_trust(self, policy: TrustPolicy | None) -> CheckedCheckpoint | None:
+        try:
+            trusted = policy or local_policy(self._home, self._head.origin)
+            checked = trusted.check(self._seal.checkpoint)
+        except KeyFileError:
+            if not self._reasons:
+                raise
+            # Already INVALID by what the file itself shows; whose signatures count no longer matters.
+            return None
+        except FormatError as error:
+            self._reasons.insert(0, Reason(error.reason, f"{SEAL}.checkpoint", error.message))
+            return None
+        self._wanted = trusted.quorum
+        return checked
+
+    def _level(self, checked: CheckedCheckpoint | None) -> Level:
+        if self._reasons or checked is None:
+            return Level.INVALID
+        if self._diverged():
+            return Level.DIVERGED
+        if checked.cosigned:
+            return Level.COSIGNED
+        if self._wanted != "none":
+            message = f"The policy's quorum {self._wanted} has not cosigned the checkpoint."
+            self._reasons.append(Reason("quorum", f"{SEAL}.checkpoint", message))
+        return Level.UNANCHORED
+
+    def _diverged(self) -> bool:
+        """Whether a head seen on this machine contradicts the checkpoint; a new, larger one is remembered."""
+        heads, origin = Heads(self._home), self._head.origin
+        note = heads.note(origin)
+        seen = checkpoint_of(note) if note is not None else None
+        agrees = self._agrees(seen) if seen is not None else True
+        if agrees:
+            self._remember(heads)
+            return False
+        assert note is not None
+        assert seen is not None
+        if agrees is None:
+            message = (
+                f"A checkpoint of size {seen.size} was seen here; that it and the record's (size {self._head.size}) "
+                "are of one history could not be checked without the trail."
+            )
+            self._notes.append(Reason("head-unchecked", f"{SEAL}.checkpoint", message))
+            return False
+        folder = heads.keep_evidence(origin, note, self._seal.checkpoint)
+        message = (
+            f"The checkpoint contradicts one of size {seen.size} that was seen on this machine: the trail was "
+            f"rewritten or forked. Both are kept in {folder}."
+        )
+        self._reasons.append(Reason("fork", f"{SEAL}.checkpoint", message))
+        return True
+
+    def _remember(self, heads: Heads) -> None:
+        try:
+            heads.advance(self._head.origin, self._seal.checkpoint)
+        except AuditError as error:
+            message = f"{error.message} A later fork could go unseen."
+            self._notes.append(Reason("last-seen", str(heads.path(self._head.origin)), message))
+
+    def _agrees(self, seen: Checkpoint) -> bool | None:
+        """Whether two heads are of one history; ``None`` where that takes a trail that is not here."""
+        first, second = sorted((seen, self._head), key=lambda head: head.size)
+        if first.size == second.size:
+            return first.root == second.root
+        for location in self._trails:
+            try:
+                reader = TrailReader.open(location)
+                if reader.origin != second.origin or reader.size < second.size:
+                    continue
+                proof = reader.consistency_proof(first.size, second.size)
+            except AuditError:
+                # Not a readable trail: it is not what is being verified here.
+                continue
+            return check_consistency(first.size, second.size, proof, first.root, second.root)
+        return None

@@ -1,0 +1,197 @@
+"""The life of one record: begun, cell by cell, sealed. Floor 3.
+
+A `RecordSession` holds the trail open for the process that executes the notebook and appends ``record.started``,
+one ``record.cell`` for each executed code cell, and ``record.sealed``: entries of the trail itself, of no run, whose
+events name the record. The kernel opens the same trail on its own: it is told where by
+``RLHF_AUDIT_TRAIL`` and for which record by ``RLHF_AUDIT_RECORD`` (`RecordSession.environment`).
+
+Sealing: the notebook is frozen (`normal_form`), ``record.sealed`` is appended with its digest, and under the
+checkpoint that covers that entry the statement is derived and signed. The trail's entry comes first: a crash in
+between leaves a trail that knows of a seal and a notebook that has none, never the reverse.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+from uuid import uuid4
+
+from rlhf_audit_nb.config import ENV_TRAIL
+from rlhf_audit_nb.events import (
+    CellExecuted,
+    Event,
+    RecordSealed,
+    RecordStarted,
+    RunFinished,
+    RunInterrupted,
+    RunStarted,
+    encode_body,
+)
+from rlhf_audit_nb.records.dsse import sign_envelope
+from rlhf_audit_nb.records.normal_form import (
+    SEAL_KEY,
+    canonical_json,
+    freeze,
+    frozen_outputs_digest,
+    manifest_digest,
+    manifest_of,
+    parse_json,
+    source_digest,
+    text_digest,
+    without_markers,
+)
+from rlhf_audit_nb.records.seal import ProvenEntry, format_seal
+from rlhf_audit_nb.records.statement import build_statement, encode_statement, event_of, record_of
+from rlhf_audit_nb.trail import Trail
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rlhf_audit_nb.trail import Entry, Pending, TrailReader
+
+__all__ = ["ENV_RECORD", "Outcome", "RecordSession", "record_entries"]
+
+ENV_RECORD = "RLHF_AUDIT_RECORD"
+DISTRIBUTION = "rlhf-audit-trail"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an execution ended.
+
+    Args:
+        status: ``completed``; ``failed`` (a cell raised); ``aborted`` (a time-out, a dead kernel, an interruption of
+            the process that executes).
+        reason: the name of what was raised; ``None`` where all went well.
+        cell: id of the cell in which it happened.
+        position: that cell's place in the notebook, from 0.
+    """
+
+    status: str
+    reason: str | None = None
+    cell: str | None = None
+    position: int | None = None
+
+
+def record_entries(reader: TrailReader, record: str) -> list[Entry]:
+    """The entries that a record carries (see `seal`), in their order."""
+    found = {entry.index: entry for entry in reader.entries(0, 1)}
+    for kind in (RecordStarted, CellExecuted, RecordSealed):
+        entries = reader.entries(type=kind.TYPE)
+        found.update({entry.index: entry for entry in entries if record_of(entry) == record})
+    runs = _runs(reader, record)
+    for run in runs:
+        found.update({entry.index: entry for entry in reader.entries(run=run)})
+    interruptions = reader.entries(type=RunInterrupted.TYPE)
+    found.update({entry.index: entry for entry in interruptions if event_of(entry, RunInterrupted).run in runs})
+    return [found[index] for index in sorted(found)]
+
+
+def _runs(reader: TrailReader, record: str) -> list[str]:
+    started = reader.entries(type=RunStarted.TYPE)
+    return [entry.run for entry in started if entry.run and event_of(entry, RunStarted).record == record]
+
+
+class RecordSession:
+    """One record being made."""
+
+    def __init__(self, trail: Trail, record: str) -> None:
+        self._trail = trail
+        self.record = record
+
+    @classmethod
+    def begin(cls, notebook: dict[str, Any], kernel: dict[str, str], location: Path) -> Self:
+        """Opens the trail and appends ``record.started``; an earlier seal leaves the notebook.
+
+        Args:
+            notebook: as it is about to run, with the parameters injected by papermill.
+            kernel: the kernel specification's ``name``, ``language`` and ``display_name``.
+            location: the trail's folder.
+
+        Raises:
+            StoreError, KeyFileError: the trail cannot be opened.
+            NormalFormError: a parameter or a cell cannot stand in JSON.
+        """
+        notebook["metadata"].pop(SEAL_KEY, None)
+        parameters = notebook["metadata"].get("papermill", {}).get("parameters", {})
+        started = RecordStarted(
+            record=uuid4().hex,
+            notebook_digest=source_digest(notebook),
+            parameters=parse_json(canonical_json(parameters)),
+            tool=f"{DISTRIBUTION}/{importlib.metadata.version(DISTRIBUTION)}",
+            kernel=kernel,
+        )
+        session = cls(Trail.open(location), started.record)
+        session._append(started).wait()
+        return session
+
+    def _append(self, event: Event) -> Pending:
+        return self._trail.append(event.TYPE, encode_body(event))
+
+    def environment(self) -> dict[str, str]:
+        """The kernel's environment: this process's own, and where the trail and the record are."""
+        location = str(self._trail.location)
+        return {**os.environ, ENV_TRAIL: location, ENV_RECORD: self.record}
+
+    def cell_executed(self, cell: dict[str, Any], position: int, status: str) -> None:
+        """Appends ``record.cell``: what this cell was and what it showed at this moment.
+
+        Args:
+            cell: the executed code cell.
+            position: its place in the notebook, from 0.
+            status: ``ok``, ``error``, or ``aborted`` where the kernel never answered.
+        """
+        event = CellExecuted(
+            record=self.record,
+            cell=cell["id"],
+            position=position,
+            source_digest=text_digest(cell["source"]),
+            outputs_digest=frozen_outputs_digest(cell["outputs"]),
+            status=status,
+        )
+        self._append(event)
+
+    def seal(self, notebook: dict[str, Any], outcome: Outcome) -> None:
+        """Freezes the notebook, appends ``record.sealed`` and puts the seal into ``metadata.rlhf_audit``.
+
+        Raises:
+            StoreError: the trail could not be written; the notebook then has no seal.
+        """
+        self._settle_runs()
+        notebook["cells"] = [cell for _, cell in without_markers(notebook["cells"])]
+        freeze(notebook)
+        manifest = manifest_of(notebook)
+        sealed = RecordSealed(
+            record=self.record,
+            digest=manifest_digest(manifest),
+            status=outcome.status,
+            cells=len(manifest["cells"]),
+            reason=outcome.reason,
+            cell=outcome.cell,
+        )
+        self._append(sealed).wait()
+        notebook["metadata"][SEAL_KEY] = self._sealed(manifest)
+
+    def _sealed(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        reader = self._trail.reader()
+        checkpoint, entries = reader.checkpoint(), record_entries(reader, self.record)
+        payload = encode_statement(build_statement(self.record, checkpoint, entries))
+        proven = [ProvenEntry(entry, tuple(reader.inclusion_proof(entry.index))) for entry in entries]
+        envelope = sign_envelope(payload, self._trail.keys.record)
+        return format_seal(self.record, envelope, checkpoint, proven, manifest)
+
+    def _settle_runs(self) -> None:
+        """Opens the trail anew where a run of this record was left open, so that it is marked interrupted."""
+        reader = self._trail.reader()
+        closed = {entry.run for entry in reader.entries(type=RunFinished.TYPE)}
+        if all(run in closed for run in _runs(reader, self.record)):
+            return
+        location = self._trail.location
+        self._trail.close()
+        self._trail = Trail.open(location)
+
+    def close(self) -> None:
+        """Closes the trail."""
+        self._trail.close()
