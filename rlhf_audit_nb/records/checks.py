@@ -32,6 +32,7 @@ from rlhf_audit_nb.records.statement import (
     entries_digest,
     event_of,
     first_difference,
+    record_of,
 )
 from rlhf_audit_nb.trail import Reason
 from rlhf_audit_nb.trail.merkle import check_inclusion, leaf_hash
