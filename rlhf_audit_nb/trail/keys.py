@@ -472,7 +472,7 @@ class _PolicyParser:
             raise FormatError(f"the key {verifier.name} is of the wrong type {verifier.algorithm:#04x} for its line.")
         if any(verifier.public == other.public for other in (*self._logs, *self._witnesses.values())):
             raise FormatError(f"the key {verifier.name} stands twice.")
-        self._urls.update({text: word for word in url})
+        self._urls.update((text, word) for word in url)
         return verifier
 
     def _new_name(self, name: str) -> str:

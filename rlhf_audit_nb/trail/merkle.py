@@ -215,9 +215,7 @@ def prove_consistency(first: int, second: int, reader: HashReader) -> list[bytes
     return proof[::-1]
 
 
-def check_consistency(  # noqa: PLR0913 (two trees of two values each, and the proof)
-    first: int, second: int, proof: Sequence[bytes], first_root: bytes, second_root: bytes
-) -> bool:
+def check_consistency(first: int, second: int, proof: Sequence[bytes], first_root: bytes, second_root: bytes) -> bool:
     """Whether the tree ``(first, first_root)`` is shown to be a prefix of ``(second, second_root)``."""
     if not 0 <= first <= second or any(len(node) != HASH_BYTES for node in (first_root, second_root, *proof)):
         return False

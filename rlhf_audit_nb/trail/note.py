@@ -5,8 +5,8 @@ A note is ``text`` (ending in a newline), an empty line, and one or more signatu
     U+2014 SP name SP base64(key id (4 bytes) || signature) LF
 
 The text ends at the *last* empty line. The note is UTF-8 without control characters other than LF. A verifier key is
-written ``name+hash+key``: the key id in hex and the base64 of ``type || public key``. Types here: 0x01, Ed25519 over the
-text; 0x04, a witness's cosignature (tlog-cosignature v1.0.1), Ed25519 over ``cosignature/v1``, a time and the text.
+written ``name+hash+key``: the key id in hex and the base64 of ``type || public key``. Types here: 0x01, Ed25519 over
+the text; 0x04, a witness's cosignature (tlog-cosignature v1.0.1), Ed25519 over ``cosignature/v1``, a time and the text.
 
 Parsing is strict, and formatting what was parsed gives the same bytes. A signature by a key that nobody knows is
 ignored; one by a known key that does not hold refuses the whole note.

@@ -187,33 +187,26 @@ def unpack_entries(data: bytes, count: int) -> list[bytes]:
     return entries
 
 
+_FREE = "Free some space, then open the trail again."
+_ALLOW = "Make the file and its folder writable, or name another folder with trail=."
+_RESTORE = "Restore it from a copy; `rlhf-audit verify` tells what holds."
+# What SQLite says, the machine-readable reason, what that means, and what to do.
+_ADVICE = (
+    ("full", "disk-full", "the disk is full", _FREE),
+    ("readonly", "read-only", "it cannot be written", _ALLOW),
+    ("unable to open", "unreadable", "it cannot be opened", "Check that it exists and that you may read and write it."),
+    ("locked", "locked", "another process kept it locked", "Wait for that process, then open the trail again."),
+    ("malformed", "malformed", "the file is damaged", _RESTORE),
+    ("Could not decode", "malformed", "the file is damaged", _RESTORE),
+    ("no such", "malformed", "a part of it is missing", _RESTORE),
+    ("not a database", "malformed", "it is not a trail's database", "Name the folder that holds the trail."),
+    ("disk I/O", "io", "the disk gave an error", "Check the disk, then open the trail again."),
+)
+
+
 def _advice(path: Path, error: BaseException) -> StoreError:
     text = str(getattr(error, "orig", None) or error)
-    table = (
-        ("full", "disk-full", "the disk is full", "Free some space, then open the trail again."),
-        (
-            "readonly",
-            "read-only",
-            "it cannot be written",
-            "Make the file and its folder writable, or name another folder with trail=.",
-        ),
-        (
-            "unable to open",
-            "unreadable",
-            "it cannot be opened",
-            "Check that the folder exists and that you may read and write it.",
-        ),
-        ("locked", "locked", "another process kept it locked", "Wait for that process, then open the trail again."),
-        (
-            "malformed",
-            "malformed",
-            "the file is damaged",
-            "Restore it from a copy; `rlhf-audit verify` tells what holds.",
-        ),
-        ("not a database", "malformed", "it is not a trail's database", "Name the folder that holds the trail."),
-        ("disk I/O", "io", "the disk gave an error", "Check the disk, then open the trail again."),
-    )
-    for mark, code, what, step in table:
+    for mark, code, what, step in _ADVICE:
         if mark in text:
             return StoreError(f"The store {path}: {what} ({text}).", next_step=step, code=code)
     return StoreError(f"The store {path} failed: {text}.", next_step="Check the file and its disk, then open it again.")
@@ -305,6 +298,14 @@ class StoreHashes:
         return list(self._connection.scalars(query))
 
 
+def _typed(row: Sequence[Any], *types: type) -> tuple[Any, ...]:
+    """The row's values, which must be of these types: SQLite itself lets any value stand in any column."""
+    values = tuple(row)
+    if any(type(value) is not kind for value, kind in zip(values, types, strict=True)):
+        raise StoreError("A row of the store holds a value of the wrong type; the file is damaged.", code="malformed")
+    return values
+
+
 def _cut(joined: bytes) -> list[bytes]:
     return [joined[at : at + HASH_BYTES] for at in range(0, len(joined), HASH_BYTES)]
 
@@ -328,7 +329,7 @@ class Transaction:
 
     def size(self) -> int:
         """How many entries the head covers."""
-        return int(self._connection.scalar(_SELECT_SIZE))
+        return int(_typed(self._connection.execute(_SELECT_SIZE).one(), int)[0])
 
     def head(self) -> Head:
         """The newest state.
@@ -339,18 +340,18 @@ class Transaction:
         rows = self._connection.execute(_SELECT_HEAD).all()
         if len(rows) != 1:
             raise StoreError(f"The store has {len(rows)} heads, not one.", code="malformed")
-        row = rows[0]
-        return Head(row.origin, row.size, row.time, row.note, tuple(_cut(row.frontier)), row.kept_size, row.kept_time)
+        _, origin, size, time, note, frontier, *kept = _typed(rows[0], int, str, int, int, str, bytes, int, int)
+        return Head(origin, size, time, note, tuple(_cut(frontier)), *kept)
 
     def stream(self, name: str) -> StreamState:
         """Where a stream stands."""
         row = self._connection.execute(_SELECT_STREAM, {"name": name}).first()
-        return StreamState() if row is None else StreamState(row.next, row.time)
+        return StreamState() if row is None else StreamState(*_typed(row, int, int))
 
     def streams(self) -> dict[str, StreamState]:
         """Where every stream stands."""
-        rows = self._connection.execute(sa.select(_streams))
-        return {row.stream: StreamState(row.next, row.time) for row in rows}
+        rows = (_typed(row, str, int, int) for row in self._connection.execute(sa.select(_streams)))
+        return {name: StreamState(following, time) for name, following, time in rows}
 
     def open_runs(self) -> dict[str, str]:
         """Runs that were started and not ended, with the writer that started them."""
@@ -360,12 +361,8 @@ class Transaction:
         """The history: size and signed note, the smallest first."""
         query = sa.select(_checkpoints.c.size, _checkpoints.c.note).order_by(_checkpoints.c.size)
         for row in self._connection.execute(query):
-            yield row.size, row.note
-
-    def nodes(self) -> Iterator[tuple[int, int, bytes]]:
-        """Every stored subtree: level (of tiles), number and hash."""
-        for row in self._connection.execute(sa.select(_nodes)):
-            yield row.level, row.number, row.hash
+            size, note = _typed(row, int, str)
+            yield size, note
 
     def node(self, level: int, number: int) -> bytes | None:
         """One stored subtree."""
@@ -379,7 +376,8 @@ class Transaction:
     def terms(self) -> Iterator[tuple[str, int]]:
         """The whole query index."""
         for row in self._connection.execute(sa.select(_terms)):
-            yield row.term, row.first
+            term, first = _typed(row, str, int)
+            yield term, first
 
     def bundles(self, start: int, stop: int, terms: Sequence[str] = (), limit: int | None = None) -> Iterator[Bundle]:
         """The rows that begin in ``[start, stop)``, in order; with ``terms`` only rows that hold all of them."""
@@ -388,7 +386,8 @@ class Transaction:
             having = sa.select(_terms.c.first).where(_terms.c.term == term)
             query = query.where(_bundles.c.first.in_(having))
         for row in self._connection.execute(query.order_by(_bundles.c.first).limit(limit)):
-            yield Bundle(row.first, row.count, row.hashes, row.data)
+            first, count, hashes, data = _typed(row, int, int, bytes, bytes)
+            yield Bundle(first, count, hashes, data)
 
     def bundle_start(self, index: int) -> int:
         """Where the row begins that holds the entry ``index``."""

@@ -15,7 +15,7 @@ import secrets
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,13 +26,12 @@ import msgspec
 
 from rlhf_audit_nb.config import DEFAULT_TRAIL, ENV_TRAIL, Durability
 from rlhf_audit_nb.errors import FormatError, StoreError
-from rlhf_audit_nb.trail.checkpoint import checkpoint_of
 from rlhf_audit_nb.trail.entry import MAX_ENTRY, Entry, check_body, check_run, check_type
 from rlhf_audit_nb.trail.heads import Heads
 from rlhf_audit_nb.trail.keys import KeyRing, create_keys, have_keys, home_folder, load_keys
 from rlhf_audit_nb.trail.liveness import is_alive, sweep
 from rlhf_audit_nb.trail.merkle import prove_consistency, prove_inclusion, tree_root
-from rlhf_audit_nb.trail.store import BUNDLE, Bundle, Head, Store, Transaction, unpack_entries
+from rlhf_audit_nb.trail.store import Bundle, Head, Store, Transaction, unpack_entries
 from rlhf_audit_nb.trail.vault import Vault
 from rlhf_audit_nb.trail.verify import compare_with_seen, store_path
 from rlhf_audit_nb.trail.writer import RUN_INTERRUPTED, Pending, Writer, new_head, too_large
@@ -83,7 +82,7 @@ class TrailReader:
     What is appended later is not seen. Safe for several threads.
     """
 
-    def __init__(self, reading: Callable[[], object], head: Head) -> None:
+    def __init__(self, reading: Callable[[], AbstractContextManager[Transaction]], head: Head) -> None:
         self._reading = reading
         self._head = head
 
@@ -136,8 +135,8 @@ class TrailReader:
         start: int = 0,
         stop: int | None = None,
         *,
-        type: str | None = None,
-        run: str | None = None,  # noqa: A002
+        type: str | None = None,  # noqa: A002
+        run: str | None = None,
     ) -> Iterator[Entry]:
         """The entries of ``[start, stop)`` in order; with ``type`` or ``run`` only those.
 
@@ -158,20 +157,15 @@ class TrailReader:
         # In portions, each read at once: a reader that is slow must not hold an old state of the database.
         if start >= stop:
             return
-        with self._read() as transaction:
+        with self._reading() as transaction:
             at = transaction.bundle_start(start)
         while True:
-            with self._read() as transaction:
+            with self._reading() as transaction:
                 rows = list(transaction.bundles(at, stop, terms, _READ_ROWS))
             yield from rows
             if len(rows) < _READ_ROWS:
                 return
             at = rows[-1].first + 1
-
-    @contextmanager
-    def _read(self) -> Iterator[Transaction]:
-        with self._reading() as transaction:  # type: ignore[attr-defined]
-            yield transaction
 
     def inclusion_proof(self, index: int, size: int | None = None) -> list[bytes]:
         """The inclusion proof of entry ``index`` in the tree of ``size`` (default: all) entries."""
@@ -179,7 +173,7 @@ class TrailReader:
         self._check_within(size)
         if not 0 <= index < size:
             raise StoreError(f"There is no entry {index} in a trail of {size}.", code="range")
-        with self._read() as transaction:
+        with self._reading() as transaction:
             return prove_inclusion(index, size, transaction.hashes)
 
     def consistency_proof(self, first: int, second: int | None = None) -> list[bytes]:
@@ -188,14 +182,14 @@ class TrailReader:
         self._check_within(second)
         if not 0 <= first <= second:
             raise StoreError(f"A trail of {first} entries is not a prefix of one of {second}.", code="range")
-        with self._read() as transaction:
+        with self._reading() as transaction:
             return prove_consistency(first, second, transaction.hashes)
 
     def root(self, size: int | None = None) -> bytes:
         """The root over the first ``size`` (default: all) entries, from the stored hashes."""
         size = self.size if size is None else size
         self._check_within(size)
-        with self._read() as transaction:
+        with self._reading() as transaction:
             return tree_root(size, transaction.hashes)
 
     def _check_within(self, size: int) -> None:
@@ -228,18 +222,20 @@ def _tool() -> str:
 class Trail:
     """An opened trail, to append to. Made by `Trail.open`; use it as a context manager, or call `close`."""
 
-    def __init__(self, location: Path, store: Store, writer: Writer, keys: KeyRing, recovery: Recovery) -> None:
+    def __init__(
+        self, location: Path, store: Store, writer: Writer, keys: KeyRing, recovery: Recovery, *, always: bool
+    ) -> None:
         self._location = location
         self._store = store
         self._writer = writer
         self._keys = keys
         self._vkey = keys.log_vkey
         self._recovery = recovery
-        self._always = False
+        self._always = always
         _OPEN.add(self)
 
     @classmethod
-    def open(  # noqa: PLR0913 (all but the first are rarely given)
+    def open(
         cls,
         location: Path | str | None = None,
         *,
@@ -279,33 +275,29 @@ class Trail:
             ) from error
 
     @classmethod
-    def _open(  # noqa: PLR0913
+    def _open(
         cls, folder: Path, store: Store, home: Path, origin: str | None, passphrase: str | None, *, always: bool
     ) -> Trail:
         heads = Heads(home)
-        made = None
-        try:
+        with ExitStack() as undo:
+            undo.callback(store.close)
             store.create_tables()
             with store.transaction() as transaction:
                 head = transaction.head() if transaction.has_head() else None
             if head is None:
-                keys = made = _new_keys(home, heads, origin, passphrase)
-                head = new_head(keys.origin, keys.signer)
+                keys = _new_keys(home, heads, origin, passphrase)
             else:
                 _check_origin(head, origin, store.path)
                 keys = load_keys(home, head.origin, passphrase)
                 _check_seen(store, head, heads)
             vault = Vault(folder / "vault.sqlite", keys.master)
             writer = Writer(folder, store, vault, keys.signer, heads, always=always)
-            if made is not None:
-                writer.create(head, _created_body(keys))
+            undo.callback(writer.abort)
+            if head is None:
+                writer.create(new_head(keys.origin, keys.signer), _created_body(keys))
             recovery = _recover(folder, writer)
-        except BaseException:
-            store.close()
-            raise
-        trail = cls(folder, store, writer, keys, recovery)
-        trail._always = always
-        return trail
+            undo.pop_all()
+        return cls(folder, store, writer, keys, recovery, always=always)
 
     def __enter__(self) -> Self:
         return self
@@ -355,7 +347,7 @@ class Trail:
         """What opening found."""
         return self._recovery
 
-    def append(  # noqa: PLR0913 (the parts of an entry)
+    def append(
         self,
         type: str,  # noqa: A002
         body: bytes,
@@ -395,7 +387,7 @@ class Trail:
             item.wait()
         return item
 
-    def append_guarded(  # noqa: PLR0913 (the parts of an entry)
+    def append_guarded(
         self,
         type: str,  # noqa: A002
         body_fn: Callable[[TrailReader], bytes],

@@ -110,14 +110,23 @@ class Vault:
 
     def _connected(self) -> sa.Connection:
         if self._connection is None:
+            self._make_file()
             with store_errors(self.path):
-                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-                os.close(descriptor)
                 self._engine = connect(self.path, write=True, secure_delete=True)
                 self._connection = self._engine.connect()
                 with self._connection.begin():
                     _metadata.create_all(self._connection)
         return self._connection
+
+    def _make_file(self) -> None:
+        try:
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600))
+        except OSError as error:
+            raise VaultError(
+                f"The vault {self.path} cannot be written: {error.strerror or error}.",
+                next_step="Make the file and its folder writable, or name another folder with trail=.",
+                code="read-only",
+            ) from error
 
     def _tag(self, owner: str) -> bytes:
         return hmac.digest(self._tag_key, owner.encode(), "sha256")

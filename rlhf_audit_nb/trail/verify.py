@@ -403,7 +403,8 @@ class _Audit:
                 self.good = item.size
             elif not self.wrong_root:
                 self.wrong_root = True
-                message = f"Its root is not that of the entries; the first fault is in entries {self.good} to {item.size - 1}."
+                span = f"entries {self.good} to {item.size - 1}"
+                message = f"Its root is not that of the entries; the first fault is in {span}."
                 self.fault("root", item.where, message)
 
     def _end(self, newest: Checkpoint | None) -> None:

@@ -27,19 +27,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from rlhf_audit_nb.errors import AuditError, EntryError, StoreError, TrailError
 from rlhf_audit_nb.trail.checkpoint import Checkpoint, checkpoint_of
 from rlhf_audit_nb.trail.entry import ENVELOPE_VERSION, MAX_ENTRY, Entry, Envelope, encode_envelope, stream_name
-from rlhf_audit_nb.trail.heads import Heads
 from rlhf_audit_nb.trail.liveness import WriterLock
 from rlhf_audit_nb.trail.merkle import Frontier
 from rlhf_audit_nb.trail.note import Signer, parse_note, sign_note, verify_note
 from rlhf_audit_nb.trail.store import BUNDLE, Head, Store, StreamState, Transaction, pack_entries
 from rlhf_audit_nb.trail.vault import Opening, Sealed, Vault, commitment_of
+
+if TYPE_CHECKING:
+    from rlhf_audit_nb.trail.heads import Heads
 
 __all__ = ["RUN_FINISHED", "RUN_INTERRUPTED", "RUN_STARTED", "Committed", "Pending", "Writer", "append_in", "new_head"]
 
@@ -74,7 +76,7 @@ class Pending:
         "type",
     )
 
-    def __init__(  # noqa: PLR0913 (the parts of an append)
+    def __init__(
         self,
         writer: Writer | None,
         kind: str,
@@ -276,7 +278,7 @@ def _rows(group: _Group) -> tuple[list[dict[str, Any]], list[tuple[str, int]]]:
     return rows, terms
 
 
-def append_in(  # noqa: PLR0913 (what one transaction works on)
+def append_in(
     transaction: Transaction, tree: _Tree, items: Sequence[Pending], writer: str, signer: Signer, vault: Vault | None
 ) -> _Group:
     """Append ``items`` within an open transaction; ``tree`` becomes the new state."""
@@ -317,9 +319,7 @@ class Writer:
         always: whether each `submit` waits for its commit.
     """
 
-    def __init__(  # noqa: PLR0913 (what a writer works with)
-        self, folder: Path, store: Store, vault: Vault, signer: Signer, heads: Heads, *, always: bool
-    ) -> None:
+    def __init__(self, folder: Path, store: Store, vault: Vault, signer: Signer, heads: Heads, *, always: bool) -> None:
         self._folder = folder
         self._store = store
         self._vault = vault
@@ -529,7 +529,7 @@ class Writer:
             group = self._commit(lambda _transaction, _head: batch, whole=False)
         except AuditError as error:
             failure = error
-        except BaseException as error:  # noqa: BLE001 (a waiter must learn of whatever ended its commit)
+        except BaseException as error:
             failure = StoreError(f"The commit failed: {type(error).__name__}: {error}.", code="commit")
             failure.__cause__ = error
         with self._state:
@@ -585,6 +585,14 @@ class Writer:
                     self._lock.release()
         if self._failure is not None:
             raise self._failure
+
+    def abort(self) -> None:
+        """Let go of a writer whose opening failed before anything was submitted."""
+        _LIVE.discard(self)
+        self._closing = self._closed = True
+        self._vault.close()
+        if self._lock is not None:
+            self._lock.release()
 
     # The three steps of a fork. The locks are held across it, so that no thread is inside SQLite, whose own locks
     # would stay taken in the child for ever.
