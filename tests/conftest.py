@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 NO_SKIP = "RLHF_AUDIT_NO_SKIP"
@@ -66,4 +69,27 @@ def ukpconvarg1() -> Path:
     folder = SHARED / "data" / "ukpconvarg1"
     if not folder.is_dir():
         pytest.skip(f"needs the preference data in {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def command() -> list[str]:
+    """How the command is called in a process of its own, with the interpreter that runs the tests."""
+    return [sys.executable, "-m", "rlhf_audit_nb.cli"]
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory, command) -> Path:
+    """A folder in which the demo has been shown once (``out/demo``); treat it as read-only."""
+    workers = tmp_path_factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else None
+    folder = (workers or tmp_path_factory.getbasetemp()) / "shown"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            making = tmp_path_factory.mktemp("showing")
+            environment = {**os.environ, "RLHF_AUDIT_HOME": str(making / "home")}
+            asked = [*command, "demo", "--steps", "6", "--json"]
+            done = subprocess.run(asked, cwd=making, env=environment, capture_output=True, text=True, check=False)
+            (making / "said.json").write_text(done.stdout, encoding="utf-8")
+            assert done.returncode == 0, done.stderr
+            making.rename(folder)
     return folder
