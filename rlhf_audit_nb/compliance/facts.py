@@ -1,0 +1,232 @@
+"""What the entries say, run by run, as data: the facts that assessments, reports and cards share. Floor 3.
+
+Nothing is computed here that the trail does not hold: an ε is one that was recorded, never one worked out again.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from rlhf_audit_nb.events import (
+    DataBound,
+    EnvironmentCaptured,
+    Event,
+    ModelBound,
+    PrivacyReserved,
+    PrivacySettled,
+    RunFinished,
+    RunInterrupted,
+    RunStarted,
+    Step,
+    TrailCreated,
+    TrainerAttached,
+    WeightsSaved,
+)
+
+if TYPE_CHECKING:
+    from rlhf_audit_nb.compliance.evidence import Evidence, Item
+    from rlhf_audit_nb.events import Number
+
+__all__ = ["Composed", "RunFacts", "Spend", "composed_privacy", "origin_of", "run_facts"]
+
+EventT = TypeVar("EventT", bound=Event)
+Guarantee = Literal["bound", "none", "asked", "untrained"]
+
+
+@dataclass(frozen=True)
+class Spend:
+    """One private training: its reservation, and what it really spent once that was settled."""
+
+    item: Item
+    reserved: PrivacyReserved
+    settled_item: Item | None = None
+    settled: PrivacySettled | None = None
+
+    @property
+    def total(self) -> Number:
+        """The composed ε that stands: what was settled, else the whole reservation."""
+        return self.reserved.epsilon_planned if self.settled is None else self.settled.epsilon_total
+
+    @property
+    def steps(self) -> int:
+        """Steps that count: those that ran once settled, else all that were reserved."""
+        return self.reserved.steps if self.settled is None else self.settled.steps
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """The entries that say so."""
+        return (self.item.index,) + (() if self.settled_item is None else (self.settled_item.index,))
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """One run, from all entries that carry its id."""
+
+    run: str
+    item: Item
+    started: RunStarted
+    finished: tuple[Item, RunFinished] | None
+    interrupted: tuple[Item, RunInterrupted] | None
+    environments: tuple[tuple[Item, EnvironmentCaptured], ...]
+    data: tuple[tuple[Item, DataBound], ...]
+    models: tuple[tuple[Item, ModelBound], ...]
+    trainers: tuple[tuple[Item, TrainerAttached], ...]
+    weights: tuple[tuple[Item, WeightsSaved], ...]
+    steps: tuple[tuple[Item, Step], ...]
+    spends: tuple[Spend, ...]
+    last_time: int
+
+    @property
+    def status(self) -> str:
+        """How the run ended, or ``open``."""
+        if self.finished is not None:
+            return self.finished[1].status
+        return "interrupted" if self.interrupted is not None else "open"
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """What can be said of differential privacy.
+
+        ``bound``: every training reserved a spend; ``none``: trained without; ``asked``: a configuration asked for
+        it but a training stands without a reservation, so no bound can be stated; ``untrained``: nothing was trained.
+        """
+        if self.spends and len(self.spends) >= len(self.trainers):
+            return "bound"
+        if self.spends or (self.started.privacy is not None and self.trainers):
+            return "asked"
+        return "none" if self.trainers or self.steps else "untrained"
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps: as closed, else the last one recorded."""
+        if self.finished is not None:
+            return self.finished[1].steps
+        return max((step.step for _, step in self.steps), default=0)
+
+    def model(self, role: str) -> tuple[Item, ModelBound] | None:
+        """The last model of a role."""
+        return next((pair for pair in reversed(self.models) if pair[1].role == role), None)
+
+
+@dataclass(frozen=True)
+class Composed:
+    """The privacy loss of the population over all private runs, as the trail last recorded it.
+
+    ``total`` is ``None`` where no run is private; ``unbounded_runs`` were trained without differential privacy (or
+    without a recorded reservation) and are covered by no bound at all.
+    """
+
+    total: Number | None
+    unit: str | None
+    adjacency: str | None
+    delta: float | None
+    units: int | None
+    budget: float | None
+    settled: bool
+    indices: tuple[int, ...]
+    other_deltas: tuple[float, ...]
+    private_runs: int
+    unbounded_runs: int
+
+
+def run_facts(evidence: Evidence) -> tuple[RunFacts, ...]:
+    """All runs in the order in which they were opened."""
+    gone = {event.run: (item, event) for item, event in evidence.of(RunInterrupted)}
+    grouped = _Grouped(evidence)
+    return tuple(
+        grouped.facts(item, started, gone.get(item.run)) for item, started in evidence.of(RunStarted) if item.run
+    )
+
+
+class _Grouped:
+    """Entries by run, gathered in one pass over the evidence."""
+
+    def __init__(self, evidence: Evidence) -> None:
+        self._last: dict[str, int] = {}
+        for item in evidence.items:
+            if item.run:
+                self._last[item.run] = max(item.time, self._last.get(item.run, item.time))
+        self._environments = _by_run(evidence.of(EnvironmentCaptured))
+        self._data = _by_run(evidence.of(DataBound))
+        self._models = _by_run(evidence.of(ModelBound))
+        self._trainers = _by_run(evidence.of(TrainerAttached))
+        self._weights = _by_run(evidence.of(WeightsSaved))
+        self._steps = _by_run(evidence.of(Step))
+        self._reserved = _by_run(evidence.of(PrivacyReserved))
+        self._settled = {event.reservation: (item, event) for item, event in evidence.of(PrivacySettled)}
+        self._finished = _by_run(evidence.of(RunFinished))
+
+    def facts(self, item: Item, started: RunStarted, gone: tuple[Item, RunInterrupted] | None) -> RunFacts:
+        run = item.run or ""
+        finished = self._finished.get(run, ())
+        return RunFacts(
+            run=run,
+            item=item,
+            started=started,
+            finished=finished[-1] if finished else None,
+            interrupted=gone,
+            environments=self._environments.get(run, ()),
+            data=self._data.get(run, ()),
+            models=self._models.get(run, ()),
+            trainers=self._trainers.get(run, ()),
+            weights=self._weights.get(run, ()),
+            steps=self._steps.get(run, ()),
+            spends=tuple(self._spend(at, reserved) for at, reserved in self._reserved.get(run, ())),
+            last_time=self._last[run],
+        )
+
+    def _spend(self, item: Item, reserved: PrivacyReserved) -> Spend:
+        settled = self._settled.get(reserved.reservation)
+        if settled is None or settled[0].index < item.index:
+            return Spend(item, reserved)
+        return Spend(item, reserved, *settled)
+
+
+def _by_run(pairs: tuple[tuple[Item, EventT], ...]) -> dict[str, tuple[tuple[Item, EventT], ...]]:
+    found: dict[str, list[tuple[Item, EventT]]] = {}
+    for item, event in pairs:
+        if item.run:
+            found.setdefault(item.run, []).append((item, event))
+    return {run: tuple(events) for run, events in found.items()}
+
+
+def composed_privacy(runs: tuple[RunFacts, ...]) -> Composed:
+    """The population's composed privacy loss, from the totals that reservations and settlements recorded.
+
+    Each total already composes what came before it; an unsettled reservation counts in full. So the figure that
+    stands is the largest at the δ of the newest reservation.
+    """
+    spends = sorted((spend for run in runs for spend in run.spends), key=lambda spend: spend.item.index)
+    unbounded = sum(run.guarantee in {"none", "asked"} for run in runs)
+    private = sum(run.guarantee == "bound" for run in runs)
+    if not spends:
+        return Composed(None, None, None, None, None, None, settled=True, indices=(), other_deltas=(),
+                        private_runs=private, unbounded_runs=unbounded)  # fmt: skip
+    newest = spends[-1].reserved
+    same = [spend for spend in spends if spend.reserved.delta == newest.delta]
+    others = tuple(sorted({spend.reserved.delta for spend in spends} - {newest.delta}))
+    return Composed(
+        total=max((spend.total for spend in same), key=_size),
+        unit=newest.unit,
+        adjacency=newest.adjacency,
+        delta=newest.delta,
+        units=newest.units,
+        budget=newest.epsilon_budget,
+        settled=all(spend.settled is not None for spend in spends),
+        indices=tuple(sorted(index for spend in spends for index in spend.indices)),
+        other_deltas=others,
+        private_runs=private,
+        unbounded_runs=unbounded,
+    )
+
+
+def _size(value: Number) -> float:
+    return math.inf if isinstance(value, str) else float(value)
+
+
+def origin_of(evidence: Evidence) -> tuple[Item, TrailCreated] | None:
+    """The entry that created the trail, with its public keys; ``None`` where the evidence does not hold it."""
+    created = evidence.of(TrailCreated)
+    return created[0] if created else None
