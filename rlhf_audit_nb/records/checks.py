@@ -53,6 +53,7 @@ __all__ = [
     "check_included",
     "check_kernel",
     "check_notebook",
+    "check_order",
     "check_parameters",
     "check_shape",
     "check_statement",
@@ -156,6 +157,17 @@ def check_included(seal: Seal, head: Checkpoint, statement: dict[str, Any]) -> l
         part, what = ("", "its proof or index") if data_holds else (".data", "its content")
         message = f"Entry {index} is not covered by the checkpoint: {what} is not what was sealed."
         found.append(Reason("not-included", f"{SEAL}.entries[{i}]{part}", message))
+    return found
+
+
+def check_order(seal: Seal) -> list[Reason]:
+    """Entries that stand twice or out of order."""
+    found = []
+    for i in range(1, len(seal.entries)):
+        before, now = seal.entries[i - 1].entry.index, seal.entries[i].entry.index
+        if now <= before:
+            what = "stands twice" if now == before else f"stands after entry {before}"
+            found.append(Reason("order", f"{SEAL}.entries[{i}].index", f"Entry {now} {what}."))
     return found
 
 

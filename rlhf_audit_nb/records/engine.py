@@ -162,7 +162,6 @@ class AuditEngine(NBClientEngine):
             settings: papermill's and nbclient's own.
         """
         kernel = _kernel(kernel_name)
-        nb["metadata"]["kernelspec"] = dict(kernel)
         location = Path(audit_trail) if audit_trail is not None else AuditConfig().trail_location()
         session = RecordSession.begin(nb, kernel, location)
         watch = _Watch(session, audit_progress, len(nb["cells"]))

@@ -507,7 +507,7 @@ def _compare_outputs(sealed: list[str], present: list[str], where: str, of: str)
         if before != now
     ]
     if len(sealed) != len(present):
-        message = f"{of[0].upper()}{of[1:]} has {len(present)} outputs; {len(sealed)} were sealed."
+        message = f"C{of[1:]} has {len(present)} outputs; {len(sealed)} were sealed."
         found.append(Difference("cell-output-changed", f"{where}.outputs", message))
     return found
 
@@ -520,6 +520,8 @@ def _compare_cell(sealed: dict[str, Any], present: dict[str, Any], position: int
         found.append(Difference("cell-type-changed", f"{where}.cell_type", message))
     if sealed["source"] != present["source"]:
         found.append(Difference("cell-source-changed", f"{where}.source", f"The source of {of} was changed."))
+    if ("outputs" in sealed) != ("outputs" in present):
+        found.append(Difference("cell-changed", f"{where}.outputs", f"The outputs of {of} are not what was sealed."))
     found += _compare_outputs(sealed.get("outputs", []), present.get("outputs", []), where, of)
     found += _compare_keys(sealed["metadata"], present["metadata"], f"{where}.metadata", "cell-metadata-changed", of)
     found += _compare_keys(sealed["other"], present["other"], where, "cell-changed", of)

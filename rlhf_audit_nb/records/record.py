@@ -197,6 +197,9 @@ class _Verification:
         """Whether the entries are whole and are what the checkpoint covers."""
         self._reasons += checks.check_included(self._seal, self._head, self._statement)
         known = checks.check_events(self._seal)
+        if not self._reasons:
+            # A changed index puts an entry out of order as well; that its proof fails names it better.
+            self._reasons += checks.check_order(self._seal)
         named = {reason.where for reason in self._reasons}
         self._reasons += [reason for reason in known if reason.where not in named]
         return not self._reasons

@@ -11,8 +11,8 @@
 
 The entries are ``trail.created``, those that name the record (``record.started``, ``record.cell``,
 ``record.sealed``), every entry of the runs that were opened inside the record, and what the trail itself says of
-those runs (``run.interrupted``). Parsing is strict: no unknown key, no missing one, base64 in its one form, entries
-in order, none twice.
+those runs (``run.interrupted``). Parsing is strict: no unknown key, no missing one, base64 and entries in
+their one form.
 """
 
 from __future__ import annotations
@@ -152,17 +152,6 @@ def _entry(item: SealedEntry, where: str) -> ProvenEntry:
         raise SealError(error.message, where=f"{where}.data", code=error.reason) from error
 
 
-def _entries(items: tuple[SealedEntry, ...]) -> tuple[ProvenEntry, ...]:
-    entries: list[ProvenEntry] = []
-    for i, item in enumerate(items):
-        entry = _entry(item, f"entries[{i}]")
-        if entries and entry.entry.index <= entries[-1].entry.index:
-            twice = "stands twice" if entry.entry.index == entries[-1].entry.index else "is out of order"
-            raise SealError(f"Entry {entry.entry.index} {twice}.", where=f"entries[{i}].index")
-        entries.append(entry)
-    return tuple(entries)
-
-
 def _statement(envelope: DsseEnvelope) -> tuple[bytes, bytes]:
     if envelope.payloadType != PAYLOAD_TYPE:
         raise SealError(f"The payload type is not {PAYLOAD_TYPE}.", where="statement.payloadType")
@@ -223,6 +212,6 @@ def parse_seal(value: Any) -> Seal:
         payload=payload,
         signature=signature,
         checkpoint=form.checkpoint,
-        entries=_entries(form.entries),
+        entries=tuple(_entry(item, f"entries[{i}]") for i, item in enumerate(form.entries)),
         manifest=form.manifest,
     )

@@ -103,7 +103,9 @@ class RecordSession:
 
     @classmethod
     def begin(cls, notebook: dict[str, Any], kernel: dict[str, str], location: Path) -> Self:
-        """Opens the trail and appends ``record.started``; an earlier seal leaves the notebook.
+        """Opens the trail and appends ``record.started``.
+
+        An earlier seal leaves the notebook, and its kernel specification becomes that of the kernel that runs it.
 
         Args:
             notebook: as it is about to run, with the parameters injected by papermill.
@@ -115,6 +117,7 @@ class RecordSession:
             NormalFormError: a parameter or a cell cannot stand in JSON.
         """
         notebook["metadata"].pop(SEAL_KEY, None)
+        notebook["metadata"]["kernelspec"] = dict(kernel)
         parameters = notebook["metadata"].get("papermill", {}).get("parameters", {})
         started = RecordStarted(
             record=uuid4().hex,

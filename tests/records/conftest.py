@@ -1,81 +1,12 @@
-"""One small notebook, executed once into a record, and helpers to make others."""
+"""One small notebook, executed once into a record."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
 import nbformat
 import pytest
+from records_support import TRAINING, Made, policy_of, write_notebook
 
-from rlhf_audit_nb.records.run import RunResult, run_notebook
-from rlhf_audit_nb.trail import TrailReader, TrustPolicy
-from rlhf_audit_nb.trail.checkpoint import checkpoint_of
-
-# What %%audit_train does in a kernel, in little: it appends a run's events to the trail that the engine names.
-TRAINING = """
-import os
-from rlhf_audit_nb.events import *
-from rlhf_audit_nb.trail import Trail
-
-def training(run, steps=3, finish=True):
-    trail = Trail.open(os.environ["RLHF_AUDIT_TRAIL"])
-    def add(event):
-        trail.append(event.TYPE, encode_body(event), run=run)
-    add(RunStarted(experiment="small", entry_point="cell", tool="t/1", record=os.environ["RLHF_AUDIT_RECORD"]))
-    add(DataBound(role="train", columns=["prompt"], digest="ab" * 32, rows=3, source="d.jsonl"))
-    add(ModelBound(role="base", architecture="Llama", parameters=9, trainable=3, weights_digest="cd" * 32,
-                   config_digest="ef" * 32))
-    for step in range(steps):
-        add(Step(step=step, metrics={"loss": 1.5 / (step + 1)}))
-    add(WeightsSaved(step=steps, name="model", digest="12" * 32, files=2, bytes=10))
-    if finish:
-        add(RunFinished(status="completed", steps=steps, trained=True))
-    trail.flush()
-    return trail
-""".strip()
-
-
-@dataclass(frozen=True)
-class Made:
-    """A record and where it came from."""
-
-    path: Path
-    home: Path
-    policy: TrustPolicy
-    result: RunResult
-
-    @property
-    def data(self) -> bytes:
-        return self.path.read_bytes()
-
-    @property
-    def notebook(self) -> dict[str, Any]:
-        return json.loads(self.data)
-
-
-def _cell(i: int, cell: Any) -> Any:
-    source, metadata = (cell, {}) if isinstance(cell, str) else cell if isinstance(cell, tuple) else (None, {})
-    return cell if source is None else nbformat.v4.new_code_cell(source, metadata=metadata, id=f"cell-{i}")
-
-
-def write_notebook(path: Path, cells: list[Any], metadata: dict[str, Any] | None = None) -> Path:
-    """A notebook of code sources (text), or of (source, cell metadata) pairs, or of cells."""
-    made = [_cell(i, cell) for i, cell in enumerate(cells)]
-    spec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    node = nbformat.v4.new_notebook(cells=made, metadata={"kernelspec": spec, **(metadata or {})})
-    path.write_text(nbformat.writes(node), encoding="utf-8")
-    return path
-
-
-def policy_of(trail: Path) -> TrustPolicy:
-    """Trust in the log key that the trail's own first entry names (as a person would be given it)."""
-    reader = TrailReader.open(trail)
-    (created,) = reader.entries(0, 1)
-    assert checkpoint_of(reader.checkpoint()).size == reader.size
-    return TrustPolicy.of(json.loads(created.body)["log_key"])
+from rlhf_audit_nb.records import run_notebook
 
 
 @pytest.fixture(scope="session")
