@@ -314,7 +314,8 @@ def _plain(value: Any) -> Any:
 
 @contextmanager
 def _with_callback(trainer: Any, callback: Any) -> Iterator[None]:
-    trainer.add_callback(callback)
+    # First in line: a step that was taken is recorded even where a later callback fails.
+    trainer.callback_handler.callbacks.insert(0, callback)
     try:
         yield
     finally:

@@ -59,11 +59,12 @@ class UpdateNorm:
             return None
         differences, self._before = self._before, []
         # torch's documented foreach family: one kernel launch for many small tensors.
-        torch._foreach_sub_(differences, self._parameters)  # type: ignore[arg-type]
+        parameters: list[torch.Tensor] = [*self._parameters]
+        torch._foreach_sub_(differences, parameters)
         return _total_norm(differences)
 
 
-class StepRecorder(TrainerCallback):  # type: ignore[misc]
+class StepRecorder(TrainerCallback):
     """Records one training of an open run.
 
     Args:
@@ -302,7 +303,8 @@ def _gradient_norm(model: Any) -> torch.Tensor | None:
 def _total_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
     """L2 norm over all of them together, in float32."""
     norms = torch._foreach_norm(tensors, 2.0, torch.float32)  # noqa: SLF001  documented, in spite of its name
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    total: torch.Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    return total
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, Number]:

@@ -11,6 +11,7 @@ How training is made private is not known here: a `Privatiser` is handed in.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 import uuid
@@ -18,7 +19,7 @@ import warnings
 from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from rlhf_audit_nb.capture.environment import capture_environment
@@ -107,6 +108,8 @@ class Privatiser(Protocol):
             DataError: the data set cannot serve.
         """
 
+
+_NOT_THE_USERS = ("rlhf_audit_nb", "transformers", "trl", "torch", "accelerate", "contextlib")
 
 _current: ContextVar[Run | None] = ContextVar("rlhf_audit_run", default=None)
 _open_runs: list[Run] = []
@@ -325,7 +328,7 @@ class Run:
         """Show ``sentence`` in the panel and as a Python warning, once."""
         if sentence not in self.state.warnings:
             self.state.warnings.append(sentence)
-            warnings.warn(sentence, AuditWarning, stacklevel=3)
+            _warn_user(sentence)
 
     def weights_saved(self, folder: Path, step: int | None) -> None:
         """Sign the folder that a trainer saved and record it."""
@@ -386,6 +389,25 @@ class Run:
 
     def __repr__(self) -> str:
         return f"<Run {self.summary()}>"
+
+
+def _warn_user(sentence: str) -> None:
+    """A Python warning that points at the user's own line, not at ours or at a training library's."""
+    frame = sys._getframe(1)  # noqa: SLF001  documented; `inspect` would read source files
+    while frame.f_back is not None and _package(frame) in _NOT_THE_USERS:
+        frame = frame.f_back
+    warnings.warn_explicit(
+        sentence,
+        AuditWarning,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        module=frame.f_globals.get("__name__"),
+        registry=frame.f_globals.setdefault("__warningregistry__", {}),
+    )
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def _experiment_name(name: object) -> str:

@@ -146,7 +146,8 @@ def _raw_digest(tensor: torch.Tensor) -> str:
             code="meta-weights",
         )
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(memoryview(flat.numpy())).hexdigest()
+    raw: Any = flat.numpy()  # a buffer: hashed without a copy
+    return hashlib.sha256(raw).hexdigest()
 
 
 def _adapter_prefix(model: Any) -> str | None:

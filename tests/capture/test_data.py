@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 from datasets import Dataset, DatasetInfo
-from rlhf_audit_nb.capture.data import bind_data, digest_rows, recorded_columns
 from support.tiny import synthetic_pairs
+
+from rlhf_audit_nb.capture.data import bind_data, digest_rows, recorded_columns
 
 
 @pytest.fixture

@@ -12,6 +12,9 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric import ec
 from peft import get_peft_model
+from safetensors.torch import load_file
+from support.tiny import causal_model, lora, perturb, tokenizer
+
 from rlhf_audit_nb.capture.weights import (
     base_tensors,
     describe_model,
@@ -22,8 +25,6 @@ from rlhf_audit_nb.capture.weights import (
     trainable_digest,
 )
 from rlhf_audit_nb.errors import RunError
-from safetensors.torch import load_file
-from support.tiny import causal_model, lora, perturb, tokenizer
 
 
 def naive_digest(tensors):

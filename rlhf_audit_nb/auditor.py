@@ -1,0 +1,521 @@
+"""`AuditableRLHF`: the one object that users hold. Floor 5.
+
+It composes the floors below and has little logic of its own: it opens the trail, opens runs on it with privacy wired
+in (ledger, plan, reservation, engine, settlement), and asks for verdicts, reports and cards. Building one is cheap: the
+trail is opened when it is first needed, and one trail is opened once in a process, however many auditors share it.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_audit_nb.config import AuditConfig, PrivacyConfig
+from rlhf_audit_nb.errors import AuditError, ConfigError, PrivacyError
+from rlhf_audit_nb.events import PrivacyReserved, PrivacySettled, encode_body, encode_private
+
+if TYPE_CHECKING:
+    from rlhf_audit_nb.capture.run import Run, RunObserver
+    from rlhf_audit_nb.capture.state import PrivacyView
+    from rlhf_audit_nb.privacy.accountant import Mechanism
+    from rlhf_audit_nb.privacy.ledger import Ledger
+    from rlhf_audit_nb.privacy.plan import Plan
+    from rlhf_audit_nb.trail import Entry, Trail, TrailReader, Verdict
+
+__all__ = ["AuditableRLHF", "Budget", "Status"]
+
+RACES = 8
+"""How often a reservation is planned anew when other runs reserve at the same time."""
+
+
+class AuditableRLHF:
+    """Audited training, and what can be said about it afterwards.
+
+    Args:
+        model_name: the model's name as you declare it; what a trainer shows is recorded anyway.
+        privacy_config: train under differential privacy; ``None`` records training as it is and says so.
+        compliance_mode: the framework that reports assess against.
+        audit_config: where and how the trail is kept.
+
+    Raises:
+        ConfigError: an argument cannot be used; the message says what to write instead.
+    """
+
+    def __init__(
+        self,
+        model_name: str | None = None,
+        privacy_config: PrivacyConfig | None = None,
+        compliance_mode: str = "eu_ai_act",
+        audit_config: AuditConfig | None = None,
+    ) -> None:
+        if model_name is not None and (not isinstance(model_name, str) or not model_name.strip()):
+            raise ConfigError(
+                f"model_name is {model_name!r}, which is not a name.",
+                next_step='Write a name such as "meta-llama/Llama-2-7b-chat-hf", or leave it out.',
+                code="model_name",
+            )
+        if privacy_config is not None and not isinstance(privacy_config, PrivacyConfig):
+            raise ConfigError(
+                f"privacy_config is a {type(privacy_config).__name__}, not a PrivacyConfig.",
+                next_step="Write privacy_config=PrivacyConfig(epsilon=1.0).",
+                code="privacy_config",
+            )
+        self.model_name = model_name
+        self.privacy_config = privacy_config
+        self.compliance_mode = _known_mode(compliance_mode)
+        self.audit_config = audit_config or AuditConfig()
+
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    def track_training(self, experiment_name: str) -> Run:
+        """A run, as a context manager: any transformers or TRL trainer that trains inside it is recorded.
+
+        With a privacy configuration it is also made private for as long as it trains. Nothing else changes::
+
+            with auditor.track_training(experiment_name="safety_alignment"):
+                trainer.train()
+
+        Raises:
+            ConfigError: the name is no name.
+            TrailError: the trail cannot be opened.
+        """
+        return self.open_run(experiment_name)
+
+    def open_run(
+        self,
+        experiment: str,
+        *,
+        entry_point: str = "context",
+        cell_digest: str | None = None,
+        show_progress: bool = True,
+    ) -> Run:
+        """`track_training`, with what a notebook's cell has to add."""
+        from rlhf_audit_nb.capture.run import Run
+
+        privacy = self.privacy_config
+        return Run(
+            self.trail,
+            experiment,
+            privatiser=_Privatiser(privacy, self.trail) if privacy is not None else None,
+            privacy=privacy.to_dict() if privacy is not None else None,
+            audit=self.audit_config,
+            declared_model=self.model_name,
+            compliance_mode=self.compliance_mode,
+            entry_point=entry_point,
+            cell_digest=cell_digest,
+            show_progress=show_progress,
+        )
+
+    # --- the trail ---------------------------------------------------------------------------------------------------
+
+    @property
+    def trail(self) -> Trail:
+        """The trail, opened (and made, with its keys) when it is first asked for.
+
+        Raises:
+            TrailError: it cannot be opened or made.
+        """
+        return _shared_trail(self.audit_config)
+
+    def recovered(self) -> list[str]:
+        """What opening the trail found of runs that died, as sentences; empty where there was nothing to find."""
+        return [
+            f"Run {found.run} was open and its process gone: it is now recorded as interrupted, after its entry "
+            f"{found.last_sequence}."
+            for found in self.trail.recovery.interrupted
+        ]
+
+    def verify(self) -> Verdict:
+        """Verify the whole trail as it is stored now."""
+        from rlhf_audit_nb.trail import verify_trail
+
+        self.trail.flush()
+        return verify_trail(self.trail.location)
+
+    def status(self) -> Status:
+        """Where the trail stands: its name, size and last commit."""
+        return Status.of(self.trail)
+
+    def budget(self) -> Budget:
+        """What the trail's population has spent and reserved, composed from the trail itself."""
+        return Budget.of(_fold(self.trail.reader()), self.privacy_config)
+
+    # --- what people read --------------------------------------------------------------------------------------------
+
+    def generate_compliance_report(self, format: str = "html", record: Path | str | None = None) -> Any:  # noqa: A002
+        """The compliance report over the verified trail, or over a record.
+
+        Args:
+            format: what ``save`` writes where the file's name does not say: ``html`` or ``pdf``.
+            record: an executed notebook that was sealed; ``None`` reports on this trail.
+
+        Raises:
+            ReportError: the format is not known, or the report cannot be made.
+            RecordError: the record cannot be read.
+        """
+        from rlhf_audit_nb.reports import build_compliance_report
+
+        return build_compliance_report(self._evidence(record), self.compliance_mode, format=format)
+
+    def generate_model_card(
+        self,
+        include_provenance: bool = True,  # noqa: FBT001, FBT002  the guide's own call
+        format: str = "eu_standard",  # noqa: A002
+        record: Path | str | None = None,
+    ) -> Any:
+        """The model card over the verified trail, or over a record.
+
+        Args:
+            include_provenance: with the lineage: base model, data, digests, and the entries that show them.
+            format: ``eu_standard`` or ``huggingface``.
+            record: an executed notebook that was sealed; ``None`` describes this trail's last run.
+
+        Raises:
+            ReportError: the format is not known, or the card cannot be made.
+        """
+        from rlhf_audit_nb.cards import build_card
+
+        return build_card(self._evidence(record), format, include_provenance=include_provenance)
+
+    def _evidence(self, record: Path | str | None) -> Any:
+        from rlhf_audit_nb.compliance import Evidence
+
+        if record is not None:
+            from rlhf_audit_nb.records import open_record
+
+            return Evidence.from_record(open_record(record))
+        self.trail.flush()
+        return Evidence.from_trail(self.trail.location)
+
+    # --- how it shows ------------------------------------------------------------------------------------------------
+
+    def closing_line(self, run: Run) -> str:
+        """One line for the end of a cell: experiment, steps, what privacy cost, entries, level."""
+        try:
+            verdict = self.verify()
+        except AuditError as error:
+            return f"{run.summary()} · not verified: {error}"
+        entries = next((item.entries for item in verdict.runs if item.run == run.id), 0)
+        return f"{run.summary()} · {entries} entries · {verdict.level.name}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values."""
+        return {
+            "model_name": self.model_name,
+            "privacy_config": self.privacy_config.to_dict() if self.privacy_config is not None else None,
+            "compliance_mode": self.compliance_mode,
+            "audit_config": self.audit_config.to_dict(),
+        }
+
+    def _privacy_words(self) -> str:
+        privacy = self.privacy_config
+        if privacy is None:
+            return "no differential privacy"
+        return f"epsilon {privacy.epsilon:g}, delta {privacy.delta:g}, unit {privacy.unit}, {privacy.adjacency}"
+
+    def __repr__(self) -> str:
+        return f"<AuditableRLHF {self._privacy_words()}, trail {self.audit_config.trail_location()}>"
+
+    def _repr_html_(self) -> str:
+        rows = {
+            "model": self.model_name or "not declared",
+            "privacy": self._privacy_words(),
+            "compliance mode": self.compliance_mode,
+            "trail": str(self.audit_config.trail_location()),
+        }
+        return _table("AuditableRLHF", rows)
+
+
+# --- privacy, wired --------------------------------------------------------------------------------------------------
+
+
+class _Privatiser:
+    """Makes trainers private on one trail; see `rlhf_audit_nb.capture.run.Privatiser`."""
+
+    def __init__(self, config: PrivacyConfig, trail: Trail) -> None:
+        self.config = config
+        self.trail = trail
+
+    def quiet(self) -> AbstractContextManager[Any]:
+        from rlhf_audit_nb.privacy.quiet import quiet_preparation
+
+        return quiet_preparation()
+
+    def plan(self, trainer: Any) -> _PrivatePlan:
+        from rlhf_audit_nb.privacy.plan import plan_training
+
+        prior = _fold(self.trail.reader()).mechanisms(self.config.unit)
+        return _PrivatePlan(self.trail, plan_training(trainer, self.config, prior))
+
+
+class _PrivatePlan:
+    """One private training: what `rlhf_audit_nb.capture.run.PrivatePlan` asks for."""
+
+    def __init__(self, trail: Trail, plan: Plan) -> None:
+        self._trail = trail
+        self._plan = plan
+
+    @property
+    def view(self) -> PrivacyView:
+        from rlhf_audit_nb.capture.state import PrivacyView
+
+        plan = self._plan
+        return PrivacyView(
+            unit=plan.config.unit,
+            units=len(plan.units),
+            adjacency=plan.config.adjacency,
+            delta=plan.config.delta,
+            budget=plan.config.epsilon,
+            before=plan.before,
+            planned=plan.epsilon,
+            noise_multiplier=plan.noise_multiplier,
+            sampling_rate=plan.sampling_rate,
+            clipping_norm=plan.clipping_norm,
+            curve=list(plan.curve),
+        )
+
+    @property
+    def steps(self) -> int:
+        return self._plan.steps
+
+    @property
+    def annotator_column(self) -> str | None:
+        config = self._plan.config
+        return config.annotator_column if config.unit == "annotator" else None
+
+    @property
+    def warnings(self) -> list[str]:
+        plan = self._plan
+        # What the accountants note of each other is for the report; here it would only alarm.
+        said = [sentence for sentence in plan.warnings if sentence not in plan.accounted.notes]
+        return [*said, *([plan.notice] if plan.notice else [])]
+
+    @contextmanager
+    def training(self, run: Run, trainer: Any, observer: RunObserver) -> Iterator[None]:
+        from rlhf_audit_nb.privacy.engine import private_training
+        from rlhf_audit_nb.privacy.plan import settle_event
+        from rlhf_audit_nb.privacy.sampling import SealedRandom
+
+        randomness = SealedRandom.from_system()
+        reservation = uuid.uuid4().hex
+        self._reserve(run, reservation, randomness)
+        run.coarsen_time()
+        steps, stopped = 0, False
+        try:
+            with private_training(trainer, self._plan, randomness, observer) as engine:
+                try:
+                    yield
+                finally:
+                    steps, stopped = engine.steps, engine.stopped_by_budget
+        finally:
+            # A process that dies before this never settles: then the whole reservation counts.
+            run.stopped_by_budget = stopped
+            run.record(settle_event(self._plan, reservation, steps, stopped_by_budget=stopped))
+
+    def _reserve(self, run: Run, reservation: str, randomness: Any) -> None:
+        """Reserve in one append that looks at the ledger itself: of two runs for the last of a budget, one gets it."""
+        from rlhf_audit_nb.privacy.plan import reserve_event, sealed_event
+
+        for _ in range(RACES):
+            plan = self._plan
+
+            def body(reader: TrailReader, plan: Plan = plan) -> bytes:
+                prior = _fold(reader).mechanisms(plan.config.unit)
+                if tuple(prior) != plan.prior:
+                    raise _LedgerMovedError(prior)
+                return encode_body(reserve_event(plan, reservation))
+
+            try:
+                self._trail.append_guarded(
+                    PrivacyReserved.TYPE,
+                    body,
+                    run=run.id,
+                    private=encode_private(sealed_event(randomness)),
+                    resolution_us=run.resolution_us,
+                )
+            except _LedgerMovedError as moved:
+                self._plan = plan.replanned(moved.prior)
+            else:
+                return
+        raise PrivacyError(
+            f"Other runs reserved budget on this trail {RACES} times while this one was planned; nothing was trained.",
+            next_step="Start the run again when the others have begun.",
+            code="reservation-race",
+        )
+
+
+class _LedgerMovedError(Exception):
+    """Another run reserved between plan and reservation."""
+
+    def __init__(self, prior: tuple[Mechanism, ...]) -> None:
+        super().__init__()
+        self.prior = prior
+
+
+def _fold(reader: TrailReader) -> Ledger:
+    from rlhf_audit_nb.privacy.ledger import fold
+
+    return fold(_ledger_entries(reader))
+
+
+def _ledger_entries(reader: TrailReader) -> list[Entry]:
+    """The ledger's own entries in the trail's order."""
+    found = [entry for kind in (PrivacyReserved.TYPE, PrivacySettled.TYPE) for entry in reader.entries(type=kind)]
+    return sorted(found, key=lambda entry: entry.index)
+
+
+# --- what is asked for -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """Where a trail stands."""
+
+    origin: str
+    location: str
+    size: int
+    root: str
+    signer: str
+    unsynced: int
+
+    @classmethod
+    def of(cls, trail: Trail) -> Status:
+        """The status of an open trail."""
+        import base64
+
+        status = trail.status()
+        return cls(
+            origin=trail.origin,
+            location=str(trail.location),
+            size=status.size,
+            root=base64.b64encode(status.root).decode(),
+            signer=status.signer,
+            unsynced=status.unsynced,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values."""
+        return asdict(self)
+
+    def save(self, path: Path | str) -> Path:
+        """Write the fields as JSON."""
+        return _save_json(self.to_dict(), path)
+
+    def _repr_html_(self) -> str:
+        return _table(
+            "Trail", {"origin": self.origin, "entries": self.size, "root": self.root, "signed by": self.signer}
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """A population's privacy budget on one trail.
+
+    ``spent`` is the composed epsilon of all trainings at ``delta``: settled ones by the steps that they took, others by
+    all that they reserved. ``budget`` and ``left`` are ``None`` where no privacy configuration names a budget.
+    """
+
+    unit: str | None
+    delta: float
+    spent: float
+    budget: float | None
+    left: float | None
+    trainings: int
+    unsettled: int
+
+    @classmethod
+    def of(cls, ledger: Ledger, config: PrivacyConfig | None) -> Budget:
+        """The budget as the ledger shows it; without a configuration, at delta 1e-5."""
+        delta = config.delta if config is not None else PrivacyConfig.delta
+        spent = ledger.composed(delta).epsilon
+        return cls(
+            unit=ledger.unit,
+            delta=delta,
+            spent=spent,
+            budget=config.epsilon if config is not None else None,
+            left=max(config.epsilon - spent, 0.0) if config is not None else None,
+            trainings=len(ledger.spends),
+            unsettled=sum(not spend.settled for spend in ledger.spends),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values."""
+        return asdict(self)
+
+    def save(self, path: Path | str) -> Path:
+        """Write the fields as JSON."""
+        return _save_json(self.to_dict(), path)
+
+    def __str__(self) -> str:
+        if not self.trainings:
+            return "No training under differential privacy is recorded in this trail."
+        of = f" of {self.budget:g} ({self.left:.4g} left)" if self.budget is not None else ""
+        open_ones = f", {self.unsettled} of them not settled" if self.unsettled else ""
+        return (
+            f"epsilon {self.spent:.4g}{of} at delta {self.delta:g}, unit {self.unit}, "
+            f"{self.trainings} private training{'s' if self.trainings != 1 else ''}{open_ones}."
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<p><b>Privacy budget.</b> {escape(str(self))}</p>"
+
+
+def _save_json(values: dict[str, Any], path: Path | str) -> Path:
+    target = Path(path)
+    target.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return target
+
+
+def _table(title: str, rows: dict[str, Any]) -> str:
+    cells = "".join(
+        f'<tr><th style="text-align:left">{escape(name)}</th><td style="text-align:left">{escape(str(value))}</td></tr>'
+        for name, value in rows.items()
+    )
+    return f"<table><caption>{escape(title)}</caption>{cells}</table>"
+
+
+def _known_mode(mode: object) -> str:
+    from rlhf_audit_nb.compliance.framework import MODES
+
+    if mode not in MODES:
+        wanted = " or ".join(f'"{name}"' for name in MODES)
+        raise ConfigError(
+            f"compliance_mode is {mode!r}, which is not known.",
+            next_step=f"Write {wanted}.",
+            code="compliance_mode",
+        )
+    return str(mode)
+
+
+# --- one trail, opened once ------------------------------------------------------------------------------------------
+
+_trails: dict[Path, Trail] = {}
+_lock = threading.Lock()
+
+
+def _shared_trail(config: AuditConfig) -> Trail:
+    from rlhf_audit_nb.trail import Trail
+
+    location = config.trail_location().absolute()
+    with _lock:
+        trail = _trails.get(location)
+        if trail is not None and not location.is_dir():
+            # The folder was deleted under us: what is still open there is nobody's trail any more.
+            _close(_trails.pop(location))
+            trail = None
+        if trail is None:
+            trail = Trail.open(location, origin=config.origin, durability=config.durability)
+            _trails[location] = trail
+        return trail
+
+
+def _close(trail: Trail) -> None:
+    with suppress(AuditError):
+        trail.close()

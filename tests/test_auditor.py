@@ -1,0 +1,543 @@
+"""The object that users hold: the guide's blocks, private runs end to end, the budget, and deaths of a process."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from support.tiny import dpo_trainer, lora, reward_trainer, synthetic_pairs, tokenizer
+from support.trails import events, kinds, private_half
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from rlhf_audit_nb.auditor import AuditableRLHF, Budget
+from rlhf_audit_nb.config import AuditConfig, PrivacyConfig
+from rlhf_audit_nb.errors import (
+    BudgetExceededError,
+    ConfigError,
+    DataError,
+    PrivacyError,
+    StoreError,
+    UnsupportedTrainerError,
+)
+from rlhf_audit_nb.events import (
+    DataBound,
+    DataPrivate,
+    PrivacyReserved,
+    PrivacySealed,
+    PrivacySettled,
+    RunFinished,
+    Step,
+    StepPrivate,
+    TrainerAttached,
+)
+from rlhf_audit_nb.trail import TrailReader, verify_trail
+
+PAIRS = synthetic_pairs(20)
+NOISY = {"epsilon": 50.0, "delta": 1e-3, "noise_multiplier": 1.0, "sampling_rate": 0.3}
+
+
+def auditor(folder, *, every_steps=1, **privacy):
+    config = PrivacyConfig(**{**NOISY, **privacy})
+    return AuditableRLHF(
+        privacy_config=config, audit_config=AuditConfig(trail=str(folder / "audit"), every_steps=every_steps)
+    )
+
+
+class FailsAt(TrainerCallback):
+    def __init__(self, step, error):
+        self.step, self.error = step, error
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise self.error
+
+
+# --- the guide -------------------------------------------------------------------------------------------------------
+
+
+def test_the_guides_blocks_run_as_they_are_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, object] = {}
+    training = """
+        from rlhf_audit_trail import AuditableRLHF, PrivacyConfig
+        auditor = AuditableRLHF(model_name="meta-llama/Llama-2-7b-chat-hf", privacy_config=PrivacyConfig(epsilon=1.0), compliance_mode="eu_ai_act")
+        with auditor.track_training(experiment_name="safety_alignment"):
+            ...   # any TRL trainer built or trained here is attached; nothing else changes
+    """  # noqa: E501  the guide's own lines
+    report = """
+        auditor = AuditableRLHF(compliance_mode="eu_ai_act")          # model_name may be left out
+        compliance_report = auditor.generate_compliance_report()
+    """
+    card = """
+        privacy_config = PrivacyConfig(epsilon=1.0, delta=1e-5, anonymize_annotators=True)
+        model_card = auditor.generate_model_card(include_provenance=True, format="eu_standard")
+    """
+    for block in (training, report, card):
+        exec(textwrap.dedent(block), space)
+    reader = TrailReader.open(tmp_path / "audit")
+    assert [entry.type for entry in reader.entries()] == [
+        "trail.created",
+        "run.started",
+        "environment.captured",
+        "run.finished",
+    ]
+    report_made, card_made = space["compliance_report"], space["model_card"]
+    assert report_made.to_dict()["verdict"]["level"] == "UNANCHORED"
+    assert report_made.save(tmp_path / "report.html").stat().st_size > 1000
+    assert card_made.save(tmp_path / "card.md").stat().st_size > 100
+    assert report_made._repr_html_()
+    assert card_made._repr_markdown_()
+    assert json.dumps(card_made.to_dict())
+
+
+def test_a_report_on_a_trail_in_which_nothing_happened_is_honest(tmp_path):
+    report = AuditableRLHF(audit_config=AuditConfig(trail=str(tmp_path / "new"))).generate_compliance_report()
+    said = report.to_dict()
+    assert said["verdict"]["level"] == "UNANCHORED"
+    assert said["verdict"]["runs"] == []
+    assert "evidenced" not in {line["state"] for line in said["assessment"]["lines"] if "run" in line["id"]}
+
+
+def test_a_cell_without_privacy_says_so(tmp_path):
+    plain = AuditableRLHF(audit_config=AuditConfig(trail=str(tmp_path / "audit")))
+    with plain.track_training("plain") as run:
+        dpo_trainer(PAIRS[:8], tmp_path / "out", max_steps=1).train()
+    assert "trained without differential privacy" in plain.closing_line(run)
+    assert "UNANCHORED" in plain.closing_line(run)
+    assert str(plain.budget()) == "No training under differential privacy is recorded in this trail."
+
+
+# --- a private run ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def private(tmp_path_factory):
+    """One private run that saves a checkpoint, with what it printed."""
+    folder = tmp_path_factory.mktemp("private")
+    held = auditor(folder)
+    trainer = dpo_trainer(PAIRS, folder / "out", max_steps=3, save_strategy="steps", save_steps=3)
+    with held.track_training("private") as run:
+        output = trainer.train()
+    return held, run, trainer, output, folder
+
+
+def test_a_private_run_reserves_before_its_first_step_and_settles_after_its_last(private):
+    held, run, *_ = private
+    found = kinds(held.trail, run.id)
+    assert found.index("privacy.reserved") < found.index("train.step")
+    assert found.index("privacy.settled") > len(found) - 1 - found[::-1].index("train.step")
+    (reserved,) = events(held.trail, PrivacyReserved)
+    (settled,) = events(held.trail, PrivacySettled)
+    assert (reserved.steps, settled.steps, settled.reservation) == (3, 3, reserved.reservation)
+    assert reserved.units == 20
+    assert settled.epsilon_total == pytest.approx(reserved.epsilon_planned)
+    assert verify_trail(held.trail.location).level.name == "UNANCHORED"
+
+
+def test_epsilon_in_the_steps_and_on_the_panel_is_the_planned_curve(private):
+    held, run, *_ = private
+    steps = events(held.trail, Step)
+    assert [step.epsilon for step in steps] == run.state.privacy.curve[1:]
+    assert [value for _, value in run.state.series["epsilon"]] == run.state.privacy.curve[1:]
+    assert run.state.privacy.units == 20
+
+
+def test_private_metrics_are_in_the_vault_and_nowhere_else(private):
+    held, run, *_ = private
+    entries = list(held.trail.reader().entries(type=Step.TYPE))
+    for entry in entries:
+        half = private_half(held.trail, entry)
+        assert isinstance(half, StepPrivate)
+        assert {"loss", "units", "pairs"} <= set(half.metrics)
+        assert json.loads(entry.body)["metrics"] == {}
+    allowed = {"epsilon", "learning_rate", "gradient_norm", "update_norm"}
+    assert set(run.state.series) == allowed
+    public = b"".join(entry.data for entry in held.trail.reader().entries())
+    loss = private_half(held.trail, entries[0]).metrics["loss"]
+    assert repr(loss).encode() not in public
+
+
+def test_rows_and_digest_of_private_data_are_in_the_vault(private):
+    held, *_ = private
+    (entry,) = held.trail.reader().entries(type=DataBound.TYPE)
+    (event,) = events(held.trail, DataBound)
+    half = private_half(held.trail, entry)
+    assert isinstance(half, DataPrivate)
+    assert (half.rows, half.annotators) == (len(PAIRS), 20)
+    assert (event.rows, event.digest, event.units, event.unit) == (None, None, 20, "annotator")
+    public = b"".join(item.data for item in held.trail.reader().entries())
+    assert half.digest.encode() not in public
+    assert b"person-3" not in public
+
+
+def test_the_seed_is_sealed_and_of_full_length(private):
+    held, *_ = private
+    (entry,) = held.trail.reader().entries(type=PrivacyReserved.TYPE)
+    half = private_half(held.trail, entry)
+    assert isinstance(half, PrivacySealed)
+    assert len(bytes.fromhex(half.seed)) == 32
+    assert half.seed.encode() not in b"".join(item.data for item in held.trail.reader().entries())
+
+
+def test_step_times_are_coarse_after_the_reservation(private):
+    held, run, *_ = private
+    entries = list(held.trail.reader().entries(run=run.id))
+    reserved = next(place for place, entry in enumerate(entries) if entry.type == PrivacyReserved.TYPE)
+    start = entries[reserved].time
+    for entry in entries[reserved + 1 :]:
+        assert entry.time == start or entry.time % 60_000_000 == 0
+    assert entries[1].time % 60_000_000 != 0 or entries[2].time % 60_000_000 != 0
+
+
+def test_what_the_trainer_returns_and_saves_tells_no_loss(private):
+    held, _, trainer, output, folder = private
+    losses = {private_half(held.trail, e).metrics["loss"] for e in held.trail.reader().entries(type=Step.TYPE)}
+    assert output.training_loss != output.training_loss  # nan: not told
+    assert not set(output.metrics) & {"train_loss", "train_runtime", "train_samples_per_second"}
+    saved = (folder / "out" / "checkpoint-3" / "trainer_state.json").read_text()
+    assert "loss" not in saved
+    assert not any(repr(loss)[:8] in saved for loss in losses)
+    assert type(trainer).__name__ == "DPOTrainer"
+
+
+def test_the_cells_output_tells_neither_metrics_nor_times_nor_rows(tmp_path, capfd):
+    held = auditor(tmp_path)
+    with held.open_run("quiet", show_progress=False):
+        trainer = dpo_trainer(PAIRS, tmp_path / "out", max_steps=2)
+        trainer.add_callback(PrinterCallback)
+        before = [type(item).__name__ for item in trainer.callback_handler.callbacks]
+        trainer.train()
+    printed = "".join(capfd.readouterr())
+    for word in ("loss", "reward", "margin", "it/s", "s/it", "examples", f"{len(PAIRS)}/", "runtime"):
+        assert word not in printed, printed
+    assert [type(item).__name__ for item in trainer.callback_handler.callbacks] == before
+
+
+def test_without_a_panel_a_bar_of_steps_is_shown(tmp_path, capfd):
+    with auditor(tmp_path).track_training("bar"):
+        dpo_trainer(PAIRS, tmp_path / "out", max_steps=2).train()
+    printed = "".join(capfd.readouterr())
+    assert "2/2" in printed
+    assert "it/s" not in printed
+
+
+def test_a_nan_in_a_private_loss_tells_the_public_nothing(tmp_path, recwarn):
+    held = auditor(tmp_path)
+    trainer = reward_trainer(PAIRS, tmp_path / "out", max_steps=2)
+    trainer.model.score.weight.data.fill_(float("inf"))  # every loss is nan
+    trainer.model.score.weight.requires_grad_(False)
+    with held.track_training("nan") as run:
+        trainer.train()
+    steps = events(held.trail, Step)
+    assert [step.notes for step in steps] == [[], []]
+    assert run.state.status == "completed"
+    assert not any("finite" in str(item.message) for item in recwarn)
+    halves = [private_half(held.trail, entry).metrics for entry in held.trail.reader().entries(type=Step.TYPE)]
+    assert any(half["non_finite_units"] > 0 for half in halves)
+
+
+def test_a_second_private_training_of_a_run_is_paid_for_apart(tmp_path):
+    held = auditor(tmp_path)
+    with held.track_training("twice") as run:
+        dpo_trainer(PAIRS, tmp_path / "a", max_steps=2).train()
+        dpo_trainer(PAIRS, tmp_path / "b", max_steps=2).train()
+    first, second = events(held.trail, PrivacyReserved)
+    assert second.epsilon_before == pytest.approx(first.epsilon_planned)
+    curve = run.state.privacy.curve
+    assert len(curve) == 5
+    assert curve == sorted(curve)
+    assert [value for _, value in run.state.series["epsilon"]] == curve[1:]
+    budget = held.budget()
+    assert (budget.trainings, budget.unsettled, budget.unit) == (2, 0, "annotator")
+    assert budget.spent == pytest.approx(second.epsilon_planned)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def weights(trainer):
+    return [parameter.detach().clone() for parameter in trainer.model.parameters()]
+
+
+def unchanged(trainer, before):
+    return all(bool((a == b).all()) for a, b in zip(trainer.model.parameters(), before, strict=True))
+
+
+def test_a_run_over_an_exhausted_budget_is_refused_before_data_is_touched(tmp_path):
+    held = auditor(tmp_path, epsilon=9.0)
+    with held.track_training("first"):
+        dpo_trainer(PAIRS, tmp_path / "a", max_steps=4).train()
+    spent = held.budget().spent
+    smaller = auditor(tmp_path, epsilon=spent)
+    trainer = dpo_trainer(PAIRS, tmp_path / "b", max_steps=4)
+    before = weights(trainer)
+    with pytest.raises(BudgetExceededError, match="does not allow this run"), smaller.track_training("second") as run:
+        trainer.train()
+    assert unchanged(trainer, before)
+    assert len(events(held.trail, PrivacyReserved)) == 1
+    assert kinds(held.trail, run.id)[-1] == "run.finished"
+    assert not events(held.trail, DataBound, run.id)
+    finished = events(held.trail, RunFinished, run.id)[0]
+    assert (finished.status, finished.trained, finished.reason) == ("failed", False, "BudgetExceededError")
+
+
+def test_a_run_that_would_cross_the_budget_stops_before_and_says_so(tmp_path):
+    curve = []
+    with auditor(tmp_path / "probe").track_training("probe") as run:
+        dpo_trainer(PAIRS, tmp_path / "a", max_steps=4).train()
+        curve = run.state.privacy.curve
+    held = auditor(tmp_path, epsilon=(curve[2] + curve[3]) / 2)
+    trainer = dpo_trainer(PAIRS, tmp_path / "b", max_steps=4, save_strategy="steps", save_steps=100)
+    with held.track_training("stops") as run, pytest.warns(UserWarning, match="allows 2 of the 4 steps"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert run.state.status == "stopped-by-budget"
+    assert events(held.trail, RunFinished)[0].status == "stopped-by-budget"
+    assert events(held.trail, PrivacySettled)[0].stopped_by_budget is True
+    assert (tmp_path / "b" / "checkpoint-2" / "model.sig").is_file()
+
+
+def test_a_trainer_that_cannot_be_private_is_refused_and_not_trained(tmp_path):
+    class Other(Trainer):
+        pass
+
+    from datasets import Dataset
+    from support.tiny import causal_model
+    from transformers import TrainingArguments
+
+    arguments = TrainingArguments(output_dir=str(tmp_path / "o"), max_steps=1, use_cpu=True, report_to=[])
+    trainer = Other(model=causal_model(), args=arguments, train_dataset=Dataset.from_list(PAIRS))
+    held = auditor(tmp_path)
+    with pytest.raises(UnsupportedTrainerError, match="Other"), held.track_training("other"):
+        trainer.train()
+    assert [item.trainer for item in events(held.trail, TrainerAttached)] == ["Other"]
+    assert not events(held.trail, Step)
+
+
+def test_a_kto_trainer_is_refused_under_privacy(tmp_path):
+    from datasets import Dataset
+    from support.tiny import causal_model
+    from trl import KTOConfig, KTOTrainer
+
+    rows = [{"prompt": "a", "completion": f" b{n}", "label": n % 2 == 0, "annotator_id": str(n)} for n in range(8)]
+    settings = {"max_steps": 1, "use_cpu": True, "bf16": False, "report_to": [], "per_device_train_batch_size": 4}
+    trainer = KTOTrainer(
+        model=causal_model(),
+        args=KTOConfig(output_dir=str(tmp_path / "o"), **settings),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
+        peft_config=lora(),
+    )
+    with pytest.raises(UnsupportedTrainerError, match="KTOTrainer"), auditor(tmp_path).track_training("kto"):
+        trainer.train()
+
+
+def test_a_missing_annotator_column_names_the_columns_there_are(tmp_path):
+    held = auditor(tmp_path, annotator_column="worker")
+    trainer = dpo_trainer(PAIRS, tmp_path / "out")
+    with pytest.raises(DataError, match="annotator_id"), held.track_training("column"):
+        trainer.train()
+
+
+def test_a_training_loop_of_ones_own_is_refused_under_privacy(tmp_path):
+    import torch
+
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    weight.sum().backward()
+    with pytest.raises(UnsupportedTrainerError, match="outside a trainer"), auditor(tmp_path).track_training("own"):
+        optimizer.step()
+    assert torch.equal(weight, torch.ones(2))
+
+
+def test_two_units_on_one_trail_are_refused(tmp_path):
+    with auditor(tmp_path).track_training("annotators"):
+        dpo_trainer(PAIRS, tmp_path / "a", max_steps=1).train()
+    with pytest.raises(PrivacyError, match="budget of annotators"), auditor(tmp_path, unit="pair").track_training("p"):
+        dpo_trainer(PAIRS, tmp_path / "b", max_steps=1).train()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model_name": " "}, "model_name"),
+        ({"model_name": 7}, "model_name"),
+        ({"privacy_config": {"epsilon": 1}}, "PrivacyConfig"),
+        ({"compliance_mode": "eu"}, "compliance_mode"),
+    ],
+)
+def test_an_argument_that_cannot_be_used_says_what_to_write(arguments, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        AuditableRLHF(**arguments)
+    assert caught.value.next_step
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    held = AuditableRLHF(audit_config=AuditConfig(trail=str(tmp_path / "file")))
+    with pytest.raises(StoreError, match="file"):
+        held.track_training("x")
+
+
+# --- races, interruptions, deaths ------------------------------------------------------------------------------------
+
+
+class Rival:
+    """Lets another run reserve between a run's plan and its reservation."""
+
+    def __init__(self, privatiser, enter):
+        self._inner, self._enter, self.quiet = privatiser, enter, privatiser.quiet
+
+    def plan(self, trainer):
+        plan = self._inner.plan(trainer)
+        other = threading.Thread(target=self._enter)
+        other.start()
+        other.join()
+        return plan
+
+
+def test_of_two_runs_for_the_last_of_the_budget_one_gets_it(private, tmp_path):
+    (reserved,) = events(private[0].trail, PrivacyReserved)
+    held = auditor(tmp_path, epsilon=reserved.epsilon_planned * 1.01)
+    first, second = (dpo_trainer(PAIRS, tmp_path / name, max_steps=3) for name in "ab")
+
+    def rival():
+        with held.track_training("rival"):
+            second.train()
+
+    with pytest.raises(BudgetExceededError), held.track_training("planned first") as run:
+        run.privatiser = Rival(run.privatiser, rival)
+        first.train()
+    assert len(events(held.trail, PrivacyReserved)) == 1
+    assert (first.state.global_step, second.state.global_step) == (0, 3)
+    assert [item.status for item in events(held.trail, RunFinished)] == ["completed", "failed"]
+
+
+def test_an_interrupted_private_training_settles_what_it_took(tmp_path):
+    held = auditor(tmp_path)
+    trainer = dpo_trainer(PAIRS, tmp_path / "out", max_steps=4)
+    trainer.add_callback(FailsAt(2, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt), held.track_training("interrupted") as run:
+        trainer.train()
+    assert events(held.trail, PrivacySettled)[0].steps == 2
+    finished = events(held.trail, RunFinished)[0]
+    assert (finished.status, finished.steps) == ("interrupted", 2)
+    assert held.budget().spent == pytest.approx(run.state.privacy.curve[2])
+    assert type(trainer).__name__ == "DPOTrainer"
+
+
+def test_a_failed_private_training_names_its_class_and_nothing_of_its_data(tmp_path):
+    held = auditor(tmp_path)
+    trainer = dpo_trainer(PAIRS, tmp_path / "out", max_steps=4)
+    trainer.add_callback(FailsAt(1, ValueError("Question 3 1?")))
+    with pytest.raises(ValueError, match="Question"), held.track_training("failed"):
+        trainer.train()
+    assert events(held.trail, RunFinished)[0].reason == "ValueError"
+    assert b"Question" not in b"".join(entry.data for entry in held.trail.reader().entries())
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from rlhf_audit_nb import AuditableRLHF, AuditConfig, PrivacyConfig
+from support.tiny import dpo_trainer, synthetic_pairs
+from transformers import TrainerCallback
+
+folder = Path(sys.argv[1])
+
+class Dies(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            held.trail.flush()
+            (folder / "durable").write_text(str(held.trail.status().size))
+            time.sleep(60)
+
+held = AuditableRLHF(
+    privacy_config=PrivacyConfig(epsilon=50.0, delta=1e-3, noise_multiplier=1.0, sampling_rate=0.3),
+    audit_config=AuditConfig(trail=str(folder / "audit")),
+)
+trainer = dpo_trainer(synthetic_pairs(20), folder / "out", max_steps=6)
+with held.track_training("dies"):
+    trainer.add_callback(Dies())
+    trainer.train()
+"""
+
+
+@pytest.mark.slow
+def test_after_kill_9_nothing_durable_is_lost_and_the_reservation_counts(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path)], env=environment, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "durable").exists():
+            assert child.poll() is None, "the training ended before it could be killed"
+            assert time.monotonic() < deadline, "the training did not reach its third step"
+            time.sleep(0.05)
+        time.sleep(0.1)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    held = auditor(tmp_path)
+    durable = int((tmp_path / "durable").read_text())
+    verdict = held.verify()
+    assert verdict.level.name == "UNANCHORED"
+    assert verdict.size >= durable + 1  # and the entry that says interrupted
+    assert [run.status for run in verdict.runs] == ["interrupted"]
+    assert len(held.recovered()) == 1
+    assert "interrupted" in held.recovered()[0]
+    budget = held.budget()
+    (reserved,) = events(held.trail, PrivacyReserved)
+    assert (budget.trainings, budget.unsettled) == (1, 1)
+    assert budget.spent == pytest.approx(reserved.epsilon_planned)
+    with held.track_training("after"):  # the budget goes on from there
+        dpo_trainer(PAIRS, tmp_path / "again", max_steps=1).train()
+    assert events(held.trail, PrivacyReserved)[1].epsilon_before == pytest.approx(reserved.epsilon_planned)
+
+
+# --- how things show -------------------------------------------------------------------------------------------------
+
+
+def test_what_comes_back_shows_itself_converts_and_saves(private, tmp_path):
+    held, run, *_ = private
+    for item in (held, held.status(), held.budget()):
+        assert item._repr_html_()
+        assert json.dumps(item.to_dict())
+    assert "private" in run._repr_markdown_()
+    assert json.loads(held.budget().save(tmp_path / "budget.json").read_text())["unit"] == "annotator"
+    assert base64.b64decode(held.status().root) == held.trail.status().root
+
+
+def test_markup_in_a_name_stays_text(tmp_path):
+    shown = AuditableRLHF(model_name="<b>x</b>", audit_config=AuditConfig(trail=str(tmp_path / "<i>")))._repr_html_()
+    assert "<b>" not in shown
+    assert "<i>" not in shown
+
+
+def test_the_budget_of_an_untouched_trail_is_empty(tmp_path):
+    budget = auditor(tmp_path).budget()
+    assert budget == Budget(unit=None, delta=1e-3, spent=0.0, budget=50.0, left=50.0, trainings=0, unsettled=0)
+
+
+def test_two_auditors_share_one_trail_and_a_deleted_one_is_made_anew(tmp_path):
+    import shutil
+
+    one, other = auditor(tmp_path), auditor(tmp_path)
+    assert one.trail is other.trail
+    first = one.trail.origin
+    shutil.rmtree(tmp_path / "audit")
+    assert one.trail.origin != first
+
+
+def test_making_an_auditor_opens_nothing(tmp_path):
+    auditor(tmp_path)
+    assert not (tmp_path / "audit").exists()
