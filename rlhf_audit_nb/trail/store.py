@@ -23,6 +23,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -197,6 +198,7 @@ _ADVICE = (
     ("unable to open", "unreadable", "it cannot be opened", "Check that it exists and that you may read and write it."),
     ("locked", "locked", "another process kept it locked", "Wait for that process, then open the trail again."),
     ("malformed", "malformed", "the file is damaged", _RESTORE),
+    ("codec can't decode", "malformed", "the file is damaged", _RESTORE),
     ("Could not decode", "malformed", "the file is damaged", _RESTORE),
     ("no such", "malformed", "a part of it is missing", _RESTORE),
     ("not a database", "malformed", "it is not a trail's database", "Name the folder that holds the trail."),
@@ -217,16 +219,15 @@ def store_errors(path: Path) -> Iterator[None]:
     """Turn database and file errors on ``path`` into one `StoreError` that says what to do."""
     try:
         yield
-    except (DBAPIError, sqlite3.Error) as error:
+    except (DBAPIError, sqlite3.Error, UnicodeDecodeError) as error:
         raise _advice(path, error) from error
 
 
 def connect(path: Path, *, write: bool, secure_delete: bool = False) -> sa.Engine:
     """An engine on one SQLite file; each connection is a fresh one, and a writing one begins by taking the lock."""
-    mode = "rwc" if write else _reading_mode(path)
 
     def create() -> sqlite3.Connection:
-        uri = f"file:{quote(str(path))}?{mode if '=' in mode else 'mode=' + mode}"
+        uri = f"file:{quote(str(path))}?{'mode=rwc' if write else _reading_mode(path)}"
         raw = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
         if write:
             raw.execute("PRAGMA journal_mode=WAL")
@@ -240,6 +241,12 @@ def connect(path: Path, *, write: bool, secure_delete: bool = False) -> sa.Engin
     begin = "BEGIN IMMEDIATE" if write else "BEGIN"
     event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(begin))
     return engine
+
+
+@lru_cache(maxsize=16)
+def _reading_engine(path: Path) -> sa.Engine:
+    # Holds no connection, only the compiled statements, which cost more than a short read.
+    return connect(path, write=False)
 
 
 def _reading_mode(path: Path) -> str:
@@ -466,6 +473,7 @@ class Store:
         self._write = write
         self._engine: sa.Engine | None = None
         self._connection: sa.Connection | None = None
+        self._checked = False
 
     def exists(self) -> bool:
         """Whether the file is there (a link counts as something else and is refused)."""
@@ -491,10 +499,7 @@ class Store:
             elif version != SCHEMA_VERSION:
                 raise self._unknown_layout(version)
 
-    def check_layout(self) -> None:
-        """Refuse a file that is no trail, or one of a later layout."""
-        with self.reading() as transaction:
-            application, version = transaction.layout()
+    def _check_layout(self, application: int, version: int) -> None:
         if application != APPLICATION_ID:
             raise StoreError(
                 f"The store {self.path} is a database, but not a trail's.",
@@ -519,11 +524,16 @@ class Store:
 
     @contextmanager
     def reading(self) -> Iterator[Transaction]:
-        """One consistent state of the store, on a connection of its own: safe from any thread."""
-        with store_errors(self.path):
-            engine = connect(self.path, write=False)
-            with engine.connect() as connection, connection.begin():
-                yield Transaction(connection)
+        """One consistent state of the store, on a connection of its own: safe from any thread.
+
+        Refuses a file that is no trail, or one of another layout.
+        """
+        with store_errors(self.path), _reading_engine(self.path).connect() as connection, connection.begin():
+            transaction = Transaction(connection)
+            if not self._checked:
+                self._check_layout(*transaction.layout())
+                self._checked = True
+            yield transaction
 
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:

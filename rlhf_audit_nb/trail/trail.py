@@ -31,7 +31,7 @@ from rlhf_audit_nb.trail.heads import Heads
 from rlhf_audit_nb.trail.keys import KeyRing, create_keys, have_keys, home_folder, load_keys
 from rlhf_audit_nb.trail.liveness import is_alive, sweep
 from rlhf_audit_nb.trail.merkle import prove_consistency, prove_inclusion, tree_root
-from rlhf_audit_nb.trail.store import Bundle, Head, Store, Transaction, unpack_entries
+from rlhf_audit_nb.trail.store import Bundle, Head, Store, Transaction, store_errors, unpack_entries
 from rlhf_audit_nb.trail.vault import Vault
 from rlhf_audit_nb.trail.verify import compare_with_seen, store_path
 from rlhf_audit_nb.trail.writer import RUN_INTERRUPTED, Pending, Writer, new_head, too_large
@@ -96,7 +96,6 @@ class TrailReader:
         store = Store(store_path(location), write=False)
         if not store.exists():
             raise _no_trail(store.path)
-        store.check_layout()
         return cls.of(store)
 
     @classmethod
@@ -107,12 +106,13 @@ class TrailReader:
         return cls(store.reading, head)
 
     @classmethod
-    def within(cls, transaction: Transaction, head: Head) -> TrailReader:
-        """The state that an open transaction sees; good only while it is open."""
+    def within(cls, transaction: Transaction, head: Head, path: Path) -> TrailReader:
+        """The state that an open transaction on the store ``path`` sees; good only while it is open."""
 
         @contextmanager
         def reading() -> Iterator[Transaction]:
-            yield transaction
+            with store_errors(path):
+                yield transaction
 
         return cls(reading, head)
 
@@ -262,7 +262,7 @@ class Trail:
         folder = _folder(location)
         home = home_folder(home)
         store = Store(folder / "trail.sqlite", write=True)
-        if not create and not store.exists():
+        if not store.exists() and not create:
             raise _no_trail(store.path)
         try:
             with _opening(folder):
@@ -407,7 +407,7 @@ class Trail:
             check_run(run)
 
         def prepare(transaction: Transaction, head: Head) -> list[Pending]:
-            body = check_body(body_fn(TrailReader.within(transaction, head)))
+            body = check_body(body_fn(TrailReader.within(transaction, head, self._store.path)))
             if len(body) > MAX_ENTRY:
                 raise too_large(type, len(body))
             return [Pending(None, type, body, run, private, owner, resolution_us, time.time_ns() // 1000)]

@@ -496,7 +496,6 @@ def verify_trail(location: Path | str, *, policy: TrustPolicy | None = None, hom
         )
     origin = ""
     try:
-        store.check_layout()
         with store.reading() as transaction:
             head = transaction.head()
             origin = head.origin

@@ -169,6 +169,27 @@ class _InterruptedBody(msgspec.Struct):
 _interrupted = msgspec.json.Decoder(_InterruptedBody)
 
 
+_Prepare = Callable[[Transaction, Head], list[Pending]]
+
+
+class _Refused(BaseException):
+    """Carries an exception of the caller's own body out of the transaction, past the translation of database errors."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def _shielded(prepare: _Prepare) -> _Prepare:
+    def call(transaction: Transaction, head: Head) -> list[Pending]:
+        try:
+            return prepare(transaction, head)
+        except Exception as error:
+            raise _Refused(error) from error
+
+    return call
+
+
 def new_head(origin: str, signer: Signer) -> Head:
     """The head of a trail without entries."""
     return _signed_head(origin, Frontier(), signer, 0, None)
@@ -464,7 +485,7 @@ class Writer:
             tree = _Tree(head, Frontier())
             append_in(transaction, tree, [item], self.id, self._signer, None)
 
-    def guarded(self, prepare: Callable[[Transaction, Head], list[Pending]]) -> list[Entry]:
+    def guarded(self, prepare: _Prepare) -> list[Entry]:
         """Append what ``prepare`` makes, from the state that its own transaction sees; nothing where it raises.
 
         Waits first for what was queued before. The entries are durable when this returns.
@@ -478,7 +499,9 @@ class Writer:
             self._check()
             self._guarding = True
             try:
-                group = self._commit(prepare, whole=True)
+                group = self._commit(_shielded(prepare), whole=True)
+            except _Refused as refused:
+                raise refused.error from refused.error.__cause__
             finally:
                 self._guarding = False
         entries = []

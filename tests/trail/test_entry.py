@@ -1,0 +1,102 @@
+"""The entry's one encoding, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rlhf_audit_nb.errors import EntryError, FormatError
+from rlhf_audit_nb.trail.entry import MAX_ENTRY, Entry, check_body, check_run, check_type, decode_envelope
+from rlhf_audit_nb.trail.entry import encode_envelope as encode
+from rlhf_audit_nb.trail.merkle import leaf_hash
+
+GOOD = {"v": 1, "type": "train.step", "time": 5, "run": "r", "seq": 0, "writer": "w", "body": {"a": 1}}
+
+
+def entry(**changes) -> bytes:
+    return json.dumps({**GOOD, **changes}, separators=(",", ":")).encode()
+
+
+def test_the_golden_entries_are_read_and_written_to_the_byte(vectors):
+    for item in vectors("entries")["entries"]:
+        data = item["data"].encode()
+        assert encode(decode_envelope(data)) == data
+        assert leaf_hash(data).hex() == item["leaf_hash"]
+
+
+def test_an_entry_gives_its_parts():
+    item = Entry.decode(7, entry(run=None))
+    assert (item.index, item.type, item.time, item.run, item.seq) == (7, "train.step", 5, None, 0)
+    assert item.stream == "writer:w"
+    assert item.body == b'{"a":1}'
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        entry()[:-1],
+        entry() + b" ",
+        entry() + b"{}",
+        b" " + entry(),
+        entry().replace(b":", b": ", 1),
+        entry(extra=1),
+        entry(time=-1),
+        entry(time=1.0),
+        entry(time=1 << 63),
+        entry(seq=True),
+        entry(seq=-1),
+        entry(type="Train Step"),
+        entry(type=""),
+        entry(run="a b"),
+        entry(run="writer:w"),
+        entry(writer=""),
+        entry(body=[]),
+        entry(body="x"),
+        entry(body=None),
+        entry(sealed="AAAA"),
+        entry(sealed="x"),
+        entry(sealed=None),
+        entry().replace(b'"a"', b'"\xff"'),
+        entry().replace(b'{"a":1}', b'{"a":01}'),
+        entry().replace(b'{"a":1}', b'{"a":}'),
+        entry().replace(b'"v":1', b'"v":1,"v":1'),
+        json.dumps(dict(reversed(GOOD.items())), separators=(",", ":")).encode(),
+        entry().replace(b'"train.step"', b'"train.\\u0073tep"'),
+        entry(body={"a": "x" * MAX_ENTRY}),
+    ],
+)
+def test_bytes_that_are_not_in_the_one_encoding_are_refused(data):
+    with pytest.raises(FormatError) as caught:
+        decode_envelope(data)
+    assert caught.value.reason in {"malformed-entry", "base64"}
+
+
+@pytest.mark.parametrize("data", [entry(v=2), entry(v=2, more="fields"), entry(v=0)])
+def test_an_unknown_version_is_said_not_guessed(data):
+    with pytest.raises(FormatError) as caught:
+        decode_envelope(data)
+    assert caught.value.reason == "unknown-version"
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"{", b" {}", b"{} ", b"{}{}", b'{"a":\xff}', b'{"a":"\xff"}', b"{'a':1}"]
+)
+def test_a_body_that_is_not_one_json_object_is_refused(body):
+    with pytest.raises(EntryError) as caught:
+        check_body(body)
+    assert caught.value.reason == "entry-body"
+
+
+def test_names_are_checked():
+    assert check_type("run.started") == "run.started"
+    assert check_run("0a-b_c.d") == "0a-b_c.d"
+    for bad in ("", "A", "a b", "a..b", "a" * 65, ".a", "é", "a\n"):
+        with pytest.raises(EntryError):
+            check_type(bad)
+    for bad in ("", "a b", "a/b", "a" * 129, "a:b", "a\n"):
+        with pytest.raises(EntryError):
+            check_run(bad)
