@@ -102,16 +102,16 @@ _FIRST = ("loss", "eval_loss", "gradient_norm", "update_norm", "learning_rate")
 
 
 def say_bound(value: float) -> str:
-    """An upper bound with two decimals (three digits below 0.1), rounded up: a bound rounded down is none."""
+    """An upper bound, rounded up: two decimals, below 0.1 three digits, to a millionth."""
     if math.isnan(value):
         return "unknown"
     if math.isinf(value):
         return "∞"
     decimals = 2
     if 0 < value < 0.1:  # noqa: PLR2004 - two decimals would leave nothing
-        decimals = 2 - math.floor(math.log10(value))
+        decimals = min(2 - math.floor(math.log10(value)), 6)
     scale = 10.0**decimals
-    return f"{math.ceil(value * scale - 1e-6) / scale:.{decimals}f}"
+    return f"{math.ceil(value * scale * (1 - 1e-9)) / scale:.{decimals}f}"
 
 
 def say_number(value: float, *, full: bool = False) -> str:
@@ -141,6 +141,11 @@ def say_delta(delta: float) -> str:
 def say_root(root: bytes) -> str:
     """A root hash as base64 shortened in its middle: ``kYsc7GTz…otaw=``."""
     return _middle(base64.b64encode(root).decode(), 8, 6)
+
+
+def _say_signer(vkey: str) -> str:
+    """Name and key hash of a C2SP verifier key (``name+hash+key``), shortened: ``example.…+8a488eff``."""
+    return _middle("+".join(vkey.split("+")[:2]), 8, 9)
 
 
 def _middle(text: str, head: int, tail: int) -> str:
@@ -394,7 +399,7 @@ def _integrity_view(status: StatusLike | None, check: Check | None) -> View:
             {
                 "key": "signer",
                 "term": "signed by",
-                "text": _middle(status.signer, 8, 9),
+                "text": _say_signer(status.signer),
                 "copy": status.signer,
                 "mono": True,
             },

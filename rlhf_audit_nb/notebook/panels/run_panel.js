@@ -235,7 +235,8 @@ function render({ model, el }) {
   const trainingNote = make("p", "rap-note", training.node);
 
   const integrity = card("integrity");
-  const rows = make("dl", "rap-rows", integrity.node);
+  const rows = make("div", "rap-rows", integrity.node);
+  set(rows, "role", "list");
   const rowNodes = new Map();
   const integrityNote = make("p", "rap-note", integrity.node);
 
@@ -391,6 +392,7 @@ function render({ model, el }) {
     button.addEventListener("click", async () => {
       const done = await copy(button.dataset.copy);
       say(button, done ? "copied" : button.dataset.copy);
+      button.classList.toggle("rap-whole", !done);
       say(spoken, done ? `The whole ${row.term} was copied.` : `Copying is not allowed here; the whole ${row.term} is shown.`);
       if (done) setTimeout(() => say(button, button.dataset.text), 1200);
     });
@@ -408,8 +410,11 @@ function render({ model, el }) {
     for (const row of item.rows) {
       let nodes = rowNodes.get(row.key);
       if (!nodes) {
-        make("dt", "", rows, row.term);
-        const cell = make("dd", "", rows);
+        // No dl: JupyterLab's own style sheet floats its terms.
+        const line = make("div", "rap-row", rows);
+        set(line, "role", "listitem");
+        make("span", "rap-term", line, row.term);
+        const cell = make("span", "rap-value", line);
         nodes = { main: row.copy ? copyButton(cell, row) : make("span", row.mono ? "rap-mono" : "", cell), detail: make("small", "", cell) };
         rowNodes.set(row.key, nodes);
       }

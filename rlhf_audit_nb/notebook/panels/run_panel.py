@@ -16,6 +16,7 @@ import contextlib
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -121,6 +122,15 @@ class RunPanel:
         """Show the panel and begin to follow the run."""
         if self.mode != "live" or self._thread is not None:
             return self
+        try:
+            self._show()
+        except Exception as error:  # the training goes on without a live panel, and its end is shown all the same
+            self.mode, self._widget = "static", None
+            warnings.warn(f"The live panel cannot be shown: {error}", RuntimeWarning, stacklevel=2)
+        return self
+
+    def _show(self) -> None:
+        """Display the widget and start the thread that feeds it."""
         from IPython.display import display
 
         self._widget = make_widget()
@@ -131,7 +141,6 @@ class RunPanel:
         self._check_at = time.monotonic() + _CHECK_FIRST
         self._thread = threading.Thread(target=self._follow, name="rlhf-audit-panel", daemon=True)
         self._thread.start()
-        return self
 
     def finish(self) -> dict[str, str]:
         """Verify once more, show the last state, and leave a static picture with text in the panel's place.
