@@ -1,0 +1,54 @@
+"""``python -m benchmarks [--quick] [--json FILE] [--only NAME]``: prints one table."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from benchmarks.figures import Figure, table
+
+
+def _figures(folder: Path, only: str | None, *, quick: bool) -> list[Figure]:
+    from benchmarks import startup, trails, training
+
+    rooms: dict[str, Callable[[], Iterable[Figure]]] = {
+        "startup": startup.measure,
+        "trail": lambda: trails.measure(folder, quick=quick),
+        "training": lambda: training.measure(folder, quick=quick),
+    }
+    found = []
+    for name, measure in rooms.items():
+        if only in (None, name):
+            print(f"measuring: {name}", file=sys.stderr, flush=True)
+            with contextlib.redirect_stdout(sys.stderr):  # trainers print; stdout is for the table
+                found += list(measure())
+    return found
+
+
+def main() -> int:
+    """Measures, prints, and writes JSON where asked."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer repeats: shows that it runs, not what it costs")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures as JSON")
+    parser.add_argument("--only", choices=("startup", "trail", "training"))
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="rlhf-audit-bench-") as name:
+        os.environ["RLHF_AUDIT_HOME"] = str(Path(name) / "home")
+        figures = _figures(Path(name), args.only, quick=args.quick)
+    load = os.getloadavg()[0]
+    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, load {load:.1f}\n")
+    print(table(figures))
+    if args.json:
+        Path(args.json).write_text(json.dumps([figure.to_dict() for figure in figures], indent=1), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
