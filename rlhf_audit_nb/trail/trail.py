@@ -26,6 +26,7 @@ import msgspec
 
 from rlhf_audit_nb.config import DEFAULT_TRAIL, ENV_TRAIL, Durability
 from rlhf_audit_nb.errors import FormatError, StoreError
+from rlhf_audit_nb.trail.checkpoint import checkpoint_of
 from rlhf_audit_nb.trail.entry import MAX_ENTRY, Entry, check_body, check_run, check_type
 from rlhf_audit_nb.trail.heads import Heads
 from rlhf_audit_nb.trail.keys import KeyRing, create_keys, have_keys, home_folder, load_keys
@@ -289,7 +290,7 @@ class Trail:
             else:
                 _check_origin(head, origin, store.path)
                 keys = load_keys(home, head.origin, passphrase)
-                _check_seen(store, head, heads)
+                _check_seen(store, head.origin, heads)
             vault = Vault(folder / "vault.sqlite", keys.master)
             writer = Writer(folder, store, vault, keys.signer, heads, always=always)
             undo.callback(writer.abort)
@@ -485,16 +486,16 @@ def _check_origin(head: Head, origin: str | None, path: Path) -> None:
         )
 
 
-def _check_seen(store: Store, head: Head, heads: Heads) -> None:
+def _check_seen(store: Store, origin: str, heads: Heads) -> None:
     """Refuse to build on a history that is not the one seen before: it would make the fork final."""
-    seen = heads.head(head.origin)
-    if seen is None:
+    note = heads.note(origin)
+    if note is None:
         return
-    root = None
-    if seen.size <= head.size:
-        with store.transaction() as transaction:
-            root = tree_root(seen.size, transaction.hashes)
-    reason = compare_with_seen(heads, head.note, root)
+    seen = checkpoint_of(note)
+    with store.transaction() as transaction:
+        head = transaction.head()
+        root = tree_root(seen.size, transaction.hashes) if seen.size <= head.size else None
+    reason = compare_with_seen(heads, note, head.note, root)
     if reason is not None:
         raise StoreError(
             f"The trail {store.path} has diverged. {reason.message}",

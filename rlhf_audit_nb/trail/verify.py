@@ -450,16 +450,16 @@ def _legible_prefix(bundle: Bundle, stored: list[bytes]) -> int:
     return count
 
 
-def compare_with_seen(heads: Heads, found: str, root_at_seen: bytes | None) -> Reason | None:
+def compare_with_seen(heads: Heads, note: str | None, found: str, root_at_seen: bytes | None) -> Reason | None:
     """Whether the signed checkpoint ``found`` continues the last-seen head; where not, the evidence is kept.
 
     Args:
         heads: the last-seen heads.
+        note: the last-seen one, which must have been read *before* the store was: another process may be appending.
         found: the newest signed checkpoint, its signature verified.
         root_at_seen: the root that the found history has at the last-seen size; ``None`` where it is shorter.
     """
     now = checkpoint_of(found)
-    note = heads.note(now.origin)
     if note is None:
         return None
     seen = checkpoint_of(note)
@@ -497,19 +497,21 @@ def verify_trail(location: Path | str, *, policy: TrustPolicy | None = None, hom
     origin = ""
     try:
         with store.reading() as transaction:
-            head = transaction.head()
-            origin = head.origin
-            trusted = policy or local_policy(home, origin)
-            return _verify(transaction, head, trusted, Heads(home))
+            origin = transaction.head().origin
+        trusted = policy or local_policy(home, origin)
+        heads = Heads(home)
+        seen = heads.note(origin)
+        with store.reading() as transaction:
+            return _verify(transaction, trusted, heads, seen)
     except StoreError as error:
         if error.reason not in ("malformed", "missing-node"):
             raise
         return Verdict(Level.INVALID, origin, 0, "", reasons=(Reason("store", str(store.path), error.message),))
 
 
-def _verify(transaction: Transaction, head: Head, policy: TrustPolicy, heads: Heads) -> Verdict:
-    seen = heads.head(head.origin)
-    audit = _Audit(transaction, head, policy, seen)
+def _verify(transaction: Transaction, policy: TrustPolicy, heads: Heads, seen: str | None) -> Verdict:
+    head = transaction.head()
+    audit = _Audit(transaction, head, policy, None if seen is None else checkpoint_of(seen))
     checked, newest = audit.run()
     reasons = audit.reasons
     level = Level.INVALID
@@ -519,7 +521,7 @@ def _verify(transaction: Transaction, head: Head, policy: TrustPolicy, heads: He
             reasons.append(
                 Reason("quorum", "newest checkpoint", f"The policy's quorum {policy.quorum} has not cosigned it.")
             )
-        diverged = compare_with_seen(heads, head.note, audit.seen_root)
+        diverged = compare_with_seen(heads, seen, head.note, audit.seen_root)
         if diverged is not None:
             level = Level.DIVERGED
             reasons.append(diverged)
