@@ -187,7 +187,7 @@ def _development(run: RunFacts | None) -> Section:
     for item, event in run.trainers if run else ():
         loss = f", loss {event.loss}" if event.loss else ""
         fields.append(Field("Method", f"{event.trainer}{loss}", cite([item.index]), where))
-        settings = ", ".join(f"{key}={value}" for key, value in sorted(event.hyperparameters.items()))
+        settings = ", ".join(f"{key}={words.plain_text(value)}" for key, value in sorted(event.hyperparameters.items()))
         fields.append(Field("Settings", settings or NOT_STATED, cite([item.index]), where))
     if run and run.finished:
         steps = f"{words.plural(run.finished[1].steps, 'optimizer step')}; {run.status}"
@@ -196,8 +196,7 @@ def _development(run: RunFacts | None) -> Section:
         known = ", ".join(f"{name} {env.packages[name]}" for name in KEY_PACKAGES if name in env.packages)
         software = f"{env.implementation} {env.python}" + (f", {known}" if known else "")
         fields.append(Field("Software", software, cite([item.index]), "Annex IV 1(c)"))
-        hardware = "; ".join(f"{key}: {_plain(value)}" for key, value in sorted(env.hardware.items()))
-        fields.append(Field("Hardware of training", hardware or NOT_STATED, cite([item.index])))
+        fields.append(Field("Hardware of training", words.hardware_text(env.hardware), cite([item.index])))
     if not fields:
         fields += _missing(("Method and steps", where))
     fields += _missing(
@@ -206,14 +205,6 @@ def _development(run: RunFacts | None) -> Section:
         ("Energy", "Annex XI, Section 1, 2(e)"),
     )
     return Section("Development", tuple(fields))
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(_plain, value)) or "none"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_plain(part)}" for key, part in sorted(value.items())) or "none"
-    return str(value)
 
 
 def _data(run: RunFacts | None) -> Section:
@@ -284,7 +275,7 @@ def _spend(spend: Spend) -> tuple[Field, ...]:
         Field("Differential privacy", bound, at),
         Field("Roster", roster, cite([spend.item.index])),
         Field("Mechanism", mechanism, at),
-        Field("Accountants, planned total", figures or NOT_STATED, cite([spend.item.index])),
+        Field("Accountants, planned total", figures, cite([spend.item.index])),
     )
 
 

@@ -175,6 +175,11 @@ class Evidence:
         return tuple(_item(entry) for entry in self.entries)
 
     @cached_property
+    def memo(self) -> dict[str, Any]:
+        """What was worked out from these entries once and may be used again: they never change."""
+        return {}
+
+    @cached_property
     def _by_kind(self) -> dict[str, tuple[Item, ...]]:
         found: dict[str, list[Item]] = {}
         for item in self.items:

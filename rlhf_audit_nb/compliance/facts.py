@@ -133,11 +133,14 @@ class Composed:
 
 def run_facts(evidence: Evidence) -> tuple[RunFacts, ...]:
     """All runs in the order in which they were opened."""
-    gone = {event.run: (item, event) for item, event in evidence.of(RunInterrupted)}
-    grouped = _Grouped(evidence)
-    return tuple(
-        grouped.facts(item, started, gone.get(item.run)) for item, started in evidence.of(RunStarted) if item.run
-    )
+    if "runs" not in evidence.memo:
+        gone = {event.run: (item, event) for item, event in evidence.of(RunInterrupted)}
+        grouped = _Grouped(evidence)
+        evidence.memo["runs"] = tuple(
+            grouped.facts(item, started, gone.get(item.run)) for item, started in evidence.of(RunStarted) if item.run
+        )
+    found: tuple[RunFacts, ...] = evidence.memo["runs"]
+    return found
 
 
 class _Grouped:

@@ -5,25 +5,32 @@ Everything here is pure and deterministic. An ε is rounded up, never down, so t
 
 from __future__ import annotations
 
+import json
 import math
 import unicodedata
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_audit_nb.errors import ReportError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = [
     "LEVELS",
     "NO_BOUND",
     "LevelWords",
+    "accountants_text",
     "count",
     "day_text",
     "delta_text",
     "duration_text",
     "epsilon_text",
+    "hardware_text",
     "level_words",
     "number_text",
+    "plain_text",
     "plural",
     "short",
     "size_text",
@@ -34,6 +41,7 @@ __all__ = [
 NO_BOUND = "trained without differential privacy: no bound"
 """What stands wherever an ε would stand for a run without differential privacy."""
 
+_NAMED = {"Infinity": "∞", "-Infinity": "−∞", "NaN": "not a number"}
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _TINY = 1e-9
 _SCIENTIFIC_BELOW = 1e-3
@@ -135,7 +143,7 @@ def number_text(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return "not stated" if value is None else str(value).lower()
     if isinstance(value, str):
-        return {"Infinity": "∞", "-Infinity": "−∞", "NaN": "not a number"}.get(value, value)
+        return _NAMED.get(value, value)
     if isinstance(value, int):
         return count(value)
     if not math.isfinite(value):
@@ -162,6 +170,40 @@ def epsilon_text(value: Any, digits: int = 2) -> str:
 def delta_text(value: float) -> str:
     """``1e-05`` as ``10⁻⁵``."""
     return _power(value, 2) if value < _SCIENTIFIC_BELOW else number_text(value)
+
+
+def accountants_text(figures: Mapping[str, Any]) -> str:
+    """Each accountant's own ε of one total: ``PLD 6.2041 (grid 10⁻⁴), PRV 6.2118``; a reason where it gives none."""
+    said: list[str] = []
+    for name, value in sorted(figures.items()):
+        if name.endswith("_grid"):
+            continue
+        stated = value if isinstance(value, str) and value not in _NAMED else epsilon_text(value, 4)
+        grid = figures.get(f"{name}_grid")
+        said.append(f"{name.upper()} {stated}" + ("" if grid is None else f" (grid {number_text(grid)})"))
+    return ", ".join(said) or "not stated"
+
+
+def plain_text(value: Any) -> str:
+    """A recorded setting as text: lists by commas, maps as ``key value``, nothing as ``none``."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(plain_text, value)) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {plain_text(part)}" for key, part in sorted(value.items())) or "none"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def hardware_text(hardware: Mapping[str, Any]) -> str:
+    """Recorded hardware as ``cores: 2; memory: 25.3 GB``."""
+    said: list[str] = []
+    for key, value in sorted(hardware.items()):
+        if key.endswith("_bytes") and isinstance(value, int):
+            said.append(f"{key.removesuffix('_bytes')}: {size_text(value)}")
+        else:
+            said.append(f"{key}: {plain_text(value)}")
+    return "; ".join(said) or "not recorded"
 
 
 def time_text(microseconds: int) -> str:

@@ -71,7 +71,7 @@ def _svg(chart: Any, key: str) -> str:
     if folder not in _fonts:  # the converter measures labels with the font that the PDF is set in
         vl_convert.register_font_directory(folder)
         _fonts.append(folder)
-    svg = vl_convert.vegalite_to_svg(chart.configure(**_config()).to_dict())
+    svg = vl_convert.vegalite_to_svg(chart.configure(**_config()).to_dict(validate=False))
     # Several figures stand in one page: names inside an SVG must not meet.
     return re.sub(r'(id="|url\(#)([A-Za-z]+\d+)', rf"\g<1>{key}-\g<2>", svg)
 
@@ -135,7 +135,9 @@ def series_figure(run: RunFacts, key: str) -> Figure | None:
     panels: list[Any] = []
     said: list[str] = []
     used: set[int] = set()
-    for name, title in SERIES:
+    for name, plain_title in SERIES:
+        # Under differential privacy the gradient that is recorded is the clipped and noised one.
+        title = "norm of the privatised gradient" if run.spends and name == "gradient_norm" else plain_title
         found = [
             (item.index, step.step, value)
             for item, step in run.steps

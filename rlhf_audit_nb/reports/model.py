@@ -272,10 +272,13 @@ class _Builder:
             Fact("Origin", verdict.origin or "not stated", cite([created[0].index]) if created else ()),
             Fact("Size", words.plural(verdict.size, "entry", "entries")),
             Fact("Root", verdict.root or "none", mono=True),
-            Fact("Signed by", ", ".join(verdict.signers) or "nobody whose key is trusted here", mono=True),
         ]
+        own = created[1].log_key if created else ""
+        others = [signer for signer in verdict.signers if signer != own]
+        by = (["the trail's own log key"] if len(others) < len(verdict.signers) else []) + others
+        facts.append(Fact("Signed by", ", ".join(by) or "nobody whose key is trusted here", mono=bool(others)))
         if created:
-            facts.append(Fact("Log key", created[1].log_key, cite([created[0].index]), mono=True))
+            facts.append(Fact("Log key", own, cite([created[0].index]), mono=True))
         facts += [Fact("Worth knowing", str(note.message), note=str(note.where)) for note in self.evidence.notes]
         started = self.evidence.of(RecordStarted)
         facts += [
@@ -371,8 +374,8 @@ class _Builder:
                 f"{second} from secondary sources; they are marked."
             ),
             (
-                "The trail holds what was recorded in it. Data, models and documents are shown by digest; how they came "
-                "about before is declared, not observed."
+                "The trail holds what was recorded in it. Data, models and documents are shown by digest; how they "
+                "came about before is declared, not observed."
             ),
         ]
         unbounded = self.composed.unbounded_runs
@@ -565,7 +568,7 @@ def _spend_facts(spend: Spend, number: int, run: RunFacts) -> tuple[Fact, ...]:
     unit = f"{reserved.unit} (neighbouring data sets differ in all that one {reserved.unit} gave)"
     adjacency = f"{reserved.adjacency}: the roster is public, what each gave is not" if (
         reserved.adjacency == "zero-out") else reserved.adjacency  # fmt: skip
-    accountants = ", ".join(f"{name} {_epsilon(value)}" for name, value in sorted(reserved.accountants.items()))
+    accountants = words.accountants_text(reserved.accountants)
     seed = "sealed before the first step" if spend.item.sealed else "not sealed"
     facts = [
         Fact("Unit", unit, at),
@@ -590,7 +593,7 @@ def _spend_facts(spend: Spend, number: int, run: RunFacts) -> tuple[Fact, ...]:
         there = cite([spend.settled_item.index])
         facts.append(Fact("ε spent, composed", _epsilon(settled.epsilon_total), there, note=alone))
     facts += [
-        Fact("Accountants, planned total", accountants or "not stated", at),
+        Fact("Accountants, planned total", accountants, at),
         Fact("Randomness", f"{reserved.generator}; seed {seed}", at),
     ]
     if len(run.spends) == 1:
@@ -647,22 +650,12 @@ def _dp_fact(run: RunFacts, at: Cites, *, trusted: bool) -> list[Fact]:
 def _trainer_facts(item: Item, event: Any) -> list[Fact]:
     at = cite([item.index])
     loss = f", loss {event.loss}" if event.loss else ""
-    settings = ", ".join(f"{k}={_setting(v)}" for k, v in sorted(event.hyperparameters.items()))
+    settings = ", ".join(f"{k}={words.plain_text(v)}" for k, v in sorted(event.hyperparameters.items()))
     facts = [Fact("Trainer", f"{event.trainer}{loss}, {words.plural(event.max_steps, 'step')} planned", at,
                   note="" if event.seed is None else f"seed {event.seed}")]  # fmt: skip
     if settings:
         facts.append(Fact("Settings", settings, at, mono=True))
     return facts
-
-
-def _setting(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(_setting, value)) or "none"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_setting(part)}" for key, part in sorted(value.items())) or "none"
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _environment_facts(item: Item, event: Any) -> list[Fact]:
@@ -671,18 +664,18 @@ def _environment_facts(item: Item, event: Any) -> list[Fact]:
     key = [f"{name} {packages[name]}" for name in KEY_PACKAGES if name in packages]
     rest = len(packages) - len(key)
     more = f" and {words.plural(rest, 'other')}, each by version in the entry" if rest else ""
-    hardware = "; ".join(f"{k}: {_setting(v)}" for k, v in sorted(event.hardware.items()))
+    hardware = words.hardware_text(event.hardware)
     commit = event.git_commit or "not recorded"
     if event.git_commit and event.git_dirty:
         commit += " with uncommitted changes"
     facts = [
         Fact("Interpreter", f"{event.implementation} {event.python} on {event.platform}", at),
         Fact("Packages", (", ".join(key) or "none of the usual ones") + more, at),
-        Fact("Hardware", hardware or "not recorded", at),
+        Fact("Hardware", hardware, at),
         Fact("Code version", commit, at, mono=bool(event.git_commit)),
     ]
     if event.determinism:
-        settings = ", ".join(f"{k}={_setting(v)}" for k, v in sorted(event.determinism.items()))
+        settings = ", ".join(f"{k}={words.plain_text(v)}" for k, v in sorted(event.determinism.items()))
         facts.append(Fact("Determinism", settings, at, mono=True))
     return facts
 
@@ -710,7 +703,7 @@ def _data_fact(item: Item, event: DataBound) -> Fact:
 
 def _model_fact(item: Item, event: ModelBound) -> Fact:
     value = f"{event.name or 'no name recorded'}: {event.architecture}, {words.count(event.parameters)} parameters"
-    adapter = f"; adapter {_setting(event.adapter)}" if event.adapter else ""
+    adapter = f"; adapter {words.plain_text(event.adapter)}" if event.adapter else ""
     note = f"weights sha256 {event.weights_digest}{adapter}"
     return Fact(f"Model, {event.role}", value, cite([item.index]), note=note)
 
