@@ -8,6 +8,7 @@ trail is opened when it is first needed, and one trail is opened once in a proce
 from __future__ import annotations
 
 import json
+import math
 import threading
 import uuid
 from collections.abc import Iterator
@@ -456,10 +457,13 @@ class Budget:
     def __str__(self) -> str:
         if not self.trainings:
             return "No training under differential privacy is recorded in this trail."
-        of = f" of {self.budget:g} ({self.left:.4g} left)" if self.budget is not None else ""
+        # Rounded against us: what is spent upwards, what is left downwards.
+        spent = math.ceil(self.spent * 1000) / 1000
+        left = math.floor((self.left or 0.0) * 1000) / 1000
+        of = f" of {self.budget:g} ({left:g} left)" if self.budget is not None else ""
         open_ones = f", {self.unsettled} of them not settled" if self.unsettled else ""
         return (
-            f"epsilon {self.spent:.4g}{of} at delta {self.delta:g}, unit {self.unit}, "
+            f"epsilon {spent:g}{of} at delta {self.delta:g}, unit {self.unit}, "
             f"{self.trainings} private training{'s' if self.trainings != 1 else ''}{open_ones}."
         )
 

@@ -10,6 +10,7 @@ How training is made private is not known here: a `Privatiser` is handed in.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -379,10 +380,9 @@ class Run:
         view = self.state.privacy
         if view is None:
             return "no privacy spent"
-        return (
-            f"epsilon {self.state.epsilon:.4g} of {view.budget:g} (delta {view.delta:g}, "
-            f"unit {view.unit}, {view.adjacency})"
-        )
+        # Rounded up, so that no line says less than was spent.
+        spent = math.ceil((self.state.epsilon or 0.0) * 1000) / 1000
+        return f"epsilon {spent:g} of {view.budget:g} (delta {view.delta:g}, unit {view.unit}, {view.adjacency})"
 
     def _repr_markdown_(self) -> str:
         return f"**Run** {self.summary()} · `{self.id}`"

@@ -1,0 +1,446 @@
+"""``%%audit_train`` and ``%audit``. Floor 6.
+
+The cell's body is run as IPython would run it (``!``, ``%`` and a last expression included), once, inside an open run;
+an exception shows the user's own lines and leaves the cell with status *error*. Mistakes on the magic's line are
+`ConfigError`s: one clear block, and nothing is opened. The line, not the body, may use ``$name`` and ``{expression}``
+from the notebook, so that a parameters cell sets the options.
+
+Importing this module loads no torch: that comes with the first audited cell.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import hashlib
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from IPython.core import magic_arguments as _arguments
+from IPython.core.completer import SimpleCompletion, context_matcher
+from IPython.core.error import UsageError
+from IPython.core.magic import (
+    Magics,
+    line_cell_magic,
+    line_magic,
+    magics_class,
+    no_var_expand,
+    output_can_be_silenced,
+)
+from IPython.utils.text import DollarFormatter
+
+from rlhf_audit_nb.config import AuditConfig, PrivacyConfig
+from rlhf_audit_nb.errors import ConfigError, TrailError
+
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    from rlhf_audit_nb.auditor import AuditableRLHF
+
+__all__ = ["AuditMagics", "load_ipython_extension", "unload_ipython_extension"]
+
+# IPython's decorators are untyped.
+magic_arguments: Any = _arguments.magic_arguments
+argument: Any = _arguments.argument
+
+CELL = "audit_train"
+LINE = "audit"
+COMMANDS = ("status", "verify", "report", "card", "budget")
+_MATCHER = "rlhf_audit_nb"
+_VERDICT = ("rlhf_audit_nb.trail.verify", "Verdict")
+
+_PRIVACY_OPTIONS = (
+    "delta",
+    "unit",
+    "run_epsilon",
+    "noise_multiplier",
+    "clipping_norm",
+    "sampling_rate",
+    "max_pairs_per_unit",
+    "annotator_column",
+)
+
+
+@magics_class
+class AuditMagics(Magics):
+    """The two magics; they remember the last trail that a cell used."""
+
+    def __init__(self, shell: InteractiveShell) -> None:
+        super().__init__(shell)
+        self._trail: str | None = None
+        self._auditor: AuditableRLHF | None = None
+
+    @no_var_expand
+    @output_can_be_silenced
+    @magic_arguments()
+    @argument("--experiment", metavar="NAME", help="name of the experiment (required)")
+    @argument("--epsilon", type=float, metavar="E", help="privacy budget of the whole trail; without it no privacy")
+    @argument("--delta", type=float, metavar="D", help="chance with which the bound may fail (default 1e-5)")
+    @argument("--unit", choices=["annotator", "pair"], help="what is protected (default annotator)")
+    @argument("--run-epsilon", type=float, metavar="E", help="what this run alone may add (default: all that is left)")
+    @argument("--noise-multiplier", type=float, metavar="S", help="noise; default: calibrated to the budget")
+    @argument("--clipping-norm", type=float, metavar="C", help="bound on one unit's gradient (default 1.0)")
+    @argument(
+        "--sampling-rate", type=float, metavar="Q", help="chance of each unit per step (default: from batch size)"
+    )
+    @argument("--max-pairs-per-unit", type=int, metavar="K", help="pairs of a unit in one step, at most (default 8)")
+    @argument("--annotator-column", metavar="COLUMN", help="column with the annotator's id (default annotator_id)")
+    @argument("--model-name", metavar="NAME", help="the model's name, declared until a trainer shows it")
+    @argument("--trail", metavar="FOLDER", help="where the trail lies (default: RLHF_AUDIT_TRAIL, else ./audit)")
+    @argument("--origin", metavar="NAME", help="name of a new trail, such as example.com/alignment")
+    @argument("--durability", choices=["batched", "always"], help="how entries are synced (default batched)")
+    @argument("--every-steps", type=int, metavar="N", help="one step entry every N steps (default 1)")
+    @argument(
+        "--weights-every", type=int, metavar="N", help="digest of the weights every N steps (default: at the end)"
+    )
+    @argument("--compliance-mode", metavar="MODE", help="framework of the reports (default eu_ai_act)")
+    @line_cell_magic
+    def audit_train(self, line: str, cell: str | None = None) -> Any:
+        """Train inside an audited run: everything that a trainer does in this cell goes into the signed trail.
+
+        With ``--epsilon`` the trainer is made differentially private; without, it is recorded as it is::
+
+            %%audit_train --experiment safety_alignment --epsilon 8 --delta 1e-5 --unit annotator
+            trainer = DPOTrainer(model=model, args=args, train_dataset=train, processing_class=tokenizer)
+            trainer.train()
+
+        ``{name}`` and ``$name`` in the line take values from the notebook: ``--epsilon {epsilon}``.
+        """
+        __tracebackhide__ = True
+        options = _parse(AuditMagics.audit_train, line, self.shell)
+        if cell is None:
+            raise ConfigError(
+                "audit_train audits a whole cell.",
+                next_step="Write %%audit_train (two percent signs) as the first line, and the training below it.",
+                code="usage",
+            )
+        code, last = _compile(self.shell, cell)
+        auditor = self._open(options)
+        return _run_cell(self.shell, auditor, options.experiment, self._source(line, cell), code, last)
+
+    @no_var_expand
+    @magic_arguments()
+    @argument("command", nargs="?", metavar="COMMAND", help="status, verify, report, card or budget (default status)")
+    @argument("--trail", metavar="FOLDER", help="another trail than the one used last")
+    @argument("--format", metavar="FORMAT", help="report: html or pdf; card: eu_standard or huggingface")
+    @argument("--out", "-o", metavar="FILE", help="save the report or card")
+    @argument("--compliance-mode", metavar="MODE", help="framework of the report (default eu_ai_act)")
+    @line_magic
+    def audit(self, line: str) -> Any:
+        """Look at the trail: ``%audit status``, ``verify``, ``report``, ``card`` or ``budget``.
+
+        ``%audit report --format html --out report.html`` writes the compliance report; without ``--out`` it is shown.
+        """
+        __tracebackhide__ = True
+        options = _parse(AuditMagics.audit, line, self.shell)
+        command = options.command or "status"
+        if command not in COMMANDS:
+            raise ConfigError(
+                f"%audit has no command {command!r}.{_did_you_mean(command, COMMANDS)}",
+                next_step=f"Write one of: {', '.join(COMMANDS)}.",
+                code="usage",
+            )
+        auditor = self._auditor_for(options)
+        action: Callable[[AuditableRLHF, Any], Any] = getattr(self, f"_{command}")
+        return action(auditor, options)
+
+    # --- %audit ------------------------------------------------------------------------------------------------------
+
+    def _status(self, auditor: AuditableRLHF, _: Any) -> Any:
+        return auditor.status()
+
+    def _verify(self, auditor: AuditableRLHF, _: Any) -> Any:
+        verdict = auditor.verify()
+        if verdict.level.name in ("INVALID", "DIVERGED"):
+            first = verdict.reasons[0] if verdict.reasons else None
+            why = f" {first.where}: {first.message}" if first is not None else ""
+            raise TrailError(
+                f"The trail {verdict.origin} is {verdict.level.name}.{why}",
+                next_step="Run `rlhf-audit verify --json` for every reason; do not rely on this trail.",
+                code=verdict.level.name.lower(),
+            )
+        return verdict
+
+    def _report(self, auditor: AuditableRLHF, options: Any) -> Any:
+        report = auditor.generate_compliance_report(format=options.format or _suffix(options.out) or "html")
+        return _saved(report, options.out)
+
+    def _card(self, auditor: AuditableRLHF, options: Any) -> Any:
+        card = auditor.generate_model_card(format=options.format or "eu_standard")
+        return _saved(card, options.out)
+
+    def _budget(self, auditor: AuditableRLHF, _: Any) -> Any:
+        return auditor.budget()
+
+    # --- auditors ----------------------------------------------------------------------------------------------------
+
+    def _open(self, options: Any) -> AuditableRLHF:
+        """The auditor for one audited cell."""
+        from rlhf_audit_nb.auditor import AuditableRLHF
+
+        privacy = _privacy(options)
+        audit = AuditConfig(**_given(options, ("trail", "origin", "durability", "every_steps", "weights_every")))
+        auditor = AuditableRLHF(
+            model_name=options.model_name,
+            privacy_config=privacy,
+            audit_config=audit,
+            **_given(options, ("compliance_mode",)),
+        )
+        self._auditor = auditor
+        self._trail = options.trail
+        return auditor
+
+    def _auditor_for(self, options: Any) -> AuditableRLHF:
+        """The last cell's auditor, or one for the trail that is named."""
+        from rlhf_audit_nb.auditor import AuditableRLHF
+
+        same_trail = options.trail is None or options.trail == self._trail
+        if self._auditor is not None and same_trail and options.compliance_mode is None:
+            return self._auditor
+        trail = options.trail or self._trail
+        privacy = self._auditor.privacy_config if self._auditor is not None and same_trail else None
+        return AuditableRLHF(
+            privacy_config=privacy, audit_config=AuditConfig(trail=trail), **_given(options, ("compliance_mode",))
+        )
+
+    def _source(self, line: str, cell: str) -> str:
+        """The cell as it stands in the notebook: what a kernel was sent, or put together again."""
+        get_parent = getattr(self.shell, "get_parent", None)
+        parent = get_parent() if get_parent is not None else {}
+        code = parent.get("content", {}).get("code") if isinstance(parent, dict) else None
+        if isinstance(code, str) and f"%%{CELL}" in code:
+            return code
+        return f"%%{CELL} {line}".rstrip() + "\n" + cell
+
+
+# --- running the cell ------------------------------------------------------------------------------------------------
+
+
+def _run_cell(shell: Any, auditor: AuditableRLHF, experiment: str, source: str, code: Any, last: Any) -> Any:
+    """Run the compiled cell inside a run, with the panel; returns the value of its last expression."""
+    __tracebackhide__ = True
+    from rlhf_audit_nb.notebook.panels import RunPanel
+
+    digest = hashlib.sha256(source.encode()).hexdigest()
+    run = auditor.open_run(experiment, entry_point="cell", cell_digest=digest, show_progress=False)
+    for sentence in auditor.recovered():
+        print(sentence)  # noqa: T201  in a notebook, this is where a person reads
+    panel = RunPanel(run.state, auditor.trail.status, auditor.verify)
+    try:
+        with run:
+            panel.start()
+            return _execute(shell, code, last)
+    finally:
+        if run.state.finished:  # not where the run could not even be opened
+            panel.finish()
+            print(auditor.closing_line(run))  # noqa: T201
+
+
+def _execute(shell: Any, code: Any, last: Any) -> Any:
+    __tracebackhide__ = True
+    exec(code, shell.user_ns)  # noqa: S102  the user's own cell
+    return eval(last, shell.user_ns) if last is not None else None  # noqa: S307
+
+
+def _compile(shell: Any, cell: str) -> tuple[Any, Any]:
+    """The body as IPython compiles a cell, its last expression apart so that its value can be shown."""
+    transformed = shell.transform_cell(cell)
+    name = shell.compile.cache(transformed, shell.execution_count, raw_code=cell)
+    tree = shell.transform_ast(shell.compile.ast_parse(transformed, filename=name))
+    last = None
+    if tree.body and isinstance(tree.body[-1], ast.Expr):
+        last = shell.compile(ast.Expression(tree.body.pop().value), name, "eval")
+    return shell.compile(tree, name, "exec"), last
+
+
+# --- the line --------------------------------------------------------------------------------------------------------
+
+
+def _parse(magic: Any, line: str, shell: Any) -> Any:
+    """The options of a magic's line.
+
+    Raises:
+        ConfigError: something on the line cannot be understood; the message says what, and what comes close.
+    """
+    expanded = _expand(line, shell)
+    try:
+        words = shlex.split(expanded)
+    except ValueError as error:
+        raise ConfigError(
+            f"The line of {_name(magic)} cannot be read: {error}.",
+            next_step="Close every quotation mark.",
+            code="usage",
+        ) from error
+    _refuse_unknown(magic, words)
+    try:
+        options = magic.parser.parse_args(words)
+    except UsageError as error:
+        _wrong(magic, str(error))
+    if getattr(options, "experiment", "") is None:
+        _wrong(magic, "--experiment is missing")
+    return options
+
+
+def _expand(line: str, shell: Any) -> str:
+    """``$name`` and ``{expression}`` replaced by values from the notebook."""
+    try:
+        return str(DollarFormatter().vformat(line, (), dict(shell.user_ns)))
+    except NameError as error:
+        missing = error.name or str(error)
+        raise ConfigError(
+            f"The line uses {missing!r}, which is not defined in this notebook.{_did_you_mean(missing, shell.user_ns)}",
+            next_step="Run the cell that sets it first, or write the value itself.",
+            code="undefined-variable",
+        ) from error
+    except Exception as error:
+        raise ConfigError(
+            f"The line's {{…}} cannot be evaluated: {type(error).__name__}: {error}.",
+            next_step="Write a name such as {epsilon}, or the value itself.",
+            code="usage",
+        ) from error
+
+
+def _refuse_unknown(magic: Any, words: Sequence[str]) -> None:
+    known = [option for action in magic.parser._actions for option in action.option_strings]  # noqa: SLF001  argparse has no public list
+    for word in words:
+        name = word.split("=", 1)[0]
+        if re.match(r"--?[A-Za-z]", name) and name not in known:
+            raise ConfigError(
+                f"{_name(magic)} has no option {name}.{_did_you_mean(name, known)}",
+                next_step=f"{_name(magic)}? lists the options.",
+                code="unknown-option",
+            )
+
+
+def _wrong(magic: Any, message: str) -> NoReturn:
+    raise ConfigError(
+        f"{_name(magic)}: {message.rstrip('.')}.", next_step=f"{_name(magic)}? shows how it is written.", code="usage"
+    )
+
+
+def _name(magic: Any) -> str:
+    return f"%%{CELL}" if magic.__name__ == CELL else f"%{LINE}"
+
+
+def _did_you_mean(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, [str(item) for item in known], n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def _given(options: Any, names: Sequence[str]) -> dict[str, Any]:
+    """The options among ``names`` that stand on the line."""
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+
+def _privacy(options: Any) -> PrivacyConfig | None:
+    given = _given(options, _PRIVACY_OPTIONS)
+    if options.epsilon is not None:
+        return PrivacyConfig(epsilon=options.epsilon, **given)
+    if given:
+        # Trained without privacy although privacy was meant: the worst way to misread a line.
+        wanted = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ConfigError(
+            f"%%audit_train has {wanted} but no --epsilon, so nothing would be private.",
+            next_step="Add --epsilon (such as --epsilon 8), or leave the privacy options out.",
+            code="epsilon",
+        )
+    return None
+
+
+def _suffix(out: str | None) -> str | None:
+    return Path(out).suffix.removeprefix(".") or None if out else None
+
+
+def _saved(result: Any, out: str | None) -> Any:
+    if out is None:
+        return result
+    result.save(Path(out))
+    print(f"Saved {out}")  # noqa: T201
+    return None
+
+
+# --- the extension ---------------------------------------------------------------------------------------------------
+
+
+@context_matcher(identifier=_MATCHER, priority=120)
+def _complete(context: Any) -> dict[str, Any]:
+    """Options, their choices and the commands of the two magics."""
+    line = context.line_with_cursor
+    match = re.match(rf"\s*%%?({CELL}|{LINE})\b(.*)$", line)
+    if match is None:
+        return {"completions": [], "suppress": False}
+    parser = getattr(AuditMagics, match.group(1)).parser
+    words = match.group(2).split(" ")
+    names = _candidates(parser, words[-2] if len(words) > 1 else "", is_line=match.group(1) == LINE)
+    found = [SimpleCompletion(name) for name in names if name.startswith(words[-1])]
+    return {"completions": found, "matched_fragment": words[-1], "suppress": bool(found)}
+
+
+def _candidates(parser: Any, before: str, *, is_line: bool) -> list[str]:
+    actions = parser._actions  # noqa: SLF001  argparse has no public list
+    for action in actions:
+        if before and before in action.option_strings:
+            return [str(choice) for choice in action.choices or ()]
+    options = [option for action in actions for option in action.option_strings if option.startswith("--")]
+    return [*COMMANDS, *options] if is_line else options
+
+
+def _verdict_html(verdict: Any) -> str:
+    """A verdict as a notebook shows it: the level, how far it reaches, and what it covers."""
+    from rlhf_audit_nb.compliance.words import level_words
+
+    words = level_words(verdict.level.name)
+    rows = {
+        "shows": words.shows,
+        "does not show": words.not_shown,
+        "trail": verdict.origin,
+        "entries": verdict.size,
+        "root": verdict.root,
+        "signed by": ", ".join(verdict.signers) or "nobody known",
+        "runs": ", ".join(f"{run.run[:8]} {run.status}" for run in verdict.runs) or "none",
+        "reasons": "; ".join(f"{reason.where}: {reason.message}" for reason in verdict.reasons) or "none",
+    }
+    cells = "".join(
+        f'<tr><th style="text-align:left">{escape(name)}</th><td style="text-align:left">{escape(str(value))}</td></tr>'
+        for name, value in rows.items()
+    )
+    return f"<table><caption>{escape(verdict.level.name)}</caption>{cells}</table>"
+
+
+def _verdict_text(verdict: Any, printer: Any, cycle: bool) -> None:  # noqa: FBT001  IPython's own signature
+    del cycle
+    runs = f"{len(verdict.runs)} run{'' if len(verdict.runs) == 1 else 's'}"
+    reasons = "".join(f"\n  {reason.where}: {reason.message}" for reason in verdict.reasons)
+    printer.text(f"{verdict.level.name}: {verdict.origin}, {verdict.size} entries, {runs}{reasons}")
+
+
+def _formatters(shell: Any) -> list[tuple[Any, Any]]:
+    found = shell.display_formatter.formatters
+    return [(found["text/html"], _verdict_html), (found["text/plain"], _verdict_text)]
+
+
+def load_ipython_extension(shell: InteractiveShell) -> None:
+    """Register the magics, their completion, and how a verdict shows."""
+    shell.register_magics(AuditMagics(shell))
+    for formatter, show in _formatters(shell):
+        formatter.for_type_by_name(*_VERDICT, show)  # by name: the trail is imported when it is used
+    completer = getattr(shell, "Completer", None)
+    if completer is not None and _complete not in completer.custom_matchers:
+        completer.custom_matchers.append(_complete)
+
+
+def unload_ipython_extension(shell: InteractiveShell) -> None:
+    """Take them away again."""
+    manager = shell.magics_manager
+    manager.magics["cell"].pop(CELL, None)
+    for name in (CELL, LINE):
+        manager.magics["line"].pop(name, None)
+    for formatter, _ in _formatters(shell):
+        formatter.pop(".".join(_VERDICT), None)
+    completer = getattr(shell, "Completer", None)
+    if completer is not None and _complete in completer.custom_matchers:
+        completer.custom_matchers.remove(_complete)

@@ -1,0 +1,388 @@
+"""The magics in a real IPython shell: options, bodies, errors, what is shown, and what is recorded."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import subprocess
+import sys
+
+import pytest
+from IPython.core.completer import provisionalcompleter
+from IPython.core.interactiveshell import InteractiveShell
+from support.tiny import dpo_trainer, synthetic_pairs
+from support.trails import events
+
+from rlhf_audit_nb.auditor import AuditableRLHF
+from rlhf_audit_nb.config import AuditConfig
+from rlhf_audit_nb.errors import AuditError, ConfigError, TrailError
+from rlhf_audit_nb.events import PrivacyReserved, PrivacySettled, RunFinished, RunStarted, Step
+
+TRAIN = "trainer = dpo_trainer(pairs, out, max_steps=2)\ntrainer.train()"
+PRIVATE = "--epsilon 50 --delta 1e-3 --noise-multiplier 1.0 --sampling-rate 0.3"
+
+
+@pytest.fixture(scope="module")
+def session():
+    shell = InteractiveShell.instance(colors="nocolor")
+    shell.run_cell("%load_ext rlhf_audit_nb")
+    yield shell
+    shell.run_cell("%unload_ext rlhf_audit_nb")
+    InteractiveShell.clear_instance()
+
+
+@pytest.fixture
+def shell(session, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    session.reset(new_session=False)
+    session.extension_manager.reload_extension("rlhf_audit_nb")
+    session.user_ns.update(dpo_trainer=dpo_trainer, pairs=synthetic_pairs(20), out=tmp_path / "out")
+    return session
+
+
+@pytest.fixture
+def trail(shell, tmp_path):
+    return AuditableRLHF(audit_config=AuditConfig(trail=str(tmp_path / "audit"))).trail
+
+
+def run(shell, text):
+    """One cell, as a front end runs it; returns IPython's own result."""
+    return shell.run_cell(text, store_history=True)
+
+
+def failure(shell, text):
+    result = run(shell, text)
+    assert not result.success
+    return result.error_in_exec or result.error_before_exec
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def test_a_cell_without_epsilon_is_recorded_and_says_that_it_is_not_private(shell, trail, capsys):
+    result = run(shell, f"%%audit_train --experiment plain\n{TRAIN}")
+    assert result.success
+    assert result.result.global_step == 2
+    printed = capsys.readouterr().out
+    assert "plain: completed, 2 steps, trained without differential privacy" in printed
+    assert "UNANCHORED" in printed
+    (started,) = events(trail, RunStarted)
+    assert (started.experiment, started.entry_point, started.privacy) == ("plain", "cell", None)
+    assert len(events(trail, Step)) == 2
+
+
+def test_a_private_cell_shows_epsilon_and_no_private_metric(shell, trail, capfd):
+    result = run(shell, f"%%audit_train --experiment safe {PRIVATE}\n{TRAIN}")
+    assert result.success
+    printed = "".join(capfd.readouterr())
+    (reserved,) = events(trail, PrivacyReserved)
+    assert f"epsilon {math.ceil(reserved.epsilon_planned * 1000) / 1000:g} of 50" in printed
+    assert "unit annotator" in printed
+    for word in ("reward", "margin", "it/s", "runtime", "examples/s", "'loss'"):
+        assert word not in printed, printed
+
+
+def test_values_of_the_notebook_can_stand_in_the_line(shell, trail):
+    shell.user_ns.update(epsilon=30.0, name="from_a_parameter", settings={"delta": 1e-3})
+    line = "--experiment $name --epsilon {epsilon} --delta {settings['delta']} --unit pair --sampling-rate {1 / 4}"
+    assert run(shell, f"%%audit_train {line}\npass").success
+    (started,) = events(trail, RunStarted)
+    assert started.experiment == "from_a_parameter"
+    assert (started.privacy["epsilon"], started.privacy["delta"], started.privacy["unit"]) == (30.0, 1e-3, "pair")
+    assert started.privacy["sampling_rate"] == 0.25
+
+
+def test_every_option_reaches_its_setting(shell, tmp_path):
+    line = (
+        "--experiment all --epsilon 9 --delta 1e-6 --unit pair --run-epsilon 2 --noise-multiplier 1.5 "
+        "--clipping-norm 0.5 --sampling-rate 0.25 --max-pairs-per-unit 3 --annotator-column worker "
+        "--model-name example/m --trail elsewhere --origin example.com/t --durability always --every-steps 4 "
+        "--weights-every 2 --compliance-mode eu_ai_act"
+    )
+    assert run(shell, f"%%audit_train {line}\npass").success
+    opened = AuditableRLHF(audit_config=AuditConfig(trail=str(tmp_path / "elsewhere"))).trail
+    (started,) = events(opened, RunStarted)
+    assert opened.origin == "example.com/t"
+    assert started.declared_model == "example/m"
+    assert started.audit == {"every_steps": 4, "weights_every": 2}
+    assert started.privacy == {
+        "epsilon": 9.0,
+        "delta": 1e-6,
+        "unit": "pair",
+        "run_epsilon": 2.0,
+        "noise_multiplier": 1.5,
+        "clipping_norm": 0.5,
+        "sampling_rate": 0.25,
+        "max_pairs_per_unit": 3,
+        "annotator_column": "worker",
+        "anonymize_annotators": True,
+        "adjacency": "zero-out",
+    }
+
+
+def test_the_cells_source_is_recorded_by_its_digest(shell, trail):
+    run(shell, "%%audit_train --experiment source\nx = 1\n")
+    (started,) = events(trail, RunStarted)
+    assert started.cell_digest == hashlib.sha256(b"%%audit_train --experiment source\nx = 1\n").hexdigest()
+
+
+# --- the body --------------------------------------------------------------------------------------------------------
+
+
+def test_the_body_is_run_as_ipython_runs_a_cell(shell, capfd):
+    body = "!echo from the shell\n%time y = 2\nwords = !echo a b\nwords[0].split()"
+    result = run(shell, f"%%audit_train --experiment body\n{body}")
+    assert result.success
+    assert result.result == ["a", "b"]
+    assert shell.user_ns["y"] == 2
+    assert "from the shell" in "".join(capfd.readouterr())
+
+
+def test_braces_and_dollars_in_the_body_are_left_alone(shell):
+    result = run(shell, "%%audit_train --experiment body\nf'{1 + 1}' + '{2 + 2} $HOME'")
+    assert result.result == "2{2 + 2} $HOME"
+
+
+def test_names_of_the_body_stay_in_the_notebook(shell):
+    run(shell, "%%audit_train --experiment names\ndef double(x):\n    return 2 * x\nz = [double(i) for i in (1, 2)]")
+    assert shell.user_ns["z"] == [2, 4]
+
+
+def test_a_semicolon_at_the_end_shows_nothing(shell, capsys):
+    result = run(shell, "%%audit_train --experiment silent\n42;")
+    assert result.success
+    assert "42" not in capsys.readouterr().out.replace("silent: completed", "")
+
+
+def test_an_exception_is_shown_once_with_the_users_lines_and_fails_the_cell(shell, trail, capsys):
+    error = failure(shell, "%%audit_train --experiment wrong\na = 1\nraise KeyError('mine')  # the line")
+    assert isinstance(error, KeyError)
+    shown = capsys.readouterr().out
+    assert shown.count("KeyError: 'mine'") == 1
+    assert "the line" in shown
+    assert "magics.py" not in shown
+    (finished,) = events(trail, RunFinished)
+    assert (finished.status, finished.reason) == ("failed", "KeyError")
+
+
+def test_an_exception_in_a_function_of_the_cell_shows_that_line(shell, capsys):
+    failure(shell, "%%audit_train --experiment deep\ndef inner():\n    return 1 / 0\n\ninner()")
+    shown = capsys.readouterr().out
+    assert "return 1 / 0" in shown
+    assert "inner()" in shown
+    assert "magics.py" not in shown
+
+
+def test_a_body_that_is_no_python_opens_no_run(shell, tmp_path):
+    assert isinstance(failure(shell, "%%audit_train --experiment x\ndef ("), SyntaxError)
+    assert not (tmp_path / "audit").exists()
+
+
+def test_an_interrupt_reaches_the_user_and_the_trail(shell, trail, capsys):
+    result = run(shell, "%%audit_train --experiment stop\nraise KeyboardInterrupt")
+    assert isinstance(result.error_in_exec, KeyboardInterrupt)
+    assert events(trail, RunFinished)[0].status == "interrupted"
+    assert "stop: interrupted" in capsys.readouterr().out
+
+
+# --- mistakes on the line --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("", "--experiment is missing"),
+        ("--experiment x --epsilno 8", "Did you mean --epsilon?"),
+        ("--experiment x --epsilon eight", "eight"),
+        ("--experiment x --epsilon 0", "epsilon is 0.0"),
+        ("--experiment x --epsilon -1", "epsilon is -1.0"),
+        ("--experiment x --epsilon 8 --delta 2", "delta is 2.0"),
+        ("--experiment x --epsilon 8 --unit rater", "rater"),
+        ("--experiment x --delta 1e-5", "no --epsilon, so nothing would be private"),
+        ("--experiment x --epsilon {epsilonn}", "'epsilonn', which is not defined"),
+        ("--experiment x --epsilon {1/0}", "ZeroDivisionError"),
+        ("--experiment 'x", "quotation mark"),
+        ("--experiment x stray", "stray"),
+        ("--experiment x --every-steps 0", "every_steps is 0"),
+        ("--experiment x --compliance-mode gdpr", "compliance_mode is 'gdpr'"),
+    ],
+)
+def test_a_mistake_on_the_line_is_one_clear_block_and_nothing_is_opened(shell, tmp_path, capsys, line, says):
+    error = failure(shell, f"%%audit_train {line}\nmarker = 1")
+    assert isinstance(error, ConfigError)
+    shown = capsys.readouterr().out
+    assert says in shown
+    assert "Next step:" in shown
+    assert "Traceback" not in shown
+    assert "marker" not in shell.user_ns
+    assert not (tmp_path / "audit").exists()
+
+
+def test_the_cell_magic_as_a_line_says_how_to_write_it(shell, capsys):
+    assert isinstance(failure(shell, "%audit_train --experiment x"), ConfigError)
+    assert "%%audit_train" in capsys.readouterr().out
+
+
+def test_a_budget_refusal_is_one_block_and_fails_the_cell(shell, capsys):
+    assert run(shell, f"%%audit_train --experiment first {PRIVATE}\n{TRAIN}").success
+    spent = shell.run_line_magic("audit", "budget").spent
+    capsys.readouterr()
+    line = f"--experiment second --epsilon {spent} --delta 1e-3 --noise-multiplier 1.0 --sampling-rate 0.3"
+    error = failure(shell, f"%%audit_train {line}\n{TRAIN}")
+    assert isinstance(error, AuditError)
+    shown = capsys.readouterr().out
+    assert "BudgetExceededError [budget-exceeded]" in shown
+    assert "Traceback" not in shown
+    assert "second: failed, nothing was trained, no privacy spent" in shown
+
+
+# --- %audit ----------------------------------------------------------------------------------------------------------
+
+
+def test_audit_commands_answer_about_the_last_trail(shell, tmp_path):
+    run(shell, "%%audit_train --experiment looked_at --trail there\npass")
+    assert shell.run_line_magic("audit", "").size == 4
+    assert shell.run_line_magic("audit", "status").location == str(tmp_path / "there")
+    assert shell.run_line_magic("audit", "verify").level.name == "UNANCHORED"
+    assert "No training under differential privacy" in str(shell.run_line_magic("audit", "budget"))
+    assert "looked_at" in shell.run_line_magic("audit", "report").html
+    assert "looked_at" in shell.run_line_magic("audit", "card").text
+
+
+def test_a_verdict_shows_its_level_and_how_far_it_reaches(shell, capsys):
+    run(shell, "%%audit_train --experiment shown\npass")
+    verdict = run(shell, "%audit verify").result
+    assert "UNANCHORED: rlhf-audit.local/" in capsys.readouterr().out
+    data, _ = shell.display_formatter.format(verdict)
+    assert "does not show" in data["text/html"]
+    assert "1 run" in data["text/plain"]
+    assert "\n" not in data["text/plain"]
+
+
+def test_reports_and_cards_are_saved(shell, tmp_path, capsys):
+    run(shell, "%%audit_train --experiment saved\npass")
+    assert run(shell, "%audit report --out report.html").success
+    assert run(shell, "%audit card -o card.md").success
+    assert "saved" in (tmp_path / "report.html").read_text()
+    assert "saved" in (tmp_path / "card.md").read_text()
+    assert "Saved report.html" in capsys.readouterr().out
+
+
+def test_an_unknown_command_suggests_a_close_one(shell, capsys):
+    assert isinstance(failure(shell, "%audit verfy"), ConfigError)
+    assert "Did you mean verify?" in capsys.readouterr().out
+
+
+def test_a_damaged_trail_fails_the_cell_and_names_the_place(shell, tmp_path, capsys):
+    import sqlite3
+
+    run(shell, "%%audit_train --experiment damaged\npass")
+    with sqlite3.connect(tmp_path / "audit" / "trail.sqlite") as store:
+        rows = store.execute("SELECT first, data FROM bundles").fetchall()
+        (damaged,) = [(data.replace(b"damaged", b"d4maged"), first) for first, data in rows if b"damaged" in data]
+        store.execute("UPDATE bundles SET data = ? WHERE first = ?", damaged)
+    error = failure(shell, "%audit verify")
+    assert isinstance(error, TrailError)
+    assert error.reason == "invalid"
+    assert "INVALID" in capsys.readouterr().out
+
+
+# --- the extension ---------------------------------------------------------------------------------------------------
+
+
+def completions(shell, text):
+    with provisionalcompleter():
+        return {item.text for item in shell.Completer.completions(text, len(text))}
+
+
+def test_options_choices_and_commands_are_completed(shell):
+    assert "--epsilon" in completions(shell, "%%audit_train --eps")
+    assert completions(shell, "%%audit_train --unit ann") >= {"annotator"}
+    assert "verify" in completions(shell, "%audit ver")
+    assert "--epsilon" not in completions(shell, "%%timeit --eps")
+
+
+def test_help_shows_the_options(shell, capsys):
+    run(shell, "%audit_train?")
+    shown = capsys.readouterr().out
+    assert "--noise-multiplier" in shown
+    assert "privacy budget of the whole trail" in shown
+
+
+def test_the_extension_is_light_and_can_be_unloaded():
+    code = """
+import sys, time
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+start = time.perf_counter()
+shell.run_cell("%load_ext rlhf_audit_nb")
+took = time.perf_counter() - start
+assert "audit_train" in shell.magics_manager.magics["cell"]
+assert not {"torch", "transformers", "altair", "sqlalchemy"} & set(sys.modules)
+shell.run_cell("%unload_ext rlhf_audit_nb")
+assert "audit_train" not in shell.magics_manager.magics["cell"]
+assert "audit" not in shell.magics_manager.magics["line"]
+print(took)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) < 1.5  # 0.5 s on a quiet machine, which a shared one is not
+
+
+# --- a kernel --------------------------------------------------------------------------------------------------------
+
+SETUP = """
+import os, signal, sys, time
+sys.path[:0] = [TESTS]
+from pathlib import Path
+from support.tiny import dpo_trainer, synthetic_pairs
+from transformers import TrainerCallback
+pairs = synthetic_pairs(20)
+
+class InterruptsTheKernel(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)  # what Jupyter sends
+            time.sleep(30)
+
+%load_ext rlhf_audit_nb
+"""
+
+
+def shown(cell):
+    """Everything that a cell's outputs hold, as text."""
+    return "".join(str(output) for output in cell.outputs)
+
+
+@pytest.mark.slow
+def test_in_a_kernel_a_private_cell_tells_nothing_private_and_an_interrupt_settles(tmp_path, repository):
+    from nbclient import NotebookClient
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    private = f"%%audit_train --experiment kernel {PRIVATE}\ntrainer = dpo_trainer(pairs, Path('out'), max_steps=3)\n"
+    sources = [
+        SETUP.replace("TESTS", repr(str(repository / "tests"))),
+        private + "trainer.train()",
+        private + "trainer.add_callback(InterruptsTheKernel())\ntrainer.train()",
+        "%audit verify",
+        "%%audit_train --experiment kernel --epsilno 3\npass",
+    ]
+    notebook = new_notebook(cells=[new_code_cell(text) for text in sources])
+    folder = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=180, allow_errors=True, resources=folder).execute()
+    _, trained, interrupted, verified, mistaken = notebook.cells
+    assert "kernel: completed, 3 steps, epsilon" in shown(trained)
+    for word in ("rewards", "margins", "it/s", "s/it", "runtime", "examples/s", "'loss'"):
+        assert word not in shown(trained)
+        assert word not in shown(interrupted)
+    assert "kernel: interrupted, 2 steps" in shown(interrupted)
+    assert "KeyboardInterrupt" in shown(interrupted)
+    assert "UNANCHORED" in shown(verified)
+    (error,) = mistaken.outputs
+    assert (error.output_type, error.ename) == ("error", "ConfigError")
+    assert "Did you mean --epsilon?" in error.evalue
+    held = AuditableRLHF(audit_config=AuditConfig(trail=str(tmp_path / "audit"))).trail
+    assert [item.steps for item in events(held, PrivacySettled)] == [3, 2]
+    assert [item.status for item in events(held, RunFinished)] == ["completed", "interrupted"]
+    digests = [item.cell_digest for item in events(held, RunStarted)]
+    assert digests == [hashlib.sha256(cell.source.encode()).hexdigest() for cell in (trained, interrupted)]
