@@ -13,10 +13,9 @@ where the policy's quorum of witnesses has. `OpenedRecord.notes` holds what is w
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import nbformat
 
 from rlhf_audit_nb.config import DEFAULT_TRAIL, AuditConfig
 from rlhf_audit_nb.errors import AuditError, EntryError, FormatError, KeyFileError, RecordError
@@ -46,7 +45,7 @@ class OpenedRecord:
     Args:
         verdict: level and reasons; nothing below is evidence under INVALID or DIVERGED.
         entries: those of its entries that a trusted checkpoint covers.
-        notebook: the notebook (nbformat), ``None`` where the file is none.
+        content: the notebook as plain JSON values, ``None`` where the file is no notebook.
         metadata: the seal as it stands in the file, ``None`` where it is missing.
         notes: what is worth knowing and no fault: outputs updated after their cell ran, a refreshed kernel name.
         statement: the statement as it stands in the seal, empty where it cannot be read.
@@ -56,12 +55,26 @@ class OpenedRecord:
 
     verdict: Verdict
     entries: tuple[Entry, ...] = ()
-    notebook: Any = None
-    metadata: dict[str, Any] | None = None
+    content: dict[str, Any] | None = field(default=None, repr=False)
+    metadata: dict[str, Any] | None = field(default=None, repr=False)
     notes: tuple[Reason, ...] = ()
     statement: dict[str, Any] = field(default_factory=dict)
     started: RecordStarted | None = None
     sealed: RecordSealed | None = None
+
+    @cached_property
+    def notebook(self) -> Any:
+        """The notebook as nbformat's node, multi-line text joined; ``None`` where the file is no notebook."""
+        if self.content is None:
+            return None
+        # Here and not above: verifying needs no nbformat, whose import takes longer than verifying does.
+        from nbformat.v4 import to_notebook
+
+        try:
+            return to_notebook(_copied(self.content))
+        except (AttributeError, KeyError, TypeError):
+            # Outputs or attachments of a shape that nbformat cannot hold; the verdict has named them.
+            return None
 
 
 def open_record(path: Path | str, *, policy: TrustPolicy | None = None, home: Path | None = None) -> OpenedRecord:
@@ -125,17 +138,7 @@ def read_record(
 
 def _refused(*reasons: Reason, notebook: dict[str, Any] | None = None) -> OpenedRecord:
     verdict = Verdict(level=Level.INVALID, origin="", size=0, root="", signers=(), runs=(), reasons=reasons)
-    return OpenedRecord(verdict, notebook=_node(notebook))
-
-
-def _node(notebook: dict[str, Any] | None) -> Any:
-    if notebook is None:
-        return None
-    try:
-        return nbformat.v4.to_notebook(_copied(notebook))  # type: ignore[no-untyped-call]
-    except (AttributeError, KeyError, TypeError):
-        # Outputs or attachments of a shape that nbformat cannot hold; the verdict has named them.
-        return None
+    return OpenedRecord(verdict, content=notebook)
 
 
 def _copied(value: Any) -> Any:
@@ -185,7 +188,7 @@ class _Verification:
         return OpenedRecord(
             verdict,
             entries=self._entries if proven and checked else (),
-            notebook=_node(self._notebook),
+            content=self._notebook,
             metadata=self._raw,
             notes=tuple(self._notes),
             statement=self._statement,

@@ -12,7 +12,10 @@ import contextlib
 import difflib
 import math
 import os
+import signal
 import tempfile
+import threading
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,7 +27,7 @@ from rlhf_audit_nb.errors import AuditError, RecordError
 from rlhf_audit_nb.records.normal_form import NormalFormError, canonical_json, parse_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from rlhf_audit_nb.records.session import Outcome
 
@@ -33,6 +36,7 @@ __all__ = [
     "NotebookRefusedError",
     "Parameter",
     "RunResult",
+    "Terminated",
     "check_parameters",
     "notebook_parameters",
     "read_parameters",
@@ -118,8 +122,11 @@ def _load(notebook: Path) -> Any:
         ) from error
     try:
         value = parse_json(data)
-        nbformat.validate(value)
-        return nbformat.reads(data.decode(), as_version=4)  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings():
+            # Old notebooks have cells without ids; papermill gives them some.
+            warnings.simplefilter("ignore", nbformat.warnings.MissingIDFieldWarning)
+            nbformat.validate(value)
+        return nbformat.reads(data.decode(), as_version=4)
     except NormalFormError as error:
         raise RecordError(f"{notebook} is not a notebook. {error.message}", code="not-a-notebook") from error
     except (nbformat.ValidationError, nbformat.reader.NotJSONError, AttributeError, KeyError, TypeError) as error:
@@ -133,21 +140,46 @@ def notebook_parameters(notebook: Path | str) -> dict[str, Parameter] | None:
     Raises:
         RecordError: the file is not a notebook.
     """
-    from papermill import inspect_notebook
-
     node = _load(Path(notebook))
-    if not any(PARAMETERS_TAG in cell.metadata.get("tags", []) for cell in node.cells):
+    cells = [cell for cell in node.cells if PARAMETERS_TAG in cell.metadata.get("tags", [])]
+    if not cells:
         return None
-    found = inspect_notebook(node)
-    return {name: _parameter(entry) for name, entry in found.items()}
-
-
-def _parameter(entry: Mapping[str, str]) -> Parameter:
-    annotation = "" if entry["inferred_type_name"] == "None" else entry["inferred_type_name"]
     try:
-        default, literal = ast.literal_eval(entry["default"]), True
-    except (ValueError, SyntaxError, TypeError):
-        default, literal = entry["default"], False
+        return {found.name: found for found in _python_parameters(cells[0].source)}
+    except SyntaxError:
+        # Another language, which papermill may know.
+        from papermill import inspect_notebook
+
+        return {name: _foreign_parameter(entry) for name, entry in inspect_notebook(node).items()}
+
+
+def _value(text: str) -> tuple[Any, bool]:
+    try:
+        return ast.literal_eval(text), True
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text, False
+
+
+def _python_parameters(source: str) -> Iterator[Parameter]:
+    """Every ``name = value`` and ``name: type = value`` of the cell; papermill itself overlooks ``int | None``."""
+    lines = ["" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines()]
+    for node in ast.parse("\n".join(lines)).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if not isinstance(node, ast.Assign | ast.AnnAssign) or not isinstance(target, ast.Name) or node.value is None:
+            continue
+        annotation = "" if isinstance(node, ast.Assign) else _annotation(node.annotation)
+        default, literal = _value(ast.unparse(node.value))
+        beside = lines[(node.end_lineno or node.lineno) - 1].encode()[node.end_col_offset or 0 :].decode()
+        yield Parameter(target.id, annotation, default, literal, beside.partition("#")[2].strip())
+
+
+def _annotation(node: ast.expr) -> str:
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ast.unparse(node)
+
+
+def _foreign_parameter(entry: Mapping[str, str]) -> Parameter:
+    annotation = "" if entry["inferred_type_name"] == "None" else entry["inferred_type_name"]
+    default, literal = _value(entry["default"])
     return Parameter(entry["name"], annotation, default, literal, entry["help"])
 
 
@@ -310,6 +342,28 @@ def _check_output(notebook: Path, output: Path) -> None:
         ) from error
 
 
+class Terminated(SystemExit):
+    """SIGTERM came (a batch system ends the job): seals like an interruption, then ends the process."""
+
+
+@contextlib.contextmanager
+def _sealing_on_sigterm() -> Iterator[None]:
+    """While it lasts, SIGTERM raises `Terminated` where Python's default would end the process without a seal."""
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def terminate(_signal: int, _frame: object) -> None:
+        raise Terminated(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 # -- running ----------------------------------------------------------------------------------------------------
 
 
@@ -366,6 +420,7 @@ def run_notebook(
     Raises:
         RecordError: something is wrong before anything ran.
         NotebookFailedError, NotebookRefusedError: a cell failed; the record is sealed, its ``result`` says where.
+        KeyboardInterrupt, Terminated: this process was interrupted or told to end; the record is sealed as aborted.
     """
     source, target = Path(notebook), Path(output)
     node = _load(source)
@@ -402,19 +457,20 @@ def _execute(
         sealed.append(target.read_text(encoding="utf-8"))
 
     try:
-        papermill.execute_notebook(
-            _unformatted(source),
-            _unformatted(target.absolute()),
-            parameters,
-            engine_name=ENGINE,
-            kernel_name=kernel_name,
-            progress_bar=False,
-            cwd=str(cwd) if cwd is not None else None,
-            execution_timeout=cell_timeout,
-            audit_trail=location,
-            audit_progress=progress,
-            audit_outcome=remember,
-        )
+        with _sealing_on_sigterm():
+            papermill.execute_notebook(
+                _unformatted(source),
+                _unformatted(target.absolute()),
+                parameters,
+                engine_name=ENGINE,
+                kernel_name=kernel_name,
+                progress_bar=False,
+                cwd=str(cwd) if cwd is not None else None,
+                execution_timeout=cell_timeout,
+                audit_trail=location,
+                audit_progress=progress,
+                audit_outcome=remember,
+            )
     except AuditError:
         raise
     except Exception:

@@ -225,11 +225,40 @@ def _names(where: str, path: str) -> bool:
     )
 
 
-def one_byte_changes(data: bytes, seed: int):
-    """Endless (position, changed bytes): a random byte replaced by another, or by its neighbour in one bit."""
+def leaves(value: Any, path: tuple[Any, ...] = ()):
+    if isinstance(value, dict):
+        for key in value:
+            yield from leaves(value[key], (*path, key))
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from leaves(item, (*path, i))
+    else:
+        yield path, value
+
+
+def spelled(path: tuple[Any, ...]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+
+
+def spots(data: bytes) -> dict[str, list[range]]:
+    """For each region, where the values of it stand in the file."""
+    found: dict[str, list[range]] = {name: [] for name in REGIONS}
+    for path, value in leaves(json.loads(data)):
+        text = json.dumps(value, ensure_ascii=False).encode()
+        key = f'"{path[-1]}": '.encode() if isinstance(path[-1], str) else b""
+        at = data.find(key + text)
+        for name, pattern in REGIONS.items():
+            if at >= 0 and re.match(pattern, spelled(path)):
+                found[name].append(range(at, at + len(key + text)))
+    return found
+
+
+def one_byte_changes(data: bytes, seed: int, each: int, anywhere: int):
+    """The file with one byte replaced by another, or by its neighbour in one bit: in each region, and anywhere."""
     chance = random.Random(seed)
-    while True:
-        position = chance.randrange(len(data))
+    wanted = [chance.choice(chance.choice(places)) for places in spots(data).values() for _ in range(each)]
+    wanted += [chance.randrange(len(data)) for _ in range(anywhere)]
+    for position in wanted:
         new = chance.choice([chance.randrange(256), data[position] ^ 1 << chance.randrange(8)])
         if new != data[position]:
             yield position, data[:position] + bytes([new]) + data[position + 1 :]
@@ -238,9 +267,7 @@ def one_byte_changes(data: bytes, seed: int):
 def test_a_changed_byte_anywhere_is_caught_and_named(made, tmp_path):
     before = made.notebook
     seen = dict.fromkeys([*REGIONS, "elsewhere", "not JSON", "spelling only"], 0)
-    tries = 0
-    for position, data in one_byte_changes(made.data, seed=20261122):
-        tries += 1
+    for position, data in one_byte_changes(made.data, seed=20261122, each=40, anywhere=300):
         opened = check(made, data, tmp_path)
         try:
             after = json.loads(data.decode(), parse_constant=float)
@@ -261,24 +288,14 @@ def test_a_changed_byte_anywhere_is_caught_and_named(made, tmp_path):
         assert any(_names(where, path) for where in places(opened)), (path, places(opened))
         region = next((name for name, pattern in REGIONS.items() if re.match(pattern, path)), "elsewhere")
         seen[region] += 1
-        if tries >= 2000 and min(seen[name] for name in REGIONS) >= 5:
-            break
-    assert min(seen.values()) > 0, seen
+    assert min(seen[name] for name in REGIONS) >= 10, seen
+    assert seen["not JSON"] >= 10, seen
 
 
-def leaves(value: Any, path: tuple[Any, ...] = ()):
-    if isinstance(value, dict):
-        for key in value:
-            yield from leaves(value[key], (*path, key))
-    elif isinstance(value, list):
-        for i, item in enumerate(value):
-            yield from leaves(item, (*path, i))
-    else:
-        yield path, value
-
-
-def spelled(path: tuple[Any, ...]) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+def test_white_space_between_values_is_no_change(made, tmp_path):
+    data = made.data.replace(b'\n "cells"', b'\n\t"cells"', 1)
+    assert data != made.data
+    assert check(made, data, tmp_path).verdict.level is Level.UNANCHORED
 
 
 def test_every_value_in_the_file_counts(made, tmp_path):
