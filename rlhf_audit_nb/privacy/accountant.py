@@ -160,21 +160,18 @@ def max_steps(
     noise_multiplier: float,
     sampling_rate: float,
     prior: Sequence[Mechanism] = (),
-    at_most: int = 1_000_000,
+    at_most: int = 100_000,
 ) -> int:
     """How many steps (0 to ``at_most``) of the mechanism fit into ``epsilon`` on top of ``prior``."""
 
     def fits(steps: int) -> bool:
         return _epsilon([*prior, Mechanism(noise_multiplier, sampling_rate, steps)], delta) <= epsilon
 
-    if not fits(1):
-        return 0
-    good, bad = 1, 2
-    while bad <= at_most and fits(bad):
-        good, bad = bad, bad * 2
-    bad = min(bad, at_most + 1)
+    if at_most < 1 or fits(at_most):
+        return max(at_most, 0)
+    good, bad = 0, at_most
     while bad - good > 1:
-        middle = (good + bad) // 2
+        middle = max(1, math.isqrt(good * bad)) if bad > 4 * good else (good + bad) // 2
         good, bad = (middle, bad) if fits(middle) else (good, middle)
     return good
 
@@ -326,7 +323,7 @@ class _Counter(logging.Filter):
         super().__init__()
         self.seen = 0
 
-    def filter(self, _record: logging.LogRecord) -> bool:  # type: ignore[override]
+    def filter(self, _record: logging.LogRecord) -> bool:
         self.seen += 1
         return False
 

@@ -6,8 +6,8 @@ everything back afterwards. One optimizer step is then
 1. sample: each unit is in with chance q, by sealed randomness; of a unit at most k pairs are drawn;
 2. for each sampled unit alone: the gradient of the trainer's own loss over its pairs (in chunks of the per-device
    batch size, which is exact because the loss is a mean over pairs); its L2 norm over all trainable parameters in
-   float64; the whole gradient scaled to at most C in float32 and added to a float64 sum. A gradient that is not finite
-   contributes nothing;
+   float64; the whole gradient scaled to at most C in float32 and added to a float64 sum. A unit whose loss or gradient
+   is not finite contributes nothing;
 3. once: N(0, (sigma C)^2) is added to each coordinate of every trainable parameter, and the result is divided by the
    *expected* number of units q N and written to ``.grad``. An empty sample gives noise alone.
 
@@ -31,6 +31,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
@@ -80,7 +81,7 @@ class PrivateTraining:
         self._observer = observer
         self._parameters: list[torch.nn.Parameter] = []
         self._sums: list[torch.Tensor] = []
-        self._buffers: list[tuple[str, torch.Tensor, int]] = []
+        self._buffers: list[_Buffer] = []
         self._pending = False
         self._noised = False
         self._started = False
@@ -114,6 +115,8 @@ class PrivateTraining:
     def cover(self, model: torch.nn.Module) -> None:
         """Take all trainable parameters of the model under the mechanism."""
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._sums = [torch.zeros(p.shape, dtype=torch.float64, device=_sum_device(p)) for p in self._parameters]
+        self._buffers = _buffers(model)
         _refuse_gradient_hooks(self._parameters)
 
     def step(self, trainer: Any, model: torch.nn.Module) -> None:
@@ -130,12 +133,12 @@ class PrivateTraining:
             )
         if not self._parameters:
             self.cover(model)
-        self._buffers = _buffer_states(model)
         index, self.steps, self._pending = self.steps, self.steps + 1, True
         started = time.perf_counter()
-        self._sums = [torch.zeros(p.shape, dtype=torch.float64, device=_sum_device(p)) for p in self._parameters]
+        for total in self._sums:
+            total.zero_()
         seen = _Seen()
-        with _own_generators(model):
+        with _own_generators():
             for unit in self._sample(index):
                 self._add_unit(trainer, model, index, unit, seen)
         model.zero_grad(set_to_none=True)
@@ -149,9 +152,9 @@ class PrivateTraining:
         deviation = plan.noise_multiplier * plan.clipping_norm
         for index, (parameter, total) in enumerate(zip(self._parameters, self._sums, strict=True)):
             noise = torch.from_numpy(self._random.normals(self.steps - 1, index, total.numel()))
-            noisy = total + noise.view(total.shape).to(total.device).mul_(deviation)
-            parameter.grad = noisy.div_(plan.expected_units).to(device=parameter.device, dtype=parameter.dtype)
-        self._sums = []
+            total.add_(noise.view(total.shape).to(total.device), alpha=deviation).div_(plan.expected_units)
+            parameter.grad = total.to(device=parameter.device, dtype=parameter.dtype, copy=True)
+            total.zero_()
         self._pending, self._noised = False, True
         if self._observer is not None:
             self._observer.on_private_step(self.steps, self.epsilon, self._metrics)
@@ -204,8 +207,10 @@ class PrivateTraining:
             raise
         except Exception as error:
             raise self._private_failure(error) from None
-        self._check_buffers(model)
-        norm = clip_into(self._parameters, self._sums, self.plan.clipping_norm)
+        _refuse_moved_buffers(self._buffers)
+        norm = math.nan
+        if math.isfinite(loss):
+            norm = clip_into(self._parameters, self._sums, self.plan.clipping_norm)
         seen.add(len(rows), loss, norm, self.plan.clipping_norm)
 
     def _private_failure(self, error: Exception) -> PrivacyError:
@@ -220,15 +225,6 @@ class PrivateTraining:
             code="unit-failed",
         )
 
-    def _check_buffers(self, model: torch.nn.Module) -> None:
-        for (name, before, version), (_, now, current) in zip(self._buffers, _buffer_states(model), strict=True):
-            if now is not before or current != version:
-                raise UnsupportedTrainerError(
-                    f"The model's buffer {name!r} changes with the data that passes through it, which would carry data "
-                    "from one unit to the next; training was aborted.",
-                    next_step="Use a model without running statistics.",
-                )
-
 
 def clip_into(parameters: list[torch.nn.Parameter], sums: list[torch.Tensor], bound: float) -> float:
     """Add the gradient that stands in ``.grad``, scaled as a whole to an L2 norm of at most ``bound``, to ``sums``.
@@ -236,14 +232,12 @@ def clip_into(parameters: list[torch.nn.Parameter], sums: list[torch.Tensor], bo
     Returns:
         The norm before clipping. Where it is not finite, nothing is added.
     """
-    squares = [
-        torch.linalg.vector_norm(parameter.grad.detach(), dtype=torch.float64).square().to("cpu")
-        if parameter.device.type != "mps"
-        else torch.linalg.vector_norm(parameter.grad.detach().to("cpu"), dtype=torch.float64).square()
-        for parameter in parameters
+    norms = [
+        torch.linalg.vector_norm(parameter.grad.detach().to(total.device), dtype=torch.float64).to(sums[0].device)
+        for parameter, total in zip(parameters, sums, strict=True)
         if parameter.grad is not None
     ]
-    norm = math.sqrt(float(torch.stack(squares).sum())) if squares else 0.0
+    norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
     if not math.isfinite(norm):
         return norm
     scale = 1.0 if norm <= bound * _MARGIN else bound * _MARGIN / norm
@@ -428,7 +422,12 @@ class _QuietProgress(ProgressCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Nothing: the steps are in the trail and on the panel."""
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        del args, state, control
+        self.close()
+
     def close(self) -> None:
+        """Finish the bar, also where training failed."""
         if self.training_bar is not None:
             self.training_bar.close()
             self.training_bar = None
@@ -516,14 +515,41 @@ def _sum_device(parameter: torch.nn.Parameter) -> torch.device:
     return torch.device("cpu") if parameter.device.type == "mps" else parameter.device
 
 
-def _buffer_states(model: torch.nn.Module) -> list[tuple[str, torch.Tensor, int]]:
-    return [(name, buffer, buffer._version) for name, buffer in model.named_buffers()]  # noqa: SLF001
+@dataclass(frozen=True, slots=True)
+class _Buffer:
+    """A buffer of the model as it was: where it is, the tensor, and how often that was written to."""
+
+    module: torch.nn.Module
+    name: str
+    tensor: torch.Tensor
+    version: int
+
+
+def _buffers(model: torch.nn.Module) -> list[_Buffer]:
+    return [
+        _Buffer(module, name, tensor, tensor._version)  # noqa: SLF001 - torch's own count of writes
+        for module in model.modules()
+        for name, tensor in module.named_buffers(recurse=False)
+    ]
+
+
+def _refuse_moved_buffers(buffers: list[_Buffer]) -> None:
+    """A buffer that a forward pass changes carries data from one unit to the next, and into the saved model."""
+    for item in buffers:
+        now = getattr(item.module, item.name)
+        if now is not item.tensor or now._version != item.version:  # noqa: SLF001
+            raise UnsupportedTrainerError(
+                f"The model's buffer {item.name!r} ({type(item.module).__name__}) changes with the data that passes "
+                "through it, which would carry data from one unit to the next; training was aborted.",
+                next_step="Use a model without running statistics.",
+                code="moving-buffer",
+            )
 
 
 @contextlib.contextmanager
-def _own_generators(model: torch.nn.Module) -> Iterator[None]:
+def _own_generators() -> Iterator[None]:
     """Seed torch freely inside; its global generators are as before afterwards."""
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with torch.random.fork_rng(devices=devices):
         yield
 
@@ -540,13 +566,19 @@ def _trainer_metrics(trainer: Any) -> dict[str, float | int | str]:
 
 
 def _clear_metrics(trainer: Any) -> None:
-    trainer._metrics["train"].clear()  # noqa: SLF001
+    for gathered in trainer._metrics.values():  # noqa: SLF001
+        gathered.clear()
 
 
 def _guard_optimizer(trainer: Any, engine: PrivateTraining, optimizer: Any) -> None:
     """Put the guard in front of the innermost optimizer's steps, once."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UnsupportedTrainerError(
+            f"{type(optimizer).__name__} is not a torch optimizer; its steps cannot be guarded.",
+            next_step='Write optim="adamw_torch".',
+        )
     stack: contextlib.ExitStack = vars(trainer)[f"{_ENGINE}_hooks"]
     stack.callback(optimizer.register_step_pre_hook(engine.guard).remove)
 
@@ -572,8 +604,10 @@ def _quiet_callbacks(trainer: Any, engine: PrivateTraining) -> Iterator[None]:
     handler = trainer.callback_handler
     before = list(handler.callbacks)
     progress = _QuietProgress()
-    handler.callbacks = [progress if _is_progress(item) else item for item in before] + [_StopsInTime(engine)]
-    ours = [item for item in handler.callbacks if item not in before]
+    ours: list[TrainerCallback] = [_StopsInTime(engine)]
+    if any(_is_progress(item) for item in before):
+        ours.append(progress)
+    handler.callbacks = [item for item in before if not _is_progress(item)] + ours
     try:
         yield
     finally:

@@ -10,30 +10,26 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 __all__ = ["quiet_preparation"]
 
 _TELLING = (
     "tokenized prompt is not a prefix",
     "Token indices sequence length",
-    "sequence length is longer than",
     "Mismatch between tokenized prompt",
 )
-_LOGGERS = ("trl", "transformers", "datasets", "accelerate")
-
-
-class _DropsTelling(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        text = str(record.msg)
-        return not any(phrase in text for phrase in _TELLING)
+_LIBRARIES = ("trl", "transformers", "datasets", "accelerate")
+_WITHHELD = "A warning of this library quotes the data and was withheld: the run is private."
 
 
 @contextlib.contextmanager
 def quiet_preparation() -> Iterator[None]:
     """While inside, no row count, length or text of the data is printed by the libraries that prepare it.
 
-    Progress bars of `datasets` are off, and the warnings that quote data are dropped; everything else is still heard.
-    All of it is put back afterwards. Enter it around the cell in which a private trainer is built.
+    Progress bars of `datasets` are off, and a warning that quotes data is replaced by a sentence that says so;
+    everything else is still heard. All of it is put back afterwards. Enter it around the cell in which a private
+    trainer is built.
     """
     with _without_progress_bars(), _without_telling_logs():
         yield
@@ -54,22 +50,17 @@ def _without_progress_bars() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_telling_logs() -> Iterator[None]:
-    dropped = _DropsTelling()
-    handlers = _handlers()
-    for handler in handlers:
-        handler.addFilter(dropped)
+    """Where records are made, and not in a handler: libraries add loggers and handlers whenever they like."""
+    make = logging.getLogRecordFactory()
+
+    def make_without_data(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make(*args, **kwargs)
+        if record.name.startswith(_LIBRARIES) and any(phrase in str(record.msg) for phrase in _TELLING):
+            record.msg, record.args = _WITHHELD, ()
+        return record
+
+    logging.setLogRecordFactory(make_without_data)
     try:
         yield
     finally:
-        for handler in handlers:
-            handler.removeFilter(dropped)
-
-
-def _handlers() -> list[logging.Handler]:
-    """Every handler that a record of these libraries can reach (a logger's own filter would miss its children)."""
-    found: list[logging.Handler] = [*logging.getLogger().handlers]
-    if logging.lastResort is not None:
-        found.append(logging.lastResort)
-    for name in (*_LOGGERS, *(known for known in logging.root.manager.loggerDict if known.startswith(_LOGGERS))):
-        found.extend(logging.getLogger(name).handlers)
-    return list(dict.fromkeys(found))
+        logging.setLogRecordFactory(make)

@@ -31,8 +31,6 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from rlhf_audit_nb.errors import PrivacyError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import numpy.typing as npt
 
 __all__ = ["GENERATOR", "SEED_BYTES", "SealedRandom"]
@@ -136,9 +134,3 @@ def _box_muller(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
     np.multiply(radius, np.cos(angle), out=out[0::2])
     np.multiply(radius, np.sin(angle), out=out[1::2])
     return out
-
-
-def poisson_batches(random: SealedRandom, rate: float, count: int, steps: int) -> Iterator[tuple[int, ...]]:
-    """The sample of each step: indices of the units in it, rising; often of different sizes, at times empty."""
-    for step in range(steps):
-        yield tuple(int(index) for index in np.flatnonzero(random.bernoulli_mask(step, rate, count)))

@@ -286,12 +286,18 @@ def _check_class(trainer: Any) -> str:
 
 
 def _check_overrides(trainer: Any) -> None:
-    replaced = sorted(name for name in _METHODS if name in vars(trainer))
+    replaced = sorted(name for name in _METHODS if name in vars(trainer) or _patched(type(trainer), name))
     if replaced:
         raise _refusal(
             f"{', '.join(replaced)} of this trainer was replaced; it cannot be shown to keep units apart any more.",
             "Use the trainer as TRL made it.",
         )
+
+
+def _patched(kind: type, name: str) -> bool:
+    """Whether the class's method is not TRL's or transformers' own."""
+    method = getattr(kind, name, None)
+    return method is not None and getattr(method, "__module__", "").split(".")[0] not in ("trl", "transformers")
 
 
 def _check_dpo_losses(trainer: Any) -> None:

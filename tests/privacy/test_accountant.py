@@ -1,0 +1,205 @@
+"""The accountant against dp-accounting called directly, and against figures others have published."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+
+import dp_accounting
+import pytest
+from dp_accounting import pld
+
+from rlhf_audit_nb.errors import PrivacyError
+from rlhf_audit_nb.privacy import accountant
+from rlhf_audit_nb.privacy.accountant import Mechanism, calibrate, compose, epsilon_curve, max_steps
+
+SETTINGS = [
+    (1.3, 250 / 60000, 3600, 1e-5),
+    (1.1, 256 / 60000, 14062, 1e-5),
+    (0.7, 256 / 60000, 10546, 1e-5),
+    (4.0, 0.01, 10000, 1e-5),
+    (1.5, 0.04, 2250, 1e-5),
+    (0.8, 0.001, 1000, 1e-6),
+    (0.8, 0.05, 1000, 1e-6),
+    (3.0, 0.001, 100000, 1e-6),
+    (5.0, 1.0, 1, 1e-5),
+    (1.0, 0.2, 40, 1e-4),
+]
+
+
+def direct(mechanisms: list[Mechanism], delta: float, grid: float = 1e-4) -> float:
+    """Epsilon from dp-accounting's own accountant under REPLACE_SPECIAL, not through our code."""
+    inner = pld.PLDAccountant(dp_accounting.NeighboringRelation.REPLACE_SPECIAL, grid)
+    for item in mechanisms:
+        gaussian = dp_accounting.GaussianDpEvent(item.noise_multiplier)
+        inner.compose(dp_accounting.PoissonSampledDpEvent(item.sampling_rate, gaussian), item.steps)
+    return float(inner.get_epsilon(delta))
+
+
+@pytest.mark.parametrize(("sigma", "rate", "steps", "delta"), SETTINGS)
+def test_epsilon_equals_dp_accounting_called_directly(sigma: float, rate: float, steps: int, delta: float) -> None:
+    mechanism = Mechanism(sigma, rate, steps)
+    assert compose([mechanism], delta).epsilon == pytest.approx(direct([mechanism], delta), rel=1e-9)
+
+
+PUBLISHED = [
+    # sigma, q, T, delta, PLD, PRV and RDP as published or measured with the reference implementations
+    (1.3, 250 / 60000, 3600, 1e-5, 0.8530, 0.8631, 0.9422),
+    (1.1, 256 / 60000, 14062, 1e-5, 2.3817, 2.3917, 2.5966),
+    (0.7, 256 / 60000, 10546, 1e-5, 5.6394, 5.6498, 6.3195),
+    (4.0, 0.01, 10000, 1e-5, 0.9470, 0.9569, 1.0355),
+    (1.5, 0.04, 2250, 1e-5, 6.7688, 6.7791, 7.3293),
+    (0.8, 0.001, 1000, 1e-6, 0.4677, 0.477771266, 1.4619),
+    (0.8, 0.05, 1000, 1e-6, 19.5150, 19.525842805, 21.2239),
+    (3.0, 0.001, 100000, 1e-6, 0.4369, 0.443671721, 0.4697),
+]
+
+
+@pytest.mark.parametrize(("sigma", "rate", "steps", "delta", "pld_says", "prv_says", "rdp_says"), PUBLISHED)
+def test_all_three_accountants_give_the_published_figures(
+    sigma: float, rate: float, steps: int, delta: float, pld_says: float, prv_says: float, rdp_says: float
+) -> None:
+    accounted = compose([Mechanism(sigma, rate, steps)], delta)
+    assert accounted.epsilon == pytest.approx(pld_says, abs=2e-4)
+    assert accounted.prv == pytest.approx(prv_says, abs=2e-4)
+    assert accounted.rdp == pytest.approx(rdp_says, abs=2e-4)
+
+
+def test_different_mechanisms_are_composed_and_not_added_up() -> None:
+    first, second = Mechanism(2.0, 0.1, 200), Mechanism(1.1, 0.05, 100)
+    together = compose([first, second], 1e-5).epsilon
+    assert together == pytest.approx(direct([first, second], 1e-5), rel=1e-9)
+    assert together < compose([first], 1e-5).epsilon + compose([second], 1e-5).epsilon
+    assert together > compose([first], 1e-5).epsilon
+
+
+def test_the_order_and_the_splitting_of_a_spend_do_not_matter() -> None:
+    other = Mechanism(2.0, 0.1, 20)
+    whole = compose([Mechanism(1.0, 0.05, 100), other], 1e-5).epsilon
+    split = compose([Mechanism(1.0, 0.05, 40), other, Mechanism(1.0, 0.05, 60)], 1e-5).epsilon
+    assert whole == split
+
+
+def test_nothing_costs_nothing() -> None:
+    assert compose([], 1e-5).epsilon == 0
+    assert compose([Mechanism(1.0, 0.1, 0)], 1e-5).epsilon == 0
+
+
+def test_below_a_tenth_the_fine_grid_is_used() -> None:
+    mechanism = Mechanism(30.0, 0.01, 100)
+    accounted = compose([mechanism], 1e-6)
+    assert accounted.epsilon < 0.1
+    assert accounted.grid == 1e-5
+    assert accounted.epsilon == pytest.approx(direct([mechanism], 1e-6, 1e-5), rel=1e-9)
+    assert accounted.epsilon <= direct([mechanism], 1e-6, 1e-4)
+
+
+def test_an_accountant_that_cannot_say_is_recorded_in_words() -> None:
+    accounted = compose([Mechanism(0.3, 0.2, 1000)], 1e-5)
+    assert accounted.epsilon == pytest.approx(1017.6, rel=1e-2)
+    assert isinstance(accounted.prv, str)
+    assert "not computed" in accounted.prv
+    assert any("PRV" in note for note in accounted.notes)
+
+
+def test_a_failing_cross_check_is_recorded_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> float:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(accountant, "_opacus_prv", fails)
+    accounted = compose([Mechanism(1.0, 0.1, 10)], 1e-5)
+    assert accounted.prv == "failed: MemoryError: no room"
+    assert any("MemoryError" in note for note in accounted.notes)
+
+
+def test_an_authority_that_understates_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accountant, "_opacus_prv", lambda *_: 99.0)
+    with pytest.raises(PrivacyError, match="disagree"):
+        compose([Mechanism(1.0, 0.1, 10)], 1e-5)
+
+
+@pytest.mark.parametrize(("sigma", "rate", "steps"), [(1.0, 0.05, 300), (1.5, 0.5, 12), (6.0, 0.2, 1000)])
+def test_the_curve_rises_and_never_understates(sigma: float, rate: float, steps: int) -> None:
+    mechanism = Mechanism(sigma, rate, steps)
+    curve = epsilon_curve(mechanism, 1e-5)
+    assert len(curve) == steps + 1
+    assert curve[0] == 0
+    assert all(before <= after for before, after in itertools.pairwise(curve))
+    for step in (1, 2, steps // 7, steps // 3, steps // 2, steps - 1, steps):
+        truth = direct([mechanism.with_steps(step)], 1e-5)
+        assert curve[step] >= truth - 1e-9, step
+        assert curve[step] <= truth * 1.06 + 0.05, step
+    assert curve[-1] == compose([mechanism], 1e-5).epsilon
+
+
+def test_the_curve_starts_where_the_ledger_stands() -> None:
+    prior = [Mechanism(2.0, 0.1, 200)]
+    mechanism = Mechanism(1.1, 0.05, 90)
+    curve = epsilon_curve(mechanism, 1e-5, prior)
+    assert curve[0] == compose(prior, 1e-5).epsilon
+    assert curve[-1] == compose([*prior, mechanism], 1e-5).epsilon
+    assert curve[40] >= direct([*prior, mechanism.with_steps(40)], 1e-5) - 1e-9
+    assert all(before <= after for before, after in itertools.pairwise(curve))
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "delta", "rate", "steps"),
+    [(8.0, 1e-5, 0.1, 30), (8.0, 1e-5, 0.05, 300), (1.0, 1e-5, 0.1, 300), (0.05, 1e-6, 0.05, 100)],
+)
+def test_the_calibrated_noise_is_enough_and_hardly_more(epsilon: float, delta: float, rate: float, steps: int) -> None:
+    sigma = calibrate(epsilon, delta, rate, steps)
+    spent = compose([Mechanism(sigma, rate, steps)], delta).epsilon
+    assert spent <= epsilon
+    assert compose([Mechanism(sigma * 0.999, rate, steps)], delta).epsilon > epsilon
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "rate", "published"),
+    [(1, 0.05, 2.92), (8, 0.05, 0.80), (2, 0.1, 3.15), (4, 0.2, 3.44)],
+)
+def test_calibration_gives_the_known_noise_for_500_annotators(epsilon: float, rate: float, published: float) -> None:
+    assert calibrate(epsilon, 1e-4, rate, 300) == pytest.approx(published, abs=0.006)
+
+
+def test_calibration_counts_what_was_spent_before() -> None:
+    prior = [Mechanism(2.0, 0.1, 100)]
+    sigma = calibrate(4.0, 1e-5, 0.1, 50, prior)
+    assert compose([*prior, Mechanism(sigma, 0.1, 50)], 1e-5).epsilon <= 4.0
+    assert sigma > calibrate(4.0, 1e-5, 0.1, 50)
+
+
+def test_no_noise_fits_into_a_budget_that_is_gone() -> None:
+    prior = [Mechanism(1.0, 0.5, 100)]
+    with pytest.raises(PrivacyError, match="No noise multiplier"):
+        calibrate(compose(prior, 1e-5).epsilon * 0.9, 1e-5, 0.1, 50, prior)
+
+
+@pytest.mark.parametrize("prior", [(), (Mechanism(2.0, 0.1, 60),)])
+def test_as_many_steps_as_fit_and_not_one_more(prior: tuple[Mechanism, ...]) -> None:
+    steps = max_steps(5.0, 1e-5, 1.0, 0.1, prior, at_most=200)
+    assert compose([*prior, Mechanism(1.0, 0.1, steps)], 1e-5).epsilon <= 5.0
+    assert compose([*prior, Mechanism(1.0, 0.1, steps + 1)], 1e-5).epsilon > 5.0
+
+
+def test_no_step_may_fit_and_more_are_never_given_than_asked_for() -> None:
+    assert max_steps(0.5, 1e-5, 0.5, 1.0, at_most=50) == 0
+    assert max_steps(1e3, 1e-5, 2.0, 0.1, at_most=7) == 7
+
+
+@pytest.mark.parametrize(
+    ("sigma", "rate", "steps"),
+    [(0.0, 0.1, 1), (-1.0, 0.1, 1), (math.nan, 0.1, 1), (1.0, 0.0, 1), (1.0, 1.1, 1), (1.0, 0.1, -1)],
+)
+def test_a_mechanism_that_cannot_be_is_refused(sigma: float, rate: float, steps: int) -> None:
+    with pytest.raises(PrivacyError):
+        Mechanism(sigma, rate, steps)
+
+
+def test_planning_a_usual_run_takes_seconds() -> None:
+    compose([Mechanism(1.0, 0.1, 2)], 1e-5)
+    started = time.process_time()
+    sigma = calibrate(8.0, 1e-5, 0.073, 200)
+    compose([Mechanism(sigma, 0.073, 200)], 1e-5)
+    epsilon_curve(Mechanism(sigma, 0.073, 200), 1e-5)
+    assert time.process_time() - started < 6

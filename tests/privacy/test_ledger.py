@@ -1,0 +1,115 @@
+"""The ledger: what counts, what does not, and what it refuses to add up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import msgspec
+import pytest
+
+from rlhf_audit_nb.config import PrivacyConfig
+from rlhf_audit_nb.errors import EntryError, PrivacyError
+from rlhf_audit_nb.events import Event, PrivacyReserved, PrivacySettled, RunFinished, encode_body
+from rlhf_audit_nb.privacy.accountant import Mechanism, compose
+from rlhf_audit_nb.privacy.ledger import fold
+
+
+@dataclass(frozen=True)
+class Line:
+    type: str
+    run: str | None
+    body: bytes
+
+
+def line(event: Event, run: str = "run-1") -> Line:
+    return Line(event.TYPE, run, encode_body(event))
+
+
+def reserved(name: str, steps: int = 10, unit: str = "annotator", sigma: float = 1.0) -> PrivacyReserved:
+    return PrivacyReserved(
+        reservation=name,
+        unit=unit,
+        adjacency="zero-out",
+        mechanism="m",
+        engine="e",
+        generator="g",
+        units=50,
+        clipping_norm=1.0,
+        noise_multiplier=sigma,
+        sampling_rate=0.1,
+        steps=steps,
+        steps_asked=steps,
+        max_pairs_per_unit=8,
+        delta=1e-5,
+        epsilon_budget=8.0,
+        epsilon_before=0.0,
+        epsilon_planned=1.0,
+        accountants={},
+    )
+
+
+def settled(name: str, steps: int) -> PrivacySettled:
+    return PrivacySettled(reservation=name, steps=steps, epsilon_run=0.5, epsilon_total=0.5)
+
+
+def test_an_empty_trail_has_spent_nothing() -> None:
+    ledger = fold([line(RunFinished(status="completed", steps=0, trained=False))])
+    assert ledger.unit is None
+    assert ledger.mechanisms("annotator") == ()
+    assert ledger.composed(1e-5).epsilon == 0
+
+
+def test_a_reservation_counts_in_full_until_it_is_settled() -> None:
+    ledger = fold([line(reserved("a", 10))])
+    assert ledger.mechanisms("annotator") == (Mechanism(1.0, 0.1, 10),)
+    assert not ledger.spends[0].settled
+    ledger = fold([line(reserved("a", 10)), line(settled("a", 4))])
+    assert ledger.mechanisms("annotator") == (Mechanism(1.0, 0.1, 4),)
+    assert ledger.spends[0].settled
+    assert ledger.spends[0].run == "run-1"
+
+
+def test_a_run_that_spent_nothing_leaves_nothing() -> None:
+    assert fold([line(reserved("a")), line(settled("a", 0))]).mechanisms("annotator") == ()
+
+
+def test_runs_are_composed_over_the_whole_trail() -> None:
+    ledger = fold([line(reserved("a", 10)), line(settled("a", 10)), line(reserved("b", 5, sigma=2.0), "run-2")])
+    expected = compose([Mechanism(1.0, 0.1, 10), Mechanism(2.0, 0.1, 5)], 1e-5).epsilon
+    assert ledger.composed(1e-5).epsilon == expected
+    assert ledger.left(PrivacyConfig(epsilon=8.0)) == pytest.approx(8.0 - expected)
+    assert ledger.left(PrivacyConfig(epsilon=expected / 2)) == 0
+
+
+def test_two_units_in_one_trail_are_refused() -> None:
+    with pytest.raises(PrivacyError, match="annotators and for pairs"):
+        fold([line(reserved("a")), line(reserved("b", unit="pair"))])
+
+
+def test_a_run_of_another_unit_is_refused_before_it_spends() -> None:
+    with pytest.raises(PrivacyError, match="privacy budget of annotators"):
+        fold([line(reserved("a"))]).mechanisms("pair")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [line(settled("never", 1))],
+        [line(reserved("a", 10)), line(settled("a", 11))],
+        [line(reserved("a", 10)), line(settled("a", -1))],
+        [line(reserved("a", 10)), line(settled("a", 2)), line(settled("a", 1))],
+        [line(reserved("a", 10)), line(reserved("a", 10))],
+    ],
+    ids=["unknown", "too-many", "negative", "twice", "reserved-twice"],
+)
+def test_a_settlement_that_does_not_fit_is_refused(lines: list[Line]) -> None:
+    with pytest.raises(PrivacyError):
+        fold(lines)
+
+
+def test_a_malformed_entry_is_not_passed_over() -> None:
+    good = line(reserved("a"))
+    body = msgspec.json.decode(good.body)
+    del body["noise_multiplier"]
+    with pytest.raises(EntryError, match="malformed"):
+        fold([replace(good, body=msgspec.json.encode(body))])
