@@ -240,6 +240,7 @@ def _do_card(args: argparse.Namespace) -> int:
 
 
 def _do_budget_plan(args: argparse.Namespace) -> int:
+    from rlhf_audit_nb.compliance.words import delta_text, epsilon_text
     from rlhf_audit_nb.privacy.accountant import Mechanism, calibrate, compose
 
     if (args.noise_multiplier is None) == (args.epsilon is None):
@@ -264,8 +265,8 @@ def _do_budget_plan(args: argparse.Namespace) -> int:
         "notes": list(total.notes),
     }
     words = [
-        f"ε = {total.epsilon:.4f} at δ = {args.delta:g} (zero-out adjacency)",
-        f"noise multiplier {noise:.4f}, sampling rate {args.sampling_rate:g}, {args.steps} steps",
+        f"ε {epsilon_text(total.epsilon, 4)} at δ {delta_text(args.delta)} (zero-out adjacency)",
+        f"noise multiplier {noise:.10g}, sampling rate {args.sampling_rate:g}, {args.steps} steps",
         f"accountants: PLD {_figure(total.epsilon)} (counts), PRV {_figure(total.prv)}, RDP {_figure(total.rdp)}",
         *total.notes,
     ]
@@ -298,7 +299,7 @@ def _figure(value: float | str) -> str:
 
 
 def _do_budget_show(args: argparse.Namespace) -> int:
-    from rlhf_audit_nb.compliance.words import plural, short
+    from rlhf_audit_nb.compliance.words import delta_text, epsilon_text, plural, short
     from rlhf_audit_nb.privacy.ledger import fold
     from rlhf_audit_nb.trail import TrailReader
 
@@ -319,15 +320,14 @@ def _do_budget_show(args: argparse.Namespace) -> int:
         for spend in ledger.spends
     ]
     answer = {"unit": ledger.unit, "epsilon": _finite(total.epsilon), "delta": args.delta, "adjacency": "zero-out"}
-    words = [
-        f"ε = {total.epsilon:.4f} at δ = {args.delta:g}, unit {ledger.unit}, zero-out adjacency, all runs composed"
-    ]
+    reach = f"unit {ledger.unit}, zero-out adjacency; all runs composed, not added"
+    words = [f"ε {epsilon_text(total.epsilon, 4)} at δ {delta_text(args.delta)}, {reach}"]
     for spend in ledger.spends:
         state = "spent" if spend.settled else "reserved"
         mechanism = spend.mechanism
         words.append(
             f"  run {short(spend.run or '')}: {state} {plural(spend.steps, 'step')}, noise multiplier "
-            f"{mechanism.noise_multiplier:.4f}, sampling rate {mechanism.sampling_rate:g}"
+            f"{mechanism.noise_multiplier:.10g}, sampling rate {mechanism.sampling_rate:g}"
         )
     return _finish(args, {**answer, "spends": spends}, words)
 
@@ -438,14 +438,16 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(do=_do_report)
     _add_target(parser)
     parser.add_argument("--format", choices=("html", "pdf", "json"), default="html")
-    parser.add_argument("--mode", default="eu_ai_act", metavar="FRAMEWORK", help="eu_ai_act")
+    parser.add_argument("--mode", default="eu_ai_act", metavar="FRAMEWORK", help="what it assesses against (eu_ai_act)")
     parser.add_argument("-o", "--out", metavar="FILE", help="where it goes (beside the target)")
 
 
 def _add_card(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(do=_do_card)
     _add_target(parser)
-    parser.add_argument("--format", default="eu_standard", metavar="FORMAT", help="eu_standard")
+    parser.add_argument(
+        "--format", default="eu_standard", metavar="FORMAT", help="eu_standard, huggingface or json (eu_standard)"
+    )
     parser.add_argument("-o", "--out", metavar="FILE", help="where it goes (stdout)")
 
 

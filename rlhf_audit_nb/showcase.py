@@ -45,14 +45,14 @@ class Showing:
     Args:
         folder: where it all lies.
         verdict: what verification says of the record.
-        epsilon: the composed total in words, or that there is no bound.
+        privacy: the composed ε with all that must stand beside it; ``None`` where there is no bound.
         data: what was trained on.
         seconds: how long it took.
     """
 
     folder: Path
     verdict: Verdict
-    epsilon: str
+    privacy: dict[str, Any] | None
     data: str
     seconds: float
 
@@ -62,15 +62,23 @@ class Showing:
         return {
             "data": self.data,
             "files": paths,
-            "epsilon": self.epsilon,
+            "privacy": self.privacy,
             "verdict": self.verdict.to_dict(),
             "seconds": round(self.seconds, 1),
         }
 
     def words(self) -> list[str]:
         """The same for a person."""
-        from rlhf_audit_nb.compliance.words import level_words
+        from rlhf_audit_nb.compliance.words import NO_BOUND, delta_text, epsilon_text, level_words
 
+        spent = self.privacy
+        privacy = NO_BOUND
+        if spent is not None:
+            privacy = (
+                f"ε {epsilon_text(spent['epsilon'], 3)} of {epsilon_text(spent['budget'], 3)}, "
+                f"δ {delta_text(spent['delta'])}; protects each {spent['unit']} ({spent['units']} of them), "
+                f"{spent['adjacency']} adjacency"
+            )
         words = level_words(self.verdict.level.name)
         place = self.folder
         return [
@@ -83,7 +91,7 @@ class Showing:
             "",
             f"  verdict      {self.verdict.level.name}: {words.shows}",
             f"               {words.not_shown}",
-            f"  privacy      {self.epsilon}",
+            f"  privacy      {privacy}",
             "",
             f"  check it     rlhf-audit verify {place / 'record.ipynb'} --policy {place / 'trust.policy'}",
         ]
@@ -134,7 +142,7 @@ def run_demo(folder: Path, parameters: Mapping[str, Any], tell: Tell) -> Showing
     evidence = _open(folder)
     tell("[4/4] drawing the report (HTML and PDF) and the model card")
     _write_reports(folder, evidence)
-    return Showing(folder, evidence.verdict, _epsilon_words(evidence), data, time.monotonic() - began)
+    return Showing(folder, evidence.verdict, _privacy(evidence), data, time.monotonic() - began)
 
 
 def _check_data(parameters: Mapping[str, Any]) -> str:
@@ -246,15 +254,19 @@ def _write_reports(folder: Path, evidence: Evidence) -> None:
     build_card(evidence, "eu_standard").save(folder / "model_card.md")
 
 
-def _epsilon_words(evidence: Evidence) -> str:
+def _privacy(evidence: Evidence) -> dict[str, Any] | None:
+    """What was spent, or ``None`` without differential privacy."""
     from rlhf_audit_nb.events import PrivacyReserved, PrivacySettled
 
     reserved, settled = evidence.of(PrivacyReserved), evidence.of(PrivacySettled)
     if not reserved:
-        return "trained without differential privacy: no bound"
+        return None
     plan = reserved[-1][1]
-    spent = settled[-1][1].epsilon_total if settled else plan.epsilon_planned
-    return (
-        f"ε = {float(spent):.3f} of {plan.epsilon_budget:g} at δ = {plan.delta:g}; unit {plan.unit} "
-        f"({plan.units} of them), adjacency {plan.adjacency}"
-    )
+    return {
+        "epsilon": settled[-1][1].epsilon_total if settled else plan.epsilon_planned,
+        "budget": plan.epsilon_budget,
+        "delta": plan.delta,
+        "unit": plan.unit,
+        "units": plan.units,
+        "adjacency": plan.adjacency,
+    }

@@ -42,8 +42,14 @@ def test_it_says_where_everything_is_with_the_verdict_and_epsilon(demo):
     assert said["verdict"]["level"] == "UNANCHORED"
     assert said["verdict"]["reasons"] == []
     assert all((demo / path).exists() for path in said["files"].values())
-    spent, budget = re.search(r"ε = ([\d.]+) of ([\d.]+) at δ = 1e-05; unit annotator \(48", said["epsilon"]).groups()
-    assert 0 < float(spent) <= float(budget) == 8.0
+    privacy = said["privacy"]
+    assert 0 < privacy["epsilon"] <= privacy["budget"] == 8.0
+    assert (privacy["delta"], privacy["unit"], privacy["units"], privacy["adjacency"]) == (
+        1e-5,
+        "annotator",
+        48,
+        "zero-out",
+    )
     assert "simulated" in said["data"]
 
 
@@ -71,15 +77,16 @@ def test_a_changed_parameter_is_caught_and_its_cell_is_named(demo, call, tmp_pat
     done = call("verify", "record.ipynb", "--policy", demo / "out" / "demo" / "trust.policy", "--json", **ELSEWHERE)
     assert done.returncode == 40
     reasons = json.loads(done.stdout)["reasons"]
-    assert any("parameters" in reason["where"] for reason in reasons)
+    assert [reason["code"] for reason in reasons] == ["cell-source-changed"]
+    assert "id parameters" in reasons[0]["message"]
 
 
 def test_the_trail_verifies_and_its_budget_is_the_one_that_was_said(demo, call):
     out = demo / "out" / "demo"
     assert call("verify", out / "audit", "--policy", out / "trust.policy").returncode == 0
     shown = json.loads(call("budget", "show", "--trail", out / "audit", "--json").stdout)
-    said = json.loads((demo / "said.json").read_text())["epsilon"]
-    assert said.startswith(f"ε = {shown['epsilon']:.3f} ")
+    said = json.loads((demo / "said.json").read_text())["privacy"]
+    assert shown["epsilon"] == pytest.approx(said["epsilon"], abs=1e-6)
     assert shown["unit"] == "annotator"
 
 
@@ -181,7 +188,7 @@ def test_real_human_votes_make_the_same_journey(call, llmfao, tmp_path):
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert said["verdict"]["level"] == "UNANCHORED"
-    assert "(8 of them)" in said["epsilon"]
+    assert said["privacy"]["units"] == 8
     assert Path(tmp_path / said["files"]["report.pdf"]).stat().st_size > 10_000
     record = (tmp_path / said["files"]["record.ipynb"]).read_text()
     assert "llmfao-w" not in record

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY))
+from benchmarks.figures import Figure, quantile, table
 
-from benchmarks.figures import Figure, quantile, table  # noqa: E402
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_a_figure_says_whether_its_target_was_met():
