@@ -42,6 +42,7 @@ from rlhf_audit_nb.records.normal_form import (
     text_digest,
     without_markers,
 )
+from rlhf_audit_nb.records.proofs import prove_all
 from rlhf_audit_nb.records.seal import ProvenEntry, format_seal
 from rlhf_audit_nb.records.statement import build_statement, encode_statement, event_of, record_of
 from rlhf_audit_nb.trail import Trail
@@ -181,7 +182,8 @@ class RecordSession:
         reader = self._trail.reader()
         checkpoint, entries = reader.checkpoint(), record_entries(reader, self.record)
         payload = encode_statement(build_statement(self.record, checkpoint, entries))
-        proven = [ProvenEntry(entry, tuple(reader.inclusion_proof(entry.index))) for entry in entries]
+        proofs = prove_all(reader, [entry.index for entry in entries])
+        proven = [ProvenEntry(entry, proof) for entry, proof in zip(entries, proofs, strict=True)]
         envelope = sign_envelope(payload, self._trail.keys.record)
         return format_seal(self.record, envelope, checkpoint, proven, manifest)
 
