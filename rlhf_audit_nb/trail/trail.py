@@ -548,6 +548,7 @@ _OPEN: weakref.WeakSet[Trail] = weakref.WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """What was appended and not closed becomes durable when the interpreter ends."""
-    for trail in list(_OPEN):
-        trail.close()
+    """What was appended and not closed becomes durable when the interpreter ends; no failure stops the others."""
+    with ExitStack() as closing:
+        for trail in list(_OPEN):
+            closing.callback(trail.close)
