@@ -22,6 +22,7 @@ __all__ = [
     "NO_BOUND",
     "LevelWords",
     "accountants_text",
+    "adapter_text",
     "count",
     "day_text",
     "delta_text",
@@ -193,6 +194,20 @@ def plain_text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {plain_text(part)}" for key, part in sorted(value.items())) or "none"
     return "none" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def adapter_text(adapter: Mapping[str, Any]) -> str:
+    """An adapter by kind, rank and the modules that it sits on; all its settings stand in its entry."""
+    said = [str(adapter[key]) for key in ("peft_type", "type") if adapter.get(key)][:1]
+    for key in ("r", "lora_alpha", "lora_dropout"):
+        if adapter.get(key) is not None:
+            said.append(f"{key} {number_text(adapter[key])}")
+    modules = adapter.get("target_modules")
+    if isinstance(modules, (list, tuple)):
+        said.append("on " + ", ".join(sorted({str(name).rsplit(".", 1)[-1] for name in modules})))
+    elif modules:
+        said.append(f"on {modules}")
+    return ", ".join(said) or "of a kind that is not recorded"
 
 
 def hardware_text(hardware: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from rlhf_audit_nb.events import CellExecuted
 if TYPE_CHECKING:
     from rlhf_audit_nb.compliance.evidence import Evidence
 
-__all__ = ["Cell", "Output", "cells_of"]
+__all__ = ["Block", "Cell", "Output", "cells_of"]
 
 MAX_LINES = 120
 MAX_CHARS = 12_000
@@ -24,7 +24,17 @@ MAX_ALT = 600
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
 _REPR = re.compile(r"^<[^\n]*>$")
+_HEADING = re.compile(r"^#{1,6}\s+(.*?)\s*#*$")
+_ITEM = re.compile(r"^\s*(?:[-*+]|\d+[.)])\s+(.*)$")
 _PICTURES = ("image/png", "image/jpeg", "image/svg+xml")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a Markdown cell: ``heading``, ``text``, ``item`` or ``code``, with its lines as they were written."""
+
+    kind: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,7 @@ class Cell:
     source: str
     status: str
     outputs: tuple[Output, ...]
+    blocks: tuple[Block, ...]
     cites: tuple[Cite, ...]
 
 
@@ -70,15 +81,49 @@ def _cell(position: int, cell: Any, executed: tuple[int, str] | None) -> Cell:
     label = "default parameters" if not label and "parameters" in tags else label
     outputs = cell.get("outputs") or [] if kind == "code" else []
     status = "" if kind != "code" else executed[1] if executed else "execution not recorded"
+    source = _joined(cell.get("source", ""))
     return Cell(
         position=position,
         kind=kind,
         label=label,
-        source=_joined(cell.get("source", "")),
+        source=source,
+        blocks=_blocks(source) if kind == "markdown" else (),
         status=status,
         outputs=tuple(shown for output in outputs if (shown := _output(output, position)) is not None),
         cites=cite([executed[0]]) if executed else (),
     )
+
+
+def _blocks(source: str) -> tuple[Block, ...]:
+    """A Markdown source's paragraphs, headings, list items and fenced code, each on its own."""
+    blocks: list[Block] = []
+    lines: list[str] = []
+    kind = "text"
+
+    def close(following: str) -> str:
+        text = "\n".join(lines) if kind == "code" else " ".join(line.strip() for line in lines)
+        if text.strip():
+            blocks.append(Block(kind, text))
+        lines.clear()
+        return following
+
+    for line in source.splitlines():
+        if line.lstrip().startswith("```"):
+            kind = close("text" if kind == "code" else "code")
+        elif kind == "code":
+            lines.append(line)
+        elif not line.strip():
+            kind = close("text")
+        elif heading := _HEADING.match(line):
+            kind = close("text")
+            blocks.append(Block("heading", heading.group(1)))
+        elif item := _ITEM.match(line):
+            kind = close("item")
+            lines.append(item.group(1))
+        else:
+            lines.append(line)
+    close("text")
+    return tuple(blocks)
 
 
 def _joined(value: Any) -> str:

@@ -703,7 +703,7 @@ def _data_fact(item: Item, event: DataBound) -> Fact:
 
 def _model_fact(item: Item, event: ModelBound) -> Fact:
     value = f"{event.name or 'no name recorded'}: {event.architecture}, {words.count(event.parameters)} parameters"
-    adapter = f"; adapter {words.plain_text(event.adapter)}" if event.adapter else ""
+    adapter = f"; adapter {words.adapter_text(event.adapter)}" if event.adapter else ""
     note = f"weights sha256 {event.weights_digest}{adapter}"
     return Fact(f"Model, {event.role}", value, cite([item.index]), note=note)
 

@@ -186,6 +186,16 @@ def test_cells_show_source_state_and_outputs_and_say_what_was_cut():
     assert model.cells[4].outputs[0].cut == 80
 
 
+def test_a_markdown_cell_is_read_in_paragraphs_headings_items_and_code():
+    evidence = story.evidence(with_notebook=True)
+    evidence.notebook.cells[0].source = "# Title #\none\ntwo\n\n- a\n  b\n1. c\n```python\n# no heading\n```\nend <b>"
+    blocks = [(block.kind, block.text) for block in build_report(evidence).cells[0].blocks]
+    assert blocks == [
+        ("heading", "Title"), ("text", "one two"), ("item", "a b"), ("item", "c"), ("code", "# no heading"),
+        ("text", "end <b>"),
+    ]  # fmt: skip
+
+
 def test_a_cell_whose_execution_is_not_in_the_trail_is_not_said_to_be_completed():
     evidence = story.evidence(with_notebook=True)
     evidence.notebook.cells[4]["id"] = "someone-added-me"
