@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from xml.sax.saxutils import escape
 
-from rlhf_audit_nb.notebook.panels.model import say_number
 from rlhf_audit_nb.notebook.panels.png import shrink
+from rlhf_audit_nb.notebook.panels.words import say_number
 
 __all__ = ["DARK", "LIGHT", "Frame", "Theme", "chart_svg", "frame_epsilon", "frame_series", "panel_svg", "to_png"]
 
@@ -275,7 +275,7 @@ def frame_series(view: View, series: Mapping[str, Sequence[Sequence[float]]], st
         y=(low - pad, high + pad),
         behind=points,
         point=points[-1],
-        ticks_x=[(x0, f"step {x0:,.0f}"), (x1, f"{x1:,.0f}")],
+        ticks_x=[(x0, f"step {x0:,.0f}"), (x1, f"{x1:,.0f}")][: len(points)],
         ticks_y=[(high, say_number(high)), (low, say_number(low))] if high > low else [(high, say_number(high))],
     )
 

@@ -382,7 +382,7 @@ function render({ model, el }) {
       behind: points,
       point: last,
       ticksY: high > low ? [{ at: high, text: digits(high) }, { at: low, text: digits(low) }] : [{ at: high, text: digits(high) }],
-      ticksX: [{ at: first[0], text: `step ${first[0].toLocaleString("en-US")}` }, { at: last[0], text: Math.round(last[0]).toLocaleString("en-US") }],
+      ticksX: [{ at: first[0], text: `step ${Math.round(first[0]).toLocaleString("en-US")}` }, ...(last === first ? [] : [{ at: last[0], text: Math.round(last[0]).toLocaleString("en-US") }])],
     });
   }
 

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rlhf_audit_nb.errors import AuditError
 from rlhf_audit_nb.notebook.panels.fallback import freeze, say_text
-from rlhf_audit_nb.notebook.panels.model import Check, PanelModel
+from rlhf_audit_nb.notebook.panels.model import PanelModel
+from rlhf_audit_nb.notebook.panels.view import Check
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.notebook.panels.sources import StateLike, StatusLike, VerdictLike

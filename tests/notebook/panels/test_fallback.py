@@ -15,9 +15,10 @@ from support.runs import SECRET, advance, made_up_run, made_up_status, made_up_v
 from rlhf_audit_nb.errors import FormatError
 from rlhf_audit_nb.notebook.panels import fallback
 from rlhf_audit_nb.notebook.panels.fallback import freeze, say_text
-from rlhf_audit_nb.notebook.panels.model import NO_PRIVACY, SEALED_LOSS, Check, PanelModel
+from rlhf_audit_nb.notebook.panels.model import PanelModel
 from rlhf_audit_nb.notebook.panels.picture import DARK, LIGHT, Theme, panel_svg, to_png
 from rlhf_audit_nb.notebook.panels.png import shrink
+from rlhf_audit_nb.notebook.panels.view import NO_PRIVACY, SEALED_LOSS, Check
 from rlhf_audit_nb.trail import Level, Reason
 
 

@@ -12,22 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.runs import SECRET, advance, made_up_run, made_up_status, made_up_verdict
 
-from rlhf_audit_nb.notebook.panels.model import (
-    NO_PRIVACY,
-    SEALED_LOSS,
-    SERIES_POINTS,
-    Check,
-    PanelModel,
-    Thinned,
-    build_view,
-    merge,
-    patch,
-    say_bound,
-    say_delta,
-    say_number,
-    say_root,
-    say_seconds,
-)
+from rlhf_audit_nb.notebook.panels.model import PanelModel, merge, patch
+from rlhf_audit_nb.notebook.panels.series import SERIES_POINTS, Thinned
+from rlhf_audit_nb.notebook.panels.view import NO_PRIVACY, SEALED_LOSS, Check, build_view
+from rlhf_audit_nb.notebook.panels.words import say_bound, say_delta, say_number, say_root, say_seconds
 from rlhf_audit_nb.trail import Level, Reason
 
 HELD = Check(at=1_795_359_740.0, verdict=made_up_verdict())
@@ -193,6 +181,17 @@ def test_an_unbounded_epsilon_is_said_and_can_be_sent():
     json.dumps([update, model.full()], allow_nan=False)
 
 
+def test_of_many_series_the_first_are_shown_and_the_others_counted():
+    state = advance(made_up_run(private=False), 5)
+    for i in range(12):
+        state.add(f"logps/{i:02}", 5, 1.0)
+    training = build_view(state, made_up_status())["training"]
+    names = [item["name"] for item in training["metrics"]]
+    assert names[:2] == ["loss", "rewards/margins"]
+    assert len(names) == 8
+    assert training["note"].endswith("9 more series stand in the trail.")
+
+
 def test_the_signer_is_shown_by_name_and_key_hash_and_copied_whole():
     rows = {row["key"]: row for row in build_view(made_up_run(), made_up_status())["integrity"]["rows"]}
     assert rows["signer"]["text"] == "example.…+8a488eff"
@@ -351,4 +350,6 @@ def test_small_words():
     assert say_delta(2.5e-6) == "2.5·10⁻⁶"
     assert say_seconds(134) == "2 min 14 s"
     assert say_seconds(3 * 3600 + 120) == "3 h 2 min"
+    assert say_seconds(120.4) == "2 min"
+    assert say_seconds(0.2) == "0 s"
     assert say_root(bytes(range(32))) == "AAECAwQF…wdHh8="

@@ -8,7 +8,8 @@ import pytest
 from support.lab import browser, picture
 from support.runs import advance, made_up_run, made_up_status, made_up_verdict
 
-from rlhf_audit_nb.notebook.panels.model import Check, PanelModel
+from rlhf_audit_nb.notebook.panels.model import PanelModel
+from rlhf_audit_nb.notebook.panels.view import Check
 from rlhf_audit_nb.trail import Level, Reason
 
 __all__ = ["browser"]
@@ -78,6 +79,12 @@ def test_each_update_moves_number_bar_and_point(panel):
     assert float(panel.page.locator("[data-card=privacy] .rap-point").get_attribute("cx")) > float(first) + 50
     assert "steps/s" in panel.text(".rap-pace")
     assert panel.text("[data-card=integrity] .rap-big b") == "150"
+
+
+def test_a_single_point_has_a_single_mark_below_it(panel):
+    panel.step(1)
+    marks = panel.page.locator("[data-card=training] .rap-chart g text").all_text_contents()
+    assert marks == ["0.31", "step 1"]
 
 
 def test_a_lost_update_is_healed_by_the_next_whole_state(panel):
