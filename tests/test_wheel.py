@@ -51,11 +51,12 @@ def test_nothing_else_is_installed(wheel):
 def test_an_installed_wheel_finds_its_own_templates_and_notebooks(wheel, tmp_path):
     site = tmp_path / "site"
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel], check=True)
-    code = (
-        "from rlhf_audit_nb.showcase import notebook_path; from rlhf_audit_nb.compliance.templates import template_path;"
-        "from rlhf_audit_nb.demo import load_preferences; print(notebook_path()); print(template_path('cards'));"
-        "print(len(load_preferences()))"
-    )
+    code = """
+from rlhf_audit_nb.compliance.templates import template_path
+from rlhf_audit_nb.demo import load_preferences
+from rlhf_audit_nb.showcase import notebook_path
+print(notebook_path(), template_path("cards"), len(load_preferences()))
+"""
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
