@@ -46,7 +46,7 @@ class Keeps(TrainerCallback):
 
 
 def train(trainer: Any, seed: bytes = SEED, observer: Any = None, **config: Any) -> PrivateTraining:
-    settings = {"epsilon": 8.0, **config}
+    settings = {"epsilon": 200.0, "noise_multiplier": 1.0, **config}
     plan = plan_training(trainer, PrivacyConfig(**settings))
     with private_training(trainer, plan, SealedRandom(seed), observer) as training:
         trainer.train()
@@ -96,7 +96,7 @@ def test_an_empty_sample_trains_on_noise_alone(tmp_path: Path) -> None:
     observer = Observer()
     trainer = dpo_trainer(synthetic_pairs(6), tmp_path)
     before = weights(trainer)
-    training = train(trainer, observer=observer, sampling_rate=1e-9, noise_multiplier=1.0)
+    training = train(trainer, observer=observer, sampling_rate=1e-9)
     assert [metrics["units"] for _, _, metrics in observer.seen] == [0, 0, 0]
     assert "loss" not in observer.seen[0][2]
     assert training.steps == 3
@@ -169,7 +169,7 @@ def test_torchs_own_generator_is_neither_used_nor_moved_by_a_step(tmp_path: Path
 def test_a_seed_cannot_serve_two_trainings(tmp_path: Path) -> None:
     trainer = dpo_trainer(synthetic_pairs(6), tmp_path)
     sealed = SealedRandom(SEED)
-    plan = plan_training(trainer, PrivacyConfig(epsilon=8))
+    plan = plan_training(trainer, PrivacyConfig(epsilon=200, noise_multiplier=1.0))
     with private_training(trainer, plan, sealed):
         trainer.train()
     with pytest.raises(PrivacyError, match="already served"), private_training(trainer, plan, sealed):
@@ -197,7 +197,7 @@ def told(rows: list[dict[str, str]], folder: Path, capfd: Any, private: bool, **
     perturb(trainer.model)
     capfd.readouterr()
     if private:
-        plan = plan_training(trainer, PrivacyConfig(epsilon=8, sampling_rate=0.5))
+        plan = plan_training(trainer, PrivacyConfig(epsilon=200, noise_multiplier=1.0, sampling_rate=0.5))
         with private_training(trainer, plan, SealedRandom(SEED)):
             output = trainer.train()
     else:
@@ -231,7 +231,7 @@ def test_that_comparison_would_notice_a_leak(tmp_path: Path, capfd: Any) -> None
 
 def test_the_log_holds_public_names_only_and_train_returns_no_loss(tmp_path: Path) -> None:
     trainer = reward_trainer(preferences(30), tmp_path)
-    plan = plan_training(trainer, PrivacyConfig(epsilon=8, sampling_rate=0.5))
+    plan = plan_training(trainer, PrivacyConfig(epsilon=200, noise_multiplier=1.0, sampling_rate=0.5))
     with private_training(trainer, plan, SealedRandom(SEED)) as training:
         output = trainer.train()
     assert len(trainer.state.log_history) == 4
@@ -319,7 +319,7 @@ def test_a_unit_whose_loss_is_not_finite_contributes_nothing_and_nothing_public_
 
         trainer = reward_trainer(data, tmp_path)
         observer = Observer()
-        plan = plan_training(trainer, PrivacyConfig(epsilon=8, sampling_rate=1.0))
+        plan = plan_training(trainer, PrivacyConfig(epsilon=200, noise_multiplier=1.0, sampling_rate=1.0))
         with private_training(trainer, plan, Skips(SEED), observer):
             trainer.train()
         return trainer, observer
@@ -349,7 +349,7 @@ def test_rows_that_reward_training_drops_take_their_annotators_along(tmp_path: P
     rows[6]["chosen"] *= 40
     rows[7]["chosen"] *= 40
     trainer = reward_trainer(rows, tmp_path, max_length=100)
-    plan = plan_training(trainer, PrivacyConfig(epsilon=8))
+    plan = plan_training(trainer, PrivacyConfig(epsilon=200, noise_multiplier=1.0))
     owners = trainer.train_dataset["annotator_id"]
     assert [{owners[row] for row in unit} for unit in plan.units.members] == [
         {"person-0"},
@@ -407,7 +407,7 @@ def test_an_interrupted_run_counts_the_step_that_was_begun(tmp_path: Path) -> No
 
     trainer = dpo_trainer(synthetic_pairs(6), tmp_path)
     trainer.add_callback(Interrupts())
-    plan = plan_training(trainer, PrivacyConfig(epsilon=8))
+    plan = plan_training(trainer, PrivacyConfig(epsilon=200, noise_multiplier=1.0))
     with pytest.raises(KeyboardInterrupt), private_training(trainer, plan, SealedRandom(SEED)) as training:
         trainer.train()
     assert training.steps == 2
@@ -490,7 +490,7 @@ def test_a_model_that_remembers_data_in_a_buffer_is_refused(tmp_path: Path) -> N
 
 def test_a_plan_serves_one_training_on_the_data_it_was_made_for(tmp_path: Path) -> None:
     trainer = dpo_trainer(synthetic_pairs(6), tmp_path)
-    plan = plan_training(trainer, PrivacyConfig(epsilon=8))
+    plan = plan_training(trainer, PrivacyConfig(epsilon=200, noise_multiplier=1.0))
     with private_training(trainer, plan, SealedRandom(SEED)):
         trainer.train()
         with pytest.raises(PrivacyError, match="one training"):
@@ -503,7 +503,7 @@ def test_a_plan_serves_one_training_on_the_data_it_was_made_for(tmp_path: Path) 
 def test_resuming_evaluating_and_searching_are_refused(tmp_path: Path) -> None:
     trainer = dpo_trainer(synthetic_pairs(6), tmp_path, save_strategy="steps", save_steps=1)
     train(trainer)
-    plan = plan_training(trainer, PrivacyConfig(epsilon=8))
+    plan = plan_training(trainer, PrivacyConfig(epsilon=200, noise_multiplier=1.0))
     for attempt in (
         lambda: trainer.train(resume_from_checkpoint=True),
         lambda: trainer._inner_training_loop(args=trainer.args, trial={}),
@@ -517,7 +517,7 @@ def test_resuming_evaluating_and_searching_are_refused(tmp_path: Path) -> None:
 
 def test_an_option_changed_after_the_plan_is_noticed(tmp_path: Path) -> None:
     trainer = dpo_trainer(synthetic_pairs(6), tmp_path)
-    plan = plan_training(trainer, PrivacyConfig(epsilon=8))
+    plan = plan_training(trainer, PrivacyConfig(epsilon=200, noise_multiplier=1.0))
     with private_training(trainer, plan, SealedRandom(SEED)):
         trainer.loss_types = ["aot"]
         with pytest.raises(UnsupportedTrainerError, match="sorts"):
@@ -556,10 +556,11 @@ def test_everything_is_put_back(tmp_path: Path, fails: bool) -> None:
 
 def test_a_second_training_goes_on_from_the_ledger(tmp_path: Path) -> None:
     trainer = dpo_trainer(synthetic_pairs(10), tmp_path)
-    first = train(trainer, run_epsilon=2.0, sampling_rate=0.5)
-    plan = plan_training(trainer, PrivacyConfig(epsilon=8, run_epsilon=2.0, sampling_rate=0.5), [first.plan.mechanism])
+    first = train(trainer, sampling_rate=0.5)
+    config = PrivacyConfig(epsilon=200, noise_multiplier=1.0, sampling_rate=0.5)
+    plan = plan_training(trainer, config, [first.plan.mechanism])
     assert plan.before == first.epsilon
-    assert first.epsilon < plan.epsilon <= first.epsilon + 2.0
+    assert first.epsilon < plan.epsilon < 2 * first.epsilon
     with private_training(trainer, plan, SealedRandom(bytes(32))) as training:
         trainer.train()
     assert training.epsilon == plan.epsilon
@@ -584,12 +585,18 @@ def test_an_adapter_that_was_trained_before_goes_on_against_its_own_copy(tmp_pat
     assert all(torch.equal(p, reference[n]) for n, p in trainer.model.named_parameters() if n in reference)
 
 
-def test_learning_still_happens_where_the_budget_is_wide(tmp_path: Path) -> None:
+def test_without_its_noise_the_private_step_goes_down_the_loss(tmp_path: Path) -> None:
+    class NoNoise(SealedRandom):
+        def normals(self, step: int, tensor: int, count: int) -> Any:
+            return np.zeros(count)
+
     rows = [
-        {"prompt": "Q:", "chosen": " good", "rejected": " bad", "annotator_id": f"p{number}"} for number in range(12)
+        {"prompt": "Q:", "chosen": " good", "rejected": " bad", "annotator_id": f"p{number}"} for number in range(6)
     ]
-    trainer = dpo_trainer(rows, tmp_path, max_steps=12, learning_rate=1e-2)
+    trainer = dpo_trainer(rows, tmp_path, max_steps=8, learning_rate=1e-2)
     observer = Observer()
-    train(trainer, observer=observer, epsilon=1e5, noise_multiplier=0.1, sampling_rate=1.0)
+    plan = plan_training(trainer, PrivacyConfig(epsilon=200, noise_multiplier=1.0, sampling_rate=1.0))
+    with private_training(trainer, plan, NoNoise(SEED), observer):
+        trainer.train()
     losses = [metrics["loss"] for _, _, metrics in observer.seen]
     assert losses[-1] < losses[0] - 0.05
