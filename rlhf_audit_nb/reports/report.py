@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rlhf_audit_nb.compliance.assess import State
 from rlhf_audit_nb.errors import ReportError
+from rlhf_audit_nb.reports.bundle import evidence_bundle
 from rlhf_audit_nb.reports.html import GENERATOR, render_html
-from rlhf_audit_nb.reports.model import build_report, evidence_bundle
+from rlhf_audit_nb.reports.model import build_report
 from rlhf_audit_nb.reports.pdf import render_pdf
 
 if TYPE_CHECKING:

@@ -212,6 +212,16 @@ def test_a_run_that_failed_tells_its_reason():
     assert "RuntimeError: <loss> is NaN" in said
 
 
+def test_a_notebook_that_did_not_run_to_its_end_is_said_in_the_summary():
+    teller = story.Teller()
+    story.created(teller)
+    story.train(teller, private=False, status="failed")
+    whole = Page(build_compliance_report(story.told(teller)).html).text
+    assert "did not run to its end" not in whole
+    teller.tell(ev.RecordSealed(record="rec-1", digest="d", status="failed", cells=3, reason="ValueError"))
+    assert "did not run to its end (failed: ValueError)" in Page(build_compliance_report(story.told(teller)).html).text
+
+
 def test_a_trail_without_runs_still_gives_a_report():
     teller = story.Teller()
     story.created(teller)

@@ -1,0 +1,212 @@
+"""What a report says of privacy: one run's guarantee, all runs composed, and who could still learn something. Floor 4.
+
+An ε never stands without its budget, δ, unit and adjacency; where there is none, `NO_BOUND` stands in its place.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rlhf_audit_nb.compliance import words
+from rlhf_audit_nb.compliance.evidence import cite
+from rlhf_audit_nb.reports.parts import Cites, Fact, PrivacyPart
+
+if TYPE_CHECKING:
+    from rlhf_audit_nb.compliance.facts import Composed, RunFacts, Spend
+
+__all__ = [
+    "THREATS",
+    "THREATS_WITHOUT",
+    "composed_state",
+    "composed_words",
+    "guarantee_fact",
+    "privacy_part",
+]
+
+THREATS = (
+    (
+        "Covered: anyone who sees the published weights, this report, the record and the public trail, and who may "
+        "know every other annotator's answers."
+    ),
+    (
+        "Not covered: whoever can open the vault. It holds the private figures and the seed of the noise, and who "
+        "knows the seed can take the noise away again."
+    ),
+    "Not covered: time. How long a training or a step took may depend on the data.",
+    (
+        "Not covered: choices that people made after looking at the data, such as settings, the selection of data or "
+        "which model to keep."
+    ),
+    (
+        "Not covered: the base model's own training data, and other uses of the same annotators' data outside this "
+        "trail."
+    ),
+    (
+        "Assumed: the software ran as recorded, and noise drawn in floating point behaves as noise drawn from the real "
+        "line."
+    ),
+)
+
+THREATS_WITHOUT = (
+    (
+        "Nothing bounds what the model may reveal of the people in its data: whoever sees the weights or asks the "
+        "model may learn what stood in single rows."
+    ),
+    (
+        "The trail itself holds settings, metrics and digests. A digest of data that can be guessed shows whether a "
+        "guess is right."
+    ),
+)
+
+
+def _protects(unit: str) -> str:
+    if unit == "annotator":
+        return (
+            "Whoever sees the model, this report and the public trail can hardly tell what any one annotator answered, "
+            "or whether her answers were used at all, counting all her answers together. That she is on the roster "
+            "is public"
+        )
+    return (
+        f"Whoever sees the model, this report and the public trail can hardly tell what stood in any one {unit}, or "
+        f"whether it was used at all. That it is on the roster is public; several {unit}s of one person are not "
+        "protected together"
+    )
+
+
+def composed_state(composed: Composed, *, trusted: bool) -> str:
+    """The state of the composed guarantee, for colour and icon."""
+    if not trusted:
+        return "bad"
+    return "warn" if composed.total is None or composed.unbounded_runs else "ok"
+
+
+def composed_words(composed: Composed, *, trusted: bool) -> str:
+    """The guarantee of all runs composed, in words."""
+    if not trusted:
+        return "The trail does not verify. The figures below are what it says, and none of them can be relied on."
+    if composed.total is None:
+        if composed.unbounded_runs:
+            return f"Every run here was {words.NO_BOUND} on what the model may reveal of the people in its data."
+        return "Nothing was trained here, so nothing was spent."
+    settled = "spent" if composed.settled else "spent or reserved (a reservation counts in full until it is settled)"
+    said = (
+        f"{_protects(composed.unit or 'unit')}. Her influence is bounded by " if composed.unit == "annotator"
+        else f"{_protects(composed.unit or 'unit')}. The influence of each is bounded by "
+    )  # fmt: skip
+    bound = f"ε = {words.epsilon_text(composed.total)}", f"δ = {words.delta_text(composed.delta or 0)}"
+    epsilon, delta = (figure.replace(" ", "\u00a0") for figure in bound)
+    text = (
+        f"{said}{epsilon} ({delta}), {settled} of "
+        f"a budget of {words.number_text(composed.budget)}, "
+        f"{words.plural(composed.private_runs, 'private run')} composed."
+    )
+    if composed.unbounded_runs:
+        text += (
+            f" This bound does not reach {words.plural(composed.unbounded_runs, 'other run')} of this trail, "
+            f"{words.NO_BOUND}: where the same people's data were used there, they are not protected by it."
+        )
+    if composed.other_deltas:
+        deltas = ", ".join(map(words.delta_text, composed.other_deltas))
+        text += f" Earlier reservations at δ = {deltas} are composed into it; their own figures are not comparable."
+    return text
+
+
+def privacy_part(run: RunFacts, *, trusted: bool) -> PrivacyPart:
+    """The privacy statement of one run."""
+    title = run.started.experiment
+    if run.guarantee == "untrained":
+        return PrivacyPart(title, "na", "nothing trained", "Nothing was trained in this run, so nothing was spent.",
+                           cite([run.item.index]))  # fmt: skip
+    if run.guarantee == "none":
+        at = [run.item.index, *(item.index for item, _ in run.trainers)]
+        return PrivacyPart(title, "warn", "no bound", f"This run was {words.NO_BOUND}.", cite(at))
+    if run.guarantee == "asked" or not run.spends:
+        return PrivacyPart(title, "bad", "no bound", "Differential privacy was asked for, but a training stands "
+                           "without a recorded spend: no bound can be stated.", cite([run.item.index]))  # fmt: skip
+    spend = run.spends[-1]
+    facts = tuple(fact for number, one in enumerate(run.spends, 1) for fact in _spend_facts(one, number, run))
+    state = "ok" if trusted else "bad"
+    reserved = spend.reserved
+    headline = (
+        f"ε {words.epsilon_text(spend.total)} of {words.number_text(reserved.epsilon_budget)}, "
+        f"δ {words.delta_text(reserved.delta)}, per {reserved.unit}, {reserved.adjacency}, composed"
+    )
+    headline = headline if trusted else "not verified"
+    return PrivacyPart(title, state, headline, _spend_words(spend), cite(spend.indices), facts)
+
+
+def _spend_words(spend: Spend) -> str:
+    reserved, settled = spend.reserved, spend.settled
+    rate = words.number_text(reserved.sampling_rate)
+    text = (
+        f"In each step every {reserved.unit} was drawn with probability {rate}; of each at most "
+        f"{words.plural(reserved.max_pairs_per_unit, 'pair')} entered, their gradient clipped to "
+        f"{words.number_text(reserved.clipping_norm)}, and Gaussian noise of standard deviation "
+        f"{words.number_text(reserved.noise_multiplier * reserved.clipping_norm)} was added to the sum. "
+    )
+    if settled is None:
+        return text + "The spend was reserved and never settled, so all of it counts."
+    text += f"{words.plural(settled.steps, 'step')} ran"
+    if settled.stopped_by_budget:
+        return text + "; the run stopped before the step that would have crossed the budget."
+    return text + "."
+
+
+def _spend_facts(spend: Spend, number: int, run: RunFacts) -> tuple[Fact, ...]:
+    reserved, settled = spend.reserved, spend.settled
+    at = cite([spend.item.index])
+    unit = f"{reserved.unit} (neighbouring data sets differ in all that one {reserved.unit} gave)"
+    adjacency = f"{reserved.adjacency}: the roster is public, what each gave is not" if (
+        reserved.adjacency == "zero-out") else reserved.adjacency  # fmt: skip
+    accountants = words.accountants_text(reserved.accountants)
+    seed = "sealed before the first step" if spend.item.sealed else "not sealed"
+    facts = [
+        Fact("Unit", unit, at),
+        Fact("Adjacency", adjacency, at),
+        Fact("Roster", words.plural(reserved.units, reserved.unit), at),
+        Fact("Mechanism", f"{reserved.mechanism}; engine {reserved.engine}", at),
+        Fact("Noise multiplier σ", words.number_text(reserved.noise_multiplier), at),
+        Fact("Sampling rate q", words.number_text(reserved.sampling_rate), at),
+        Fact("Steps T", f"{words.count(reserved.steps)} reserved of {words.count(reserved.steps_asked)} asked for"
+             + (f"; {words.count(settled.steps)} ran" if settled else ""), cite(spend.indices)),
+        Fact("Clipping norm C", words.number_text(reserved.clipping_norm), at),
+        Fact("Pairs of a unit in a step k", f"at most {words.count(reserved.max_pairs_per_unit)}", at),
+        Fact("δ", words.delta_text(reserved.delta), at),
+        Fact("ε budget", words.number_text(reserved.epsilon_budget), at),
+        Fact("ε before", _epsilon(reserved.epsilon_before), at),
+        Fact("ε planned, composed", _epsilon(reserved.epsilon_planned), at),
+    ]  # fmt: skip
+    if settled is None or spend.settled_item is None:
+        facts.append(Fact("ε spent, composed", f"not settled: {_epsilon(spend.total)} counts in full", at))
+    else:
+        alone = f"this training alone {_epsilon(settled.epsilon_run)}"
+        there = cite([spend.settled_item.index])
+        facts.append(Fact("ε spent, composed", _epsilon(settled.epsilon_total), there, note=alone))
+    facts += [
+        Fact("Accountants, planned total", accountants, at),
+        Fact("Randomness", f"{reserved.generator}; seed {seed}", at),
+    ]
+    if len(run.spends) == 1:
+        return tuple(facts)
+    return tuple(Fact(f"Training {number}: {f.label}", f.value, f.cites, f.mono, f.note) for f in facts)
+
+
+def _epsilon(value: Any) -> str:
+    return words.epsilon_text(value, 4)
+
+
+def guarantee_fact(run: RunFacts, at: Cites, *, trusted: bool) -> list[Fact]:
+    """One line on the guarantee of a run."""
+    if not trusted:
+        return [Fact("Differential privacy", "not verified", at)]
+    if run.guarantee == "bound":
+        spend = run.spends[-1]
+        reserved = spend.reserved
+        value = (
+            f"ε {words.epsilon_text(spend.total)} per {reserved.unit}, δ {words.delta_text(reserved.delta)}, "
+            f"budget {words.number_text(reserved.epsilon_budget)}, {reserved.adjacency}, composed"
+        )
+        return [Fact("Differential privacy", value, cite(spend.indices))]
+    value = {"none": words.NO_BOUND, "asked": "asked for, but no bound can be stated"}.get(
+        run.guarantee, "nothing was trained")  # fmt: skip
+    return [Fact("Differential privacy", value, at)]
