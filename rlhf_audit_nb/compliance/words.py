@@ -98,7 +98,8 @@ LEVELS: dict[str, LevelWords] = {
     ),
     "COSIGNED": LevelWords(
         state="ok",
-        shows="Every hash and every signature holds, and a witness who is not the key-holder signed the same state.",
+        shows="Every hash and every signature holds, and the witnesses that the trust policy asks for signed the same "
+        "state.",
         not_shown=_NEVER,
         trusted=True,
     ),

@@ -125,14 +125,20 @@ def privacy_part(run: RunFacts, *, trusted: bool) -> PrivacyPart:
                            "without a recorded spend: no bound can be stated.", cite([run.item.index]))  # fmt: skip
     spend = run.spends[-1]
     facts = tuple(fact for number, one in enumerate(run.spends, 1) for fact in _spend_facts(one, number, run))
-    state = "ok" if trusted else "bad"
+    if not trusted:
+        return PrivacyPart(title, "bad", "not verified", _spend_words(spend), cite(spend.indices), facts)
+    state = "ok" if spend.settled else "warn"
+    return PrivacyPart(title, state, _bound(spend), _spend_words(spend), cite(spend.indices), facts)
+
+
+def _bound(spend: Spend) -> str:
+    """The figure with all that it means nothing without."""
     reserved = spend.reserved
-    headline = (
-        f"ε {words.epsilon_text(spend.total)} of {words.number_text(reserved.epsilon_budget)}, "
-        f"δ {words.delta_text(reserved.delta)}, per {reserved.unit}, {reserved.adjacency}, composed"
+    state = "" if spend.settled else " reserved"
+    return (
+        f"ε {words.epsilon_text(spend.total)}{state} of {words.number_text(reserved.epsilon_budget)}, "
+        f"δ {words.delta_text(reserved.delta)}, per {reserved.unit}, {reserved.adjacency}, composed up to this run"
     )
-    headline = headline if trusted else "not verified"
-    return PrivacyPart(title, state, headline, _spend_words(spend), cite(spend.indices), facts)
 
 
 def _spend_words(spend: Spend) -> str:
@@ -201,11 +207,7 @@ def guarantee_fact(run: RunFacts, at: Cites, *, trusted: bool) -> list[Fact]:
         return [Fact("Differential privacy", "not verified", at)]
     if run.guarantee == "bound":
         spend = run.spends[-1]
-        reserved = spend.reserved
-        value = (
-            f"ε {words.epsilon_text(spend.total)} per {reserved.unit}, δ {words.delta_text(reserved.delta)}, "
-            f"budget {words.number_text(reserved.epsilon_budget)}, {reserved.adjacency}, composed"
-        )
+        value = _bound(spend)
         return [Fact("Differential privacy", value, cite(spend.indices))]
     value = {"none": words.NO_BOUND, "asked": "asked for, but no bound can be stated"}.get(
         run.guarantee, "nothing was trained")  # fmt: skip
