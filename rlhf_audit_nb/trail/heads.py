@@ -64,6 +64,9 @@ class Heads:
             StoreError: the home folder cannot be written.
         """
         size = checkpoint_of(note).size
+        seen = self.head(origin)
+        if seen is not None and seen.size >= size:
+            return
         try:
             with self._locked(origin):
                 seen = self.head(origin)

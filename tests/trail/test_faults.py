@@ -36,7 +36,7 @@ def broken(*_args, **_kwargs):
     raise sqlite3.OperationalError("disk I/O error")
 
 
-@pytest.mark.parametrize("size", [3, 254, 255, 256])
+@pytest.mark.parametrize("size", [3, 255, 256])
 @pytest.mark.parametrize("write", WRITES)
 def test_a_failed_write_fails_all_that_wait_and_the_next_and_writes_nothing(folder, monkeypatch, write, size):
     trail = Trail.open(folder)
@@ -79,7 +79,7 @@ def test_a_failure_of_the_vault_leaves_the_trail_as_it_was(folder, monkeypatch):
     assert numbers(folder) == [0, 1]
 
 
-@pytest.mark.parametrize("size", [3, 254, 255, 256])
+@pytest.mark.parametrize("size", [3, 255, 256])
 def test_a_commit_that_failed_but_reached_the_disk_is_not_written_twice(folder, monkeypatch, size):
     trail = Trail.open(folder)
     append(trail, 0, size - 1)
@@ -228,8 +228,14 @@ def test_a_read_only_folder_is_refused_for_writing_and_read_all_the_same(open_fo
     assert fresh.startswith("read-only ")
     assert str(open_folder / "new") in fresh
     assert attempt(lambda: TrailReader.open(folder).size) == "4"
-    said = attempt(lambda: verify_trail(folder, home=home).level.name)
-    assert said == "UNANCHORED"
+    verdict = attempt(lambda: verify_trail(folder, home=home).to_dict())
+    assert "'level': 'UNANCHORED'" in verdict
+    assert "'reasons': []" in verdict
+    for path in (home / "heads").iterdir():
+        path.unlink()
+    forgetful = attempt(lambda: verify_trail(folder, home=home).to_dict())
+    assert "'level': 'UNANCHORED'" in forgetful
+    assert "'code': 'last-seen'" in forgetful
     for path in [folder, home, *home.rglob("*")]:
         path.chmod(0o755)
     assert vkey
