@@ -27,6 +27,7 @@ from rlhf_audit_nb.notebook.panels.picture import (
     frame_epsilon,
     frame_series,
     panel_svg,
+    say_means,
     to_png,
 )
 
@@ -214,7 +215,7 @@ def _training(full: View) -> str:
     if card.get("progress") is not None:
         parts.append(_bar([(card["progress"], "now", LIGHT.accent)]))
     if metrics:
-        parts.append(_words([metrics[0]]))
+        parts.append(_words([metrics[0]], say_means(full)))
     parts.append(_image(frame_series(view, full["series"], full["strides"])))
     parts.append(_words(metrics[1:]))
     facts = [{"label": item["term"], "value": item["text"]} for item in card.get("facts") or []]
@@ -222,7 +223,7 @@ def _training(full: View) -> str:
     return "".join(parts)
 
 
-def _words(items: list[dict[str, str]]) -> str:
+def _words(items: list[dict[str, str]], after: str = "") -> str:
     if not items:
         return ""
     inner = [
@@ -235,7 +236,9 @@ def _words(items: list[dict[str, str]]) -> str:
         + " "
         for item in items
     ]
-    return _div(f"font-size:12px;margin-top:4px;color:{LIGHT.ink2}", *inner, cls="raps-2")
+    if after:
+        inner[-1] = inner[-1].replace("margin-right:12px;", "", 1).rstrip()
+    return _div(f"font-size:12px;margin-top:4px;color:{LIGHT.ink2}", *inner, escape(after), cls="raps-2")
 
 
 def _integrity(full: View) -> str:

@@ -16,7 +16,18 @@ from xml.sax.saxutils import escape
 from rlhf_audit_nb.notebook.panels.png import shrink
 from rlhf_audit_nb.notebook.panels.words import say_number
 
-__all__ = ["DARK", "LIGHT", "Frame", "Theme", "chart_svg", "frame_epsilon", "frame_series", "panel_svg", "to_png"]
+__all__ = [
+    "DARK",
+    "LIGHT",
+    "Frame",
+    "Theme",
+    "chart_svg",
+    "frame_epsilon",
+    "frame_series",
+    "panel_svg",
+    "say_means",
+    "to_png",
+]
 
 View = Mapping[str, Any]
 Pair = tuple[float, float]
@@ -280,6 +291,13 @@ def frame_series(view: View, series: Mapping[str, Sequence[Sequence[float]]], st
     )
 
 
+def say_means(full: View) -> str:
+    """What stands beside a chart whose points are means of several steps; empty where each point is one step."""
+    metrics = full["view"]["training"].get("metrics") or []
+    stride = full["strides"].get(metrics[0]["name"], 1) if metrics else 1
+    return f", drawn as means of {stride} steps" if stride > 1 else ""
+
+
 def _draw_chart(sheet: _Sheet, frame: Frame, x: float, y: float, width: float, height: float) -> None:
     theme = sheet.theme
     left, right, top, floor = x + 40, x + width - 6, y + 16, y + height - 18
@@ -464,7 +482,7 @@ def _draw_training(sheet: _Sheet, view: View, full: View, top: float) -> float:
         y += 20
     metrics = card.get("metrics") or []
     if metrics:
-        said = f"{metrics[0]['label']} {metrics[0]['value']}"
+        said = f"{metrics[0]['label']} {metrics[0]['value']}{say_means(full)}"
         sheet.text(left, y + 6, said, 12, color=theme.ink2)
     _draw_chart(sheet, frame_series(view, full["series"], full["strides"]), left, y + 8, width, CHART[1])
     y += 8 + CHART[1]

@@ -323,8 +323,11 @@ function render({ model, el }) {
     say(pace, view.frozen ? "" : [live.rate, live.left].filter(Boolean).join(" · "));
     pace.hidden = Boolean(view.frozen);
     paintMetrics(item.metrics ?? []);
-    facts.replaceChildren(...(item.facts ?? []).map(({ term, text }) => make("span", "", null, `${term} ${text}`)));
-    facts.hidden = !(item.facts ?? []).length;
+    const stride = strides[chosen] ?? 1;
+    const words = (item.facts ?? []).map(({ term, text }) => `${term} ${text}`);
+    if (stride > 1) words.push(`drawn as means of ${stride} steps`);
+    facts.replaceChildren(...words.map((text) => make("span", "", null, text)));
+    facts.hidden = !words.length;
     say(trainingNote, item.note);
     paintSeries(item);
   }

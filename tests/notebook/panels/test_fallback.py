@@ -104,6 +104,14 @@ def test_each_chart_has_a_sentence():
     assert all(sentence.endswith(".") and len(sentence) > 30 for sentence in sentences)
 
 
+def test_a_chart_of_means_says_so_and_a_chart_of_steps_does_not():
+    for steps, said in ((300, True), (150, False)):
+        full = frozen(to=steps)
+        page = Page(freeze(full)[0]["text/html"]).text
+        assert ("drawn as means of 2 steps" in page) is said
+        assert ("drawn as means of 2 steps" in panel_svg(full)) is said
+
+
 def test_markup_in_a_name_stays_text():
     state = advance(made_up_run(), 3)
     state.experiment = '<img src=x onerror="alert(1)"> & <b>bold</b>'
