@@ -7,6 +7,8 @@ trail is opened when it is first needed, and one trail is opened once in a proce
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import math
 import threading
@@ -19,8 +21,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_audit_nb.config import AuditConfig, PrivacyConfig
-from rlhf_audit_nb.errors import AuditError, ConfigError, PrivacyError
-from rlhf_audit_nb.events import PrivacyReserved, PrivacySettled, encode_body, encode_private
+from rlhf_audit_nb.errors import AuditError, ConfigError, PrivacyError, StoreError
+from rlhf_audit_nb.events import (
+    CardCreated,
+    PrivacyReserved,
+    PrivacySettled,
+    ReportCreated,
+    encode_body,
+    encode_private,
+)
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.capture.run import Run, RunObserver
@@ -154,7 +163,8 @@ class AuditableRLHF:
         """The compliance report over the verified trail, or over a record.
 
         Args:
-            format: what ``save`` writes where the file's name does not say: ``html`` or ``pdf``.
+            format: what ``save`` writes where the file's name does not say: ``html``, ``pdf`` or ``json``. Saving is
+                recorded in the trail, by the digest of what was written.
             record: an executed notebook that was sealed; ``None`` reports on this trail.
 
         Raises:
@@ -163,7 +173,11 @@ class AuditableRLHF:
         """
         from rlhf_audit_nb.reports import build_compliance_report
 
-        return build_compliance_report(self._evidence(record), self.compliance_mode, format=format)
+        evidence = self._evidence(record)
+        report = build_compliance_report(evidence, self.compliance_mode, format=format)
+        if record is None and evidence.trusted:
+            self._record_saves(report, ReportCreated, evidence.verdict)
+        return report
 
     def generate_model_card(
         self,
@@ -183,7 +197,28 @@ class AuditableRLHF:
         """
         from rlhf_audit_nb.cards import build_card
 
-        return build_card(self._evidence(record), format, include_provenance=include_provenance)
+        evidence = self._evidence(record)
+        card = build_card(evidence, format, include_provenance=include_provenance)
+        if record is None and evidence.trusted:
+            self._record_saves(card, CardCreated, evidence.verdict)
+        return card
+
+    def _record_saves(self, made: Any, kind: type[ReportCreated | CardCreated], verdict: Verdict) -> None:
+        """What is saved from here on is recorded in the trail that it was drawn from: its bytes' digest."""
+        save = made.save
+
+        def save_and_record(path: Path | str) -> Path:
+            target = Path(save(path))
+            event = kind(
+                format=target.suffix.lstrip(".") if kind is ReportCreated and target.suffix else made.format,
+                digest=hashlib.sha256(target.read_bytes()).hexdigest(),
+                size=verdict.size,
+                root=verdict.root,
+            )
+            self.trail.append(event.TYPE, encode_body(event)).wait()
+            return target
+
+        made.save = functools.wraps(save)(save_and_record)
 
     def _evidence(self, record: Path | str | None) -> Any:
         from rlhf_audit_nb.compliance import Evidence
@@ -222,14 +257,14 @@ class AuditableRLHF:
         return f"epsilon {privacy.epsilon:g}, delta {privacy.delta:g}, unit {privacy.unit}, {privacy.adjacency}"
 
     def __repr__(self) -> str:
-        return f"<AuditableRLHF {self._privacy_words()}, trail {self.audit_config.trail_location()}>"
+        return f"<AuditableRLHF {self._privacy_words()}, trail {self.audit_config.trail_location().name}>"
 
     def _repr_html_(self) -> str:
         rows = {
             "model": self.model_name or "not declared",
             "privacy": self._privacy_words(),
             "compliance mode": self.compliance_mode,
-            "trail": str(self.audit_config.trail_location()),
+            "trail": self.audit_config.trail_location().name,  # a notebook is passed on; whose folder it was is not
         }
         return _table("AuditableRLHF", rows)
 
@@ -409,6 +444,11 @@ class Status:
         """Write the fields as JSON."""
         return _save_json(self.to_dict(), path)
 
+    def __str__(self) -> str:
+        return f"Trail {self.origin}: {self.size} entries, root {self.root}"
+
+    __repr__ = __str__  # without the folder: a notebook is passed on
+
     def _repr_html_(self) -> str:
         return _table(
             "Trail", {"origin": self.origin, "entries": self.size, "root": self.root, "signed by": self.signer}
@@ -455,15 +495,16 @@ class Budget:
         return _save_json(self.to_dict(), path)
 
     def __str__(self) -> str:
+        from rlhf_audit_nb.compliance.words import delta_text, epsilon_text
+
         if not self.trainings:
             return "No training under differential privacy is recorded in this trail."
         # Rounded against us: what is spent upwards, what is left downwards.
-        spent = math.ceil(self.spent * 1000) / 1000
-        left = math.floor((self.left or 0.0) * 1000) / 1000
-        of = f" of {self.budget:g} ({left:g} left)" if self.budget is not None else ""
+        left = math.floor((self.left or 0.0) * 100) / 100
+        of = f" of {self.budget:g} ({left:.2f} left)" if self.budget is not None else ""
         open_ones = f", {self.unsettled} of them not settled" if self.unsettled else ""
         return (
-            f"epsilon {spent:g}{of} at delta {self.delta:g}, unit {self.unit}, "
+            f"ε {epsilon_text(self.spent)}{of}, δ {delta_text(self.delta)}, unit {self.unit}, "
             f"{self.trainings} private training{'s' if self.trainings != 1 else ''}{open_ones}."
         )
 
@@ -517,7 +558,13 @@ def _shared_trail(config: AuditConfig) -> Trail:
         if trail is None:
             trail = Trail.open(location, origin=config.origin, durability=config.durability)
             _trails[location] = trail
-        return trail
+    if config.origin not in (None, trail.origin):
+        raise StoreError(
+            f"The trail {config.trail_location()} is {trail.origin}, not {config.origin}.",
+            next_step="Leave the origin out, or name another folder for a new trail.",
+            code="origin",
+        )
+    return trail
 
 
 def _close(trail: Trail) -> None:

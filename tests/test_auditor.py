@@ -541,3 +541,20 @@ def test_two_auditors_share_one_trail_and_a_deleted_one_is_made_anew(tmp_path):
 def test_making_an_auditor_opens_nothing(tmp_path):
     auditor(tmp_path)
     assert not (tmp_path / "audit").exists()
+
+
+def test_an_open_trail_of_another_name_is_refused(tmp_path):
+    settings = AuditConfig(trail=str(tmp_path / "audit"), origin="example.com/one")
+    assert AuditableRLHF(audit_config=settings).trail.origin == "example.com/one"
+    other = AuditConfig(trail=str(tmp_path / "audit"), origin="example.com/two")
+    with pytest.raises(StoreError, match=r"is example\.com/one, not example\.com/two"):
+        _ = AuditableRLHF(audit_config=other).trail
+
+
+def test_each_entry_of_an_always_durable_run_is_committed_when_it_is_recorded(tmp_path):
+    auditor(tmp_path).trail.flush()
+    settings = AuditConfig(trail=str(tmp_path / "audit"), durability="always")
+    with AuditableRLHF(audit_config=settings).track_training("durable") as run:
+        size = run.trail.status().size
+        run.record(Step(step=1))
+        assert run.trail.status().size == size + 1

@@ -20,7 +20,7 @@ from typing import Any
 from rlhf_audit_nb.capture.data import bind_data
 from rlhf_audit_nb.capture.run import PrivatePlan, Run, current_run
 from rlhf_audit_nb.capture.weights import describe_model
-from rlhf_audit_nb.errors import UnsupportedTrainerError
+from rlhf_audit_nb.errors import RunError, UnsupportedTrainerError
 from rlhf_audit_nb.events import TrainerAttached
 
 __all__ = ["attach_trainers", "hyperparameters"]
@@ -132,11 +132,29 @@ def _wrap_train(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         run = current_run()
-        if run is None or run.training is not None:
+        if run is None or run.training is self or _trains_beside(run):
             return original(self, *args, **kwargs)
         return _train_in_run(run, self, functools.partial(original, self, *args, **kwargs))
 
     return train
+
+
+def _trains_beside(run: Run) -> bool:
+    """Whether another trainer of the run trains at this moment: its steps could not be told apart.
+
+    Raises:
+        RunError: the run is private, where nothing may be trained without privacy.
+    """
+    if run.training is None:
+        return False
+    if run.private:
+        raise RunError(
+            "Another trainer of this private run is training at this moment.",
+            next_step="Train one after the other, or in runs of their own.",
+            code="training-beside",
+        )
+    run.warn("A second trainer trained while another one was training; its steps are not in the trail.")
+    return True
 
 
 def _wrap_save_model(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,8 +1,8 @@
 """The open run: its life, what it appends to the trail, and who may find it. Floor 2.
 
 A run is opened by ``%%audit_train`` or ``track_training`` and closed with its outcome, whatever happens in between.
-While it is open, `current_run` finds it (a context variable; in a thread that did not inherit the context, the one run
-that is open in this process), trainers are attached (`attach`), and everything that this changed in the process is
+While it is open, `current_run` finds it (a context variable; in a thread that was started meanwhile, the one run that
+is open in this process), trainers are attached (`attach`), and everything that this changed in the process is
 put back when it closes.
 
 How training is made private is not known here: a `Privatiser` is handed in.
@@ -17,6 +17,7 @@ import threading
 import time
 import uuid
 import warnings
+import weakref
 from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
 from pathlib import Path
@@ -58,6 +59,7 @@ ENV_RECORD = "RLHF_AUDIT_RECORD"
 COARSE_US = 60_000_000
 """Under privacy, entries after the reservation carry a time in whole minutes: step times depend on private data."""
 MAX_NAME = 200
+ROUNDING = 1e-7
 TOOL = "rlhf-audit-trail"
 
 
@@ -123,8 +125,9 @@ def current_run() -> Run | None:
     if run is not None and run.is_open:
         return run
     with _lock:
-        # A thread started inside the run does not inherit its context.
-        return _open_runs[0] if len(_open_runs) == 1 else None
+        only = _open_runs[0] if len(_open_runs) == 1 else None
+    # A thread started inside the run does not inherit its context; one that is older has nothing to do with it.
+    return only if only is not None and not only.began_after(threading.current_thread()) else None
 
 
 class Run:
@@ -179,6 +182,7 @@ class Run:
         self._saved: dict[Path, tuple[int | None, object]] = {}
         self._undo = ExitStack()
         self._token: Any = None
+        self._older_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
     # --- life --------------------------------------------------------------------------------------------------------
 
@@ -186,6 +190,10 @@ class Run:
     def is_open(self) -> bool:
         """Whether entries may still be appended."""
         return self._open
+
+    def began_after(self, thread: threading.Thread) -> bool:
+        """Whether the run was opened when ``thread`` ran already."""
+        return thread in self._older_threads
 
     @property
     def private(self) -> bool:
@@ -228,6 +236,7 @@ class Run:
             with _lock:
                 _open_runs.append(self)
             undo.callback(self._unregister)
+            self._older_threads.update(threading.enumerate())
             self._open = True
             undo.callback(setattr, self, "_open", False)
             self.record(self._start_event())
@@ -304,13 +313,15 @@ class Run:
                 next_step="Open a new run.",
                 code="run-closed",
             )
-        self.trail.append(
+        pending = self.trail.append(
             event.TYPE,
             encode_body(event),
             run=self.id,
             private=encode_private(private) if private is not None else None,
             resolution_us=self._resolution_us,
         )
+        if self.audit.durability == "always":  # also where the trail was opened by somebody who asked for less
+            pending.wait()
 
     def coarsen_time(self) -> None:
         """From here on this run's entries carry a time in whole minutes."""
@@ -380,9 +391,9 @@ class Run:
         view = self.state.privacy
         if view is None:
             return "no privacy spent"
-        # Rounded up, so that no line says less than was spent.
-        spent = math.ceil((self.state.epsilon or 0.0) * 1000) / 1000
-        return f"epsilon {spent:g} of {view.budget:g} (delta {view.delta:g}, unit {view.unit}, {view.adjacency})"
+        # Rounded up, so that no line says less than was spent; the slack keeps a whole 8 from reading 8.01.
+        spent = math.ceil((self.state.epsilon or 0.0) * 100 - ROUNDING) / 100
+        return f"ε {spent:.2f} of {view.budget:g} (δ {view.delta:g}, unit {view.unit}, {view.adjacency})"
 
     def _repr_markdown_(self) -> str:
         return f"**Run** {self.summary()} · `{self.id}`"

@@ -318,6 +318,40 @@ def test_training_in_a_thread_is_recorded(trail, tmp_path):
     assert len(events(trail, Step)) == 1
 
 
+def test_a_thread_that_is_older_than_the_run_is_not_part_of_it(trail, tmp_path):
+    trainer = dpo_trainer(PAIRS, tmp_path / "out", max_steps=1)
+    opened, done = threading.Event(), threading.Event()
+
+    def trains_when_told():
+        opened.wait(60)
+        trainer.train()
+        done.set()
+
+    thread = threading.Thread(target=trains_when_told)
+    thread.start()
+    with Run(trail, "older"):
+        opened.set()
+        assert done.wait(60)
+    thread.join()
+    assert trainer.state.global_step == 1
+    assert events(trail, Step) == []
+
+
+def test_a_trainer_beside_another_one_is_not_mixed_up_with_it(trail, tmp_path):
+    inner = dpo_trainer(PAIRS, tmp_path / "inner", max_steps=1)
+
+    class TrainsAnother(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            inner.train()
+
+    outer = dpo_trainer(PAIRS, tmp_path / "outer", max_steps=1)
+    outer.add_callback(TrainsAnother())
+    with Run(trail, "beside"), pytest.warns(AuditWarning, match="second trainer"):
+        outer.train()
+    assert len(events(trail, Step)) == len(events(trail, TrainerAttached)) == 1
+    assert inner.state.global_step == 1
+
+
 def test_a_subclass_with_a_train_of_its_own_is_recorded_once(trail, tmp_path):
     class Mine(DPOTrainer):
         def train(self, *args, **kwargs):

@@ -16,7 +16,15 @@ from support.trails import events
 from rlhf_audit_nb.auditor import AuditableRLHF
 from rlhf_audit_nb.config import AuditConfig
 from rlhf_audit_nb.errors import AuditError, ConfigError, TrailError
-from rlhf_audit_nb.events import PrivacyReserved, PrivacySettled, RunFinished, RunStarted, Step
+from rlhf_audit_nb.events import (
+    CardCreated,
+    PrivacyReserved,
+    PrivacySettled,
+    ReportCreated,
+    RunFinished,
+    RunStarted,
+    Step,
+)
 
 TRAIN = "trainer = dpo_trainer(pairs, out, max_steps=2)\ntrainer.train()"
 PRIVATE = "--epsilon 50 --delta 1e-3 --noise-multiplier 1.0 --sampling-rate 0.3"
@@ -76,7 +84,7 @@ def test_a_private_cell_shows_epsilon_and_no_private_metric(shell, trail, capfd)
     assert result.success
     printed = "".join(capfd.readouterr())
     (reserved,) = events(trail, PrivacyReserved)
-    assert f"epsilon {math.ceil(reserved.epsilon_planned * 1000) / 1000:g} of 50" in printed
+    assert f"ε {math.ceil(reserved.epsilon_planned * 100) / 100:.2f} of 50" in printed
     assert "unit annotator" in printed
     for word in ("reward", "margin", "it/s", "runtime", "examples/s", "'loss'"):
         assert word not in printed, printed
@@ -249,6 +257,16 @@ def test_audit_commands_answer_about_the_last_trail(shell, tmp_path):
     assert "looked_at" in shell.run_line_magic("audit", "card").text
 
 
+def test_what_is_shown_names_no_folder_of_this_machine(shell, tmp_path, capsys):
+    run(shell, "%%audit_train --experiment shown\npass")
+    run(shell, "%audit status")
+    run(shell, "%audit verify")
+    run(shell, "%audit budget")
+    assert str(tmp_path) not in capsys.readouterr().out
+    html = shell.display_formatter.format(shell.run_line_magic("audit", "status"))[0]["text/html"]
+    assert str(tmp_path) not in html
+
+
 def test_a_verdict_shows_its_level_and_how_far_it_reaches(shell, capsys):
     run(shell, "%%audit_train --experiment shown\npass")
     verdict = run(shell, "%audit verify").result
@@ -259,13 +277,17 @@ def test_a_verdict_shows_its_level_and_how_far_it_reaches(shell, capsys):
     assert "\n" not in data["text/plain"]
 
 
-def test_reports_and_cards_are_saved(shell, tmp_path, capsys):
+def test_reports_and_cards_are_saved_and_recorded(shell, trail, tmp_path, capsys):
     run(shell, "%%audit_train --experiment saved\npass")
     assert run(shell, "%audit report --out report.html").success
     assert run(shell, "%audit card -o card.md").success
     assert "saved" in (tmp_path / "report.html").read_text()
     assert "saved" in (tmp_path / "card.md").read_text()
     assert "Saved report.html" in capsys.readouterr().out
+    (report,), (card,) = events(trail, ReportCreated), events(trail, CardCreated)
+    assert report.digest == hashlib.sha256((tmp_path / "report.html").read_bytes()).hexdigest()
+    assert (report.format, report.size) == ("html", 4)
+    assert (card.format, card.size) == ("eu_standard", 5)
 
 
 def test_an_unknown_command_suggests_a_close_one(shell, capsys):
@@ -371,7 +393,7 @@ def test_in_a_kernel_a_private_cell_tells_nothing_private_and_an_interrupt_settl
     folder = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(notebook, timeout=180, allow_errors=True, resources=folder).execute()
     _, trained, interrupted, verified, mistaken = notebook.cells
-    assert "kernel: completed, 3 steps, epsilon" in shown(trained)
+    assert "kernel: completed, 3 steps, ε" in shown(trained)
     for word in ("rewards", "margins", "it/s", "s/it", "runtime", "examples/s", "'loss'"):
         assert word not in shown(trained)
         assert word not in shown(interrupted)
