@@ -39,7 +39,7 @@ from rlhf_audit_nb.trail.merkle import check_inclusion, leaf_hash
 from rlhf_audit_nb.trail.note import decode_base64
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from rlhf_audit_nb.records.seal import Seal
     from rlhf_audit_nb.trail import Entry
@@ -80,8 +80,34 @@ def _check_cell(cell: Any, where: str) -> list[Reason]:
     return []
 
 
+def _halves(value: Any, where: str) -> Iterator[str]:
+    """Paths of strings that hold half a surrogate pair, and of objects with such a key."""
+    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        yield where
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _halves(item, f"{where}[{i}]")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            place = f"{where}.{key}".lstrip(".")
+            yield from _halves(key, where or "file")
+            yield from _halves(item, place)
+
+
+def _check_text(notebook: Any) -> list[Reason]:
+    try:
+        canonical_json(notebook)
+    except NormalFormError as error:
+        where = next(_halves(notebook, ""), "file") if error.reason == "surrogate" else "file"
+        return [Reason(error.reason, where, error.message)]
+    return []
+
+
 def check_shape(notebook: Any) -> list[Reason]:
     """What keeps a JSON value from being a notebook whose parts can be compared."""
+    unreadable = _check_text(notebook)
+    if unreadable:
+        return unreadable
     if not isinstance(notebook, dict):
         return [_not("file", "it is not a JSON object")]
     if not isinstance(notebook.get("metadata"), dict):

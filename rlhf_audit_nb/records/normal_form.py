@@ -157,7 +157,8 @@ def canonical_json(value: Any) -> bytes:
     try:
         return _canonical(value).encode()
     except UnicodeEncodeError as error:
-        raise NormalFormError("A string holds half of a surrogate pair, which is not Unicode text.") from error
+        message = "A string holds half of a surrogate pair, which is not Unicode text."
+        raise NormalFormError(message, code="surrogate") from error
     except RecursionError as error:
         raise NormalFormError("The JSON is nested too deeply.") from error
 

@@ -209,7 +209,9 @@ class _Verification:
 
     def _check_content(self) -> None:
         try:
-            _, created = only(self._entries[:1], TrailCreated)
+            # The first leaf of the tree, and no later entry that calls itself so, says which keys act for the trail.
+            first = [entry for entry in self._entries if entry.index == 0]
+            _, created = only(first, TrailCreated)
             _, started = only(self._entries, RecordStarted, self._seal.record)
             _, sealed = only(self._entries, RecordSealed, self._seal.record)
         except (RecordError, EntryError) as error:

@@ -8,6 +8,25 @@ from records_support import TRAINING, Made, policy_of, write_notebook
 
 from rlhf_audit_nb.records import run_notebook
 
+DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+# Outputs whose JSON a browser spells in its own way: whole floats, large and small numbers, text beside data.
+RICH = f"""
+import base64
+data = {{"v": [1.0, 2.5, 1e22, 1e-7, -0.0, 2**53], "é\\u2028": "</script>", "none": None, "list": ["a", "b"]}}
+display({{"application/json": data, "text/plain": "line\\nline\\n", "image/svg+xml": "<svg>\\n</svg>"}}, raw=True)
+display({{"image/png": "{DOT}", "text/plain": "dot"}}, raw=True, metadata={{"image/png": {{"width": 10.0}}}})
+""".strip()
+
+STREAMS = r"""
+import sys, time
+for i in range(3):
+    print(f"\r{i} of 3", end="", file=sys.stderr, flush=True)
+    print("step", i, flush=True)
+    time.sleep(0.05)
+print("\x1b[31mred\x1b[0m ab\b\bX")
+""".strip()
+
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
@@ -24,6 +43,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
             "import sys\nprint('one')\nprint('50%\\r100%', file=sys.stderr)\n{'value': epsilon, 'name': name}",
             "handle.update(HTML('<b>done</b>'))",
             nbformat.v4.new_raw_cell("raw", id="raw"),
+            (RICH, {"collapsed": True, "jupyter": {"source_hidden": True}, "tags": ["figure"]}),
+            ("1 / 0", {"tags": ["raises-exception"]}),
+            STREAMS,
+            nbformat.v4.new_markdown_cell(
+                "![dot](attachment:dot.png)", id="picture", attachments={"dot.png": {"image/png": DOT}}
+            ),
+            nbformat.v4.new_code_cell("", id="empty"),
         ],
     )
     with pytest.MonkeyPatch.context() as patch:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
+import threading
 
 import nbformat
 import papermill
@@ -18,7 +16,7 @@ from records_support import TRAINING, policy_of, write_notebook
 
 from rlhf_audit_nb.errors import RecordError, StoreError
 from rlhf_audit_nb.records import open_record, run_notebook
-from rlhf_audit_nb.records.run import NotebookFailedError
+from rlhf_audit_nb.records.run import NotebookFailedError, Terminated
 from rlhf_audit_nb.trail import Level, TrailReader, verify_trail
 
 pytestmark = pytest.mark.slow
@@ -198,24 +196,15 @@ def test_the_kernel_is_told_where_the_trail_is_and_talks_over_private_sockets(fo
     assert json.loads(open_record(folder / "out.ipynb").notebook.cells[0].outputs[0].text)[2] == "tcp"
 
 
-def test_the_papermill_command_finds_the_engine(folder):
+def test_the_papermill_command_finds_the_engine(folder, monkeypatch):
+    from click.testing import CliRunner
+    from papermill.cli import papermill as command
+
     write_notebook(folder / "in.ipynb", [("alpha = 1", {"tags": ["parameters"]}), "alpha"])
-    command = [
-        sys.executable,
-        "-m",
-        "papermill",
-        "--engine",
-        "audit",
-        "--no-progress-bar",
-        "in.ipynb",
-        "o.ipynb",
-        "-p",
-        "alpha",
-        "3",
-    ]
-    environment = {**os.environ, "RLHF_AUDIT_TRAIL": str(folder / "trail")}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("RLHF_AUDIT_TRAIL", str(folder / "trail"))
+    arguments = ["--engine", "audit", "--no-progress-bar", "in.ipynb", "o.ipynb", "-p", "alpha", "3"]
+    done = CliRunner().invoke(command, arguments)
+    assert done.exit_code == 0, done.output
     opened = open_record(folder / "o.ipynb", policy=policy_of(folder / "trail"))
     assert opened.verdict.level is Level.UNANCHORED
     assert opened.started.parameters == {"alpha": 3}
@@ -269,20 +258,17 @@ def test_the_trail_alone_says_what_was_run(folder):
     assert {entry.run for entry in reader.entries()} == {None}
 
 
-@pytest.mark.parametrize(
-    ("name", "code", "reason"), [("SIGINT", -2, "KeyboardInterrupt"), ("SIGTERM", 143, "Terminated")]
-)
-def test_an_interrupted_process_seals_what_there_is(folder, name, code, reason):
-    sleep = "print('x', flush=True)\nimport time\nopen('started', 'w').close()\ntime.sleep(60)"
-    write_notebook(folder / "in.ipynb", ["1", sleep, "2"])
-    run = "from rlhf_audit_nb.records import run_notebook; run_notebook('in.ipynb', 'out.ipynb')"
-    process = subprocess.Popen([sys.executable, "-c", run], cwd=folder, stderr=subprocess.PIPE, text=True)
-    limit = time.monotonic() + 60
-    while not (folder / "started").exists() and time.monotonic() < limit:
-        time.sleep(0.05)
-    process.send_signal(getattr(signal, name))
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == code, errors
+@pytest.mark.parametrize(("sent", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_an_interrupted_process_seals_what_there_is(folder, sent, raised):
+    write_notebook(folder / "in.ipynb", ["1", "import time\ntime.sleep(60)", "2"])
+
+    def interrupt(position, _cells, state):
+        if (position, state) == (1, "running"):
+            threading.Timer(0.5, os.kill, (os.getpid(), sent)).start()
+
+    with pytest.raises(raised):
+        run_notebook("in.ipynb", "out.ipynb", progress=interrupt)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     opened = open_record("out.ipynb")
     assert opened.verdict.level is Level.UNANCHORED
-    assert (opened.sealed.status, opened.sealed.reason, opened.sealed.cell) == ("aborted", reason, "cell-1")
+    assert (opened.sealed.status, opened.sealed.reason, opened.sealed.cell) == ("aborted", raised.__name__, "cell-1")

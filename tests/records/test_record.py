@@ -59,7 +59,7 @@ def test_what_an_opened_record_holds(made, tmp_path):
     kinds = [entry.type for entry in opened.entries]
     assert kinds[0] == "trail.created"
     assert kinds[-1] == "record.sealed"
-    assert kinds.count("record.cell") == 7  # six of the notebook and the injected parameters
+    assert kinds.count("record.cell") == 10  # nine of the notebook and the injected parameters
     assert kinds.count("train.step") == 3
     assert opened.started.parameters == {"epsilon": 2.5, "name": 'é "quoted"', "steps": 3}
     assert opened.sealed.status == "completed"
@@ -310,7 +310,7 @@ def test_every_value_in_the_file_counts(made, tmp_path):
         elif isinstance(value, bool) or value is None:
             target[path[-1]] = 1
         else:
-            target[path[-1]] = value + 1
+            target[path[-1]] = value * 2 + 1
         opened = check(made, nb, tmp_path)
         assert opened.verdict.level is Level.INVALID, path
         assert any(_names(where, spelled(path)) for where in places(opened)), (path, places(opened))
@@ -370,6 +370,10 @@ FORGERIES = {
     "an entry that stands twice": (f"{SEAL}.entries", lambda e: [*e[:3], e[2], *e[3:]], f"{SEAL}.entries[3].index"),
     "entries in another order": (f"{SEAL}.entries", lambda e: [e[1], e[0], *e[2:]], f"{SEAL}.entries[1].index"),
     "no entries at all": (f"{SEAL}.entries", [], f"{SEAL}.entries"),
+    "the trail's beginning left out": (f"{SEAL}.entries[0]", None, f"{SEAL}.entries"),
+    "half a surrogate pair": ("cells[0].source", "\ud800", "cells[0].source"),
+    "half a surrogate pair in a key": ("cells[0].metadata", {"\udfff": 1}, "cells[0].metadata"),
+    "an index that no machine word holds": (f"{SEAL}.entries[5].index", 10**30, f"{SEAL}.entries[5]"),
     "an index beyond the tree": (f"{SEAL}.entries[5].index", 10**9, f"{SEAL}.entries"),
     "a shorter proof": (f"{SEAL}.entries[5].proof", lambda p: p[:-1], f"{SEAL}.entries[5]"),
     "a version of the future": (f"{SEAL}.version", 2, f"{SEAL}.version"),
@@ -526,7 +530,9 @@ def test_a_missing_file_is_an_error_and_no_verdict(tmp_path):
         open_record(tmp_path / "none.ipynb")
 
 
-@pytest.mark.parametrize("text", [b"", b"\x00\xff", b"[]", b"null", b"{}", b'{"cells": []}', b"[" * 200_000])
+@pytest.mark.parametrize(
+    "text", [b"", b"\x00\xff", b"[]", b"null", b"{}", b'{"cells": []}', b"[" * 200_000, b"[" * 900 + b"]" * 900]
+)
 def test_a_file_that_is_no_notebook_is_invalid(tmp_path, text):
     opened = read_record(text, home=tmp_path)
     assert opened.verdict.level is Level.INVALID
