@@ -100,7 +100,8 @@ LEVELS: dict[str, LevelWords] = {
         state="ok",
         shows="Every hash and every signature holds, and the witnesses that the trust policy asks for signed the same "
         "state.",
-        not_shown=_NEVER,
+        not_shown="It does not show that the witnesses are independent of the key-holder; that rests on whoever "
+        "wrote the policy. " + _NEVER,
         trusted=True,
     ),
 }
