@@ -155,8 +155,8 @@ class RunPanel:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        self._look()
         self._run_check()
+        self._look()  # after the verification, which may have made the last entries durable
         self._push(frozen=True)
         view = self._model.full()
         if self.mode == "text":

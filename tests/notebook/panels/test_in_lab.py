@@ -36,6 +36,7 @@ with Trail.open({trail!r}) as trail:
         time.sleep({pause})
         while step == {steps} - 20 and not Path({go!r}).exists():
             time.sleep(0.05)
+    trail.flush()
     state.status = "completed"
     panel.finish()
 """

@@ -123,6 +123,18 @@ def test_the_last_verification_is_made_at_the_end_and_stands_in_the_picture(widg
     assert "UNANCHORED" in data["text/plain"]
 
 
+def test_the_status_shown_at_the_end_is_read_after_the_last_verification(widget, shown):
+    sizes = [10]
+
+    def verify():
+        sizes[0] = 12  # a verification makes what was handed in durable first
+        return made_up_verdict()
+
+    state = advance(made_up_run(), 3)
+    data = RunPanel(state, lambda: made_up_status(sizes[0]), verify, mode="static").finish()
+    assert "12 entries" in data["text/plain"]
+
+
 def test_without_verify_no_level_is_shown_at_the_end(widget, shown):
     data = follow(made_up_run(steps=3), 3).finish()
     assert "not verified yet" in data["text/plain"]
