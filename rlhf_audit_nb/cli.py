@@ -12,6 +12,7 @@ import difflib
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,6 +28,7 @@ __all__ = ["main"]
 
 PROGRAM = "rlhf-audit"
 INTERRUPTED = 130
+WIDTH = 100
 RECORD_SUFFIX = ".ipynb"
 LEVELS = ("UNANCHORED", "TIMESTAMPED", "COSIGNED")
 
@@ -204,13 +206,13 @@ def _verdict_words(verdict: Verdict) -> list[str]:
     from rlhf_audit_nb.compliance.words import level_words, short
 
     words = level_words(verdict.level.name)
-    lines = [f"{verdict.level.name}  {words.shows}"]
+    lines = textwrap.wrap(f"{verdict.level.name}  {words.shows}", WIDTH, subsequent_indent="  ")
     lines += [f"  {reason.where}: {reason.message} [{reason.code}]" for reason in verdict.reasons]
     if verdict.size:
         signers = ", ".join(verdict.signers) or "nobody that is trusted here"
         lines.append(f"  {verdict.origin}: {verdict.size} entries, root {short(verdict.root)}, signed by {signers}")
     lines += [f"  run {short(run.run)}: {run.status}, {run.entries} entries" for run in verdict.runs]
-    return [*lines, f"  {words.not_shown}"]
+    return [*lines, *textwrap.wrap(words.not_shown, WIDTH, initial_indent="  ", subsequent_indent="  ")]
 
 
 # -- say --------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import shutil
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +35,7 @@ MADE = (
 MARK = ".rlhf-audit-demo"
 POLL_SECONDS = 1.0
 STEPS_BETWEEN = 5
+WIDTH = 100
 
 Tell = Callable[[str], None]
 
@@ -89,12 +91,15 @@ class Showing:
             f"  model card   {place / 'model_card.md'}",
             f"  trail        {place / 'audit'}/   whom to trust: {place / 'trust.policy'}",
             "",
-            f"  verdict      {self.verdict.level.name}: {words.shows}",
-            f"               {words.not_shown}",
-            f"  privacy      {privacy}",
+            *_wrapped("  verdict      ", f"{self.verdict.level.name}: {words.shows} {words.not_shown}"),
+            *_wrapped("  privacy      ", privacy),
             "",
             f"  check it     rlhf-audit verify {place / 'record.ipynb'} --policy {place / 'trust.policy'}",
         ]
+
+
+def _wrapped(head: str, text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=head, subsequent_indent=" " * len(head))
 
 
 def notebook_path() -> Path:
