@@ -125,7 +125,9 @@ class PrivateTraining:
         Raises:
             PrivacyError: the plan allows no further step, or the last one was not finished.
         """
-        if self.steps >= self.plan.steps or self._pending:
+        if self._pending:
+            raise PrivacyError("The last step was not finished; training was aborted.", code="unfinished-step")
+        if self.steps >= self.plan.steps:
             raise PrivacyError(
                 f"The privacy plan allows no step after step {self.plan.steps}; training was aborted.",
                 next_step="Plan again: the next run needs a reservation of its own.",
@@ -407,7 +409,7 @@ class _QuietProgress(ProgressCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         del args, control
-        from tqdm.auto import tqdm  # type: ignore[import-untyped,unused-ignore]
+        from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
         if state.is_world_process_zero:
             self.training_bar = tqdm(
@@ -605,8 +607,8 @@ def _quiet_callbacks(trainer: Any, engine: PrivateTraining) -> Iterator[None]:
     before = list(handler.callbacks)
     progress = _QuietProgress()
     ours: list[TrainerCallback] = [_StopsInTime(engine)]
-    if any(_is_progress(item) for item in before):
-        ours.append(progress)
+    if any(isinstance(item, ProgressCallback) for item in before):
+        ours.append(progress)  # a notebook's own table is only taken away: there the panels show the progress
     handler.callbacks = [item for item in before if not _is_progress(item)] + ours
     try:
         yield

@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 
 from rlhf_audit_nb.config import PrivacyConfig
 from rlhf_audit_nb.privacy import SealedRandom, plan_training, private_training
+from rlhf_audit_nb.privacy.supported import DPO_LOSSES
 
 SIZES = (1, 2, 5)
 TOLERANCE = 1e-5
@@ -315,3 +316,34 @@ def test_one_units_dropout_does_not_depend_on_who_came_before(tmp_path: Path) ->
     first, last, both = summed(0), summed(2), summed(0, 2)
     parts = {name: first[name] + last[name] for name in both}
     assert error(both, parts) <= TOLERANCE
+
+
+def test_every_accepted_dpo_loss_keeps_pairs_apart_and_the_refused_ones_do_not(tmp_path: Path) -> None:
+    data = [
+        {
+            **row,
+            "prompt": row["prompt"][:20],
+            "chosen": row["chosen"][: 60 - 3 * (number % 4)],
+            "rejected": row["rejected"][:60],
+        }
+        for number, row in enumerate(rows_of_units())
+    ]
+    trainer = dpo_trainer(data, tmp_path)
+    perturb(trainer.model, scale=0.3)
+    trainer.label_smoothing = 0.1
+    rows = [trainer.train_dataset[row] for row in range(8)]
+
+    def gradient(part: list[Any]) -> dict[str, torch.Tensor]:
+        trainer.model.zero_grad()
+        trainer.compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator(part))).backward()
+        return {n: p.grad.double().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+    for loss in (*sorted(DPO_LOSSES), "aot", "aot_unpaired", "sft"):
+        trainer.loss_types = [loss]
+        alone = [gradient([row]) for row in rows]
+        mean = {name: sum(item[name] for item in alone) / len(rows) for name in alone[0]}
+        distance = error(gradient(rows), mean)
+        if loss in DPO_LOSSES:
+            assert distance <= TOLERANCE, loss
+        else:
+            assert distance > 1e-3, loss

@@ -277,6 +277,17 @@ def test_a_notebooks_progress_table_is_not_shown_and_comes_back(tmp_path: Path) 
     assert notebook in trainer.callback_handler.callbacks
 
 
+def test_a_notebook_without_a_bar_gets_none(tmp_path: Path, capfd: Any) -> None:
+    trainer = dpo_trainer(synthetic_pairs(6), tmp_path)
+    handler = trainer.callback_handler
+    handler.callbacks = [
+        NotebookProgressCallback() if type(item).__name__ == "ProgressCallback" else item for item in handler.callbacks
+    ]
+    capfd.readouterr()
+    train(trainer)
+    assert "3/3" not in capfd.readouterr().err
+
+
 def test_libraries_that_quote_data_are_silenced_and_only_while_private(tmp_path: Path, caplog: Any) -> None:
     def warn() -> None:
         logging.getLogger("trl.trainer.dpo_trainer").warning("The tokenized prompt is not a prefix: %r", "secret text")
