@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from support.tiny import dpo_trainer, lora, reward_trainer, synthetic_pairs, tokenizer
-from support.trails import events, kinds, private_half
+from support.trails import events, kinds, private_half, without_cross_checks
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
@@ -44,6 +44,12 @@ from rlhf_audit_nb.trail import TrailReader, verify_trail
 
 PAIRS = synthetic_pairs(20)
 NOISY = {"epsilon": 50.0, "delta": 1e-3, "noise_multiplier": 1.0, "sampling_rate": 0.3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_accounting():
+    with without_cross_checks():
+        yield
 
 
 def auditor(folder, *, every_steps=1, **privacy):
@@ -274,9 +280,9 @@ def unchanged(trainer, before):
 
 
 def test_a_run_over_an_exhausted_budget_is_refused_before_data_is_touched(tmp_path):
-    held = auditor(tmp_path, epsilon=9.0)
+    held = auditor(tmp_path)
     with held.track_training("first"):
-        dpo_trainer(PAIRS, tmp_path / "a", max_steps=4).train()
+        dpo_trainer(PAIRS, tmp_path / "a", max_steps=2).train()
     spent = held.budget().spent
     smaller = auditor(tmp_path, epsilon=spent)
     trainer = dpo_trainer(PAIRS, tmp_path / "b", max_steps=4)
@@ -291,20 +297,17 @@ def test_a_run_over_an_exhausted_budget_is_refused_before_data_is_touched(tmp_pa
     assert (finished.status, finished.trained, finished.reason) == ("failed", False, "BudgetExceededError")
 
 
-def test_a_run_that_would_cross_the_budget_stops_before_and_says_so(tmp_path):
-    curve = []
-    with auditor(tmp_path / "probe").track_training("probe") as run:
-        dpo_trainer(PAIRS, tmp_path / "a", max_steps=4).train()
-        curve = run.state.privacy.curve
+def test_a_run_that_would_cross_the_budget_stops_before_and_says_so(private, tmp_path):
+    curve = private[1].state.privacy.curve
     held = auditor(tmp_path, epsilon=(curve[2] + curve[3]) / 2)
-    trainer = dpo_trainer(PAIRS, tmp_path / "b", max_steps=4, save_strategy="steps", save_steps=100)
+    trainer = dpo_trainer(PAIRS, tmp_path / "out", max_steps=4, save_strategy="steps", save_steps=100)
     with held.track_training("stops") as run, pytest.warns(UserWarning, match="allows 2 of the 4 steps"):
         trainer.train()
     assert trainer.state.global_step == 2
     assert run.state.status == "stopped-by-budget"
     assert events(held.trail, RunFinished)[0].status == "stopped-by-budget"
     assert events(held.trail, PrivacySettled)[0].stopped_by_budget is True
-    assert (tmp_path / "b" / "checkpoint-2" / "model.sig").is_file()
+    assert (tmp_path / "out" / "checkpoint-2" / "model.sig").is_file()
 
 
 def test_a_trainer_that_cannot_be_private_is_refused_and_not_trained(tmp_path):

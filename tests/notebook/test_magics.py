@@ -11,7 +11,7 @@ import pytest
 from IPython.core.completer import provisionalcompleter
 from IPython.core.interactiveshell import InteractiveShell
 from support.tiny import dpo_trainer, synthetic_pairs
-from support.trails import events
+from support.trails import events, without_cross_checks
 
 from rlhf_audit_nb.auditor import AuditableRLHF
 from rlhf_audit_nb.config import AuditConfig
@@ -28,6 +28,12 @@ from rlhf_audit_nb.events import (
 
 TRAIN = "trainer = dpo_trainer(pairs, out, max_steps=2)\ntrainer.train()"
 PRIVATE = "--epsilon 50 --delta 1e-3 --noise-multiplier 1.0 --sampling-rate 0.3"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_accounting():
+    with without_cross_checks():
+        yield
 
 
 @pytest.fixture(scope="module")
