@@ -232,10 +232,13 @@ class AuditableRLHF:
 
     # --- how it shows ------------------------------------------------------------------------------------------------
 
-    def closing_line(self, run: Run) -> str:
-        """One line for the end of a cell: experiment, steps, what privacy cost, entries, level."""
+    def closing_line(self, run: Run, verdict: Verdict | None = None) -> str:
+        """One line for the end of a cell: experiment, steps, what privacy cost, entries, level.
+
+        ``verdict`` is one that was made after the run was closed; without it the trail is verified now.
+        """
         try:
-            verdict = self.verify()
+            verdict = verdict or self.verify()
         except AuditError as error:
             return f"{run.summary()} · not verified: {error}"
         entries = next((item.entries for item in verdict.runs if item.run == run.id), 0)

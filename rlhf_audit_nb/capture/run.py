@@ -10,6 +10,8 @@ How training is made private is not known here: a `Privatiser` is handed in.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import sys
@@ -24,6 +26,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+import msgspec
+
 from rlhf_audit_nb.capture.environment import capture_environment
 from rlhf_audit_nb.capture.state import PrivacyView, RunState, Status
 from rlhf_audit_nb.capture.telemetry import no_telemetry
@@ -31,6 +35,7 @@ from rlhf_audit_nb.capture.weights import folder_state, sign_folder
 from rlhf_audit_nb.config import AuditConfig
 from rlhf_audit_nb.errors import AuditError, ConfigError, RunError
 from rlhf_audit_nb.events import (
+    EnvironmentCaptured,
     Event,
     Number,
     Private,
@@ -58,9 +63,11 @@ __all__ = [
 ENV_RECORD = "RLHF_AUDIT_RECORD"
 COARSE_US = 60_000_000
 """Under privacy, entries after the reservation carry a time in whole minutes: step times depend on private data."""
+TOOL = "rlhf-audit-trail"
 MAX_NAME = 200
 ROUNDING = 1e-7
-TOOL = "rlhf-audit-trail"
+MAX_ENVIRONMENT = 60_000
+CORE_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "opacus", "dp-accounting", TOOL)
 
 
 class AuditWarning(UserWarning):
@@ -240,7 +247,7 @@ class Run:
             self._open = True
             undo.callback(setattr, self, "_open", False)
             self.record(self._start_event())
-            self.record(capture_environment())
+            self.record(self._environment())
             self._undo = undo.pop_all()
 
     def __exit__(
@@ -297,6 +304,18 @@ class Run:
             audit={"every_steps": self.audit.every_steps, "weights_every": self.audit.weights_every},
             **self._started,
         )
+
+    def _environment(self) -> EnvironmentCaptured:
+        """The environment; a list of packages too long for an entry lies beside the trail, named by its digest."""
+        event = capture_environment()
+        if len(encode_body(event)) <= MAX_ENVIRONMENT:
+            return event
+        listed = json.dumps(event.packages, indent=1, sort_keys=True).encode()
+        digest = hashlib.sha256(listed).hexdigest()
+        (self.trail.artifacts / f"{digest}.json").write_bytes(listed)
+        kept = {name: event.packages[name] for name in CORE_PACKAGES if name in event.packages}
+        all_of_them = f"{len(event.packages)} packages in artifacts/{digest}.json"
+        return msgspec.structs.replace(event, packages={**kept, "*": all_of_them})
 
     # --- what others tell it -----------------------------------------------------------------------------------------
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
     from rlhf_audit_nb.auditor import AuditableRLHF
+    from rlhf_audit_nb.trail import Verdict
 
 __all__ = ["AuditMagics", "load_ipython_extension", "unload_ipython_extension"]
 
@@ -73,6 +74,7 @@ class AuditMagics(Magics):
         super().__init__(shell)
         self._trail: str | None = None
         self._auditor: AuditableRLHF | None = None
+        self._told: set[str] = set()
 
     @no_var_expand
     @output_can_be_silenced
@@ -120,6 +122,10 @@ class AuditMagics(Magics):
             )
         code, last = _compile(self.shell, cell)
         auditor = self._open(options)
+        for sentence in auditor.recovered():
+            if sentence not in self._told:
+                self._told.add(sentence)
+                print(sentence)  # noqa: T201  in a notebook, this is where a person reads
         return _run_cell(self.shell, auditor, options.experiment, self._source(line, cell), code, last)
 
     @no_var_expand
@@ -227,9 +233,14 @@ def _run_cell(shell: Any, auditor: AuditableRLHF, experiment: str, source: str, 
 
     digest = hashlib.sha256(source.encode()).hexdigest()
     run = auditor.open_run(experiment, entry_point="cell", cell_digest=digest, show_progress=False)
-    for sentence in auditor.recovered():
-        print(sentence)  # noqa: T201  in a notebook, this is where a person reads
-    panel = RunPanel(run.state, auditor.trail.status, auditor.verify)
+    latest: list[Verdict] = []
+
+    def verify() -> Verdict:
+        latest.clear()
+        latest.append(auditor.verify())
+        return latest[0]
+
+    panel = RunPanel(run.state, auditor.trail.status, verify)
     try:
         with run:
             panel.start()
@@ -237,7 +248,7 @@ def _run_cell(shell: Any, auditor: AuditableRLHF, experiment: str, source: str, 
     finally:
         if run.state.finished:  # not where the run could not even be opened
             panel.finish()
-            print(auditor.closing_line(run))  # noqa: T201
+            print(auditor.closing_line(run, *latest))  # noqa: T201
 
 
 def _execute(shell: Any, code: Any, last: Any) -> Any:

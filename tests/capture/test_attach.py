@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import hashlib
 import math
 import threading
 import warnings
@@ -435,6 +436,20 @@ def test_a_run_that_cannot_be_opened_leaves_nothing_behind(trail, monkeypatch):
     with pytest.raises(StoreError), run:
         pytest.fail("the body must not run")
     assert not run.is_open
+
+
+def test_a_long_list_of_packages_lies_beside_the_trail(trail, monkeypatch):
+    from rlhf_audit_nb.capture import run as module
+
+    monkeypatch.setattr(module, "MAX_ENVIRONMENT", 500)
+    with Run(trail, "long"):
+        pass
+    (captured,) = events(trail, EnvironmentCaptured)
+    assert "torch" in captured.packages
+    name = captured.packages["*"].rsplit("/", 1)[1]
+    listed = (trail.artifacts / name).read_bytes()
+    assert hashlib.sha256(listed).hexdigest() == name.removesuffix(".json")
+    assert b'"msgspec"' in listed
 
 
 def test_telemetry_is_off_while_a_run_is_open_and_put_back(trail, monkeypatch):

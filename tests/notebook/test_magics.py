@@ -199,6 +199,21 @@ def test_an_interrupt_reaches_the_user_and_the_trail(shell, trail, capsys):
     assert "stop: interrupted" in capsys.readouterr().out
 
 
+def test_a_run_that_died_is_told_of_once(shell, tmp_path, capsys):
+    code = """
+import os
+from rlhf_audit_nb import AuditableRLHF, AuditConfig
+with AuditableRLHF(audit_config=AuditConfig(trail="audit")).track_training("died") as run:
+    run.trail.flush()
+    os._exit(9)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    run(shell, "%%audit_train --experiment next\npass")
+    assert "it is now recorded as interrupted" in capsys.readouterr().out
+    run(shell, "%%audit_train --experiment after\npass")
+    assert "it is now recorded as interrupted" not in capsys.readouterr().out
+
+
 # --- mistakes on the line --------------------------------------------------------------------------------------------
 
 
