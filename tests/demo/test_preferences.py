@@ -124,7 +124,7 @@ def test_a_value_that_is_no_text_is_named(tmp_path, change, code):
         ("v.jsonl", lines(VOTES)[:-20], "malformed", "line 2"),
         ("v.jsonl", b"\n\n[1]\n", "malformed", "row 1"),
         ("v.jsonl", b"\xff\xfe", "unreadable", "UTF-8"),
-        ("v.jsonl.gz", gzip.compress(lines(VOTES))[:-12], "unreadable", "cannot be read"),
+        ("v.jsonl.gz", gzip.compress(lines(VOTES), mtime=0)[:-12], "unreadable", "cannot be read"),
         ("v.jsonl.gz", lines(VOTES), "unreadable", "cannot be read"),
         ("v.parquet", b"PAR1 no", "malformed", "no parquet"),
         ("v.csv", b"prompt,chosen,rejected,annotator_id\na,b,c,d,e\n", "malformed", "more fields"),
