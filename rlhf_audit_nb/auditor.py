@@ -356,7 +356,11 @@ class _PrivatePlan:
         finally:
             # A process that dies before this never settles: then the whole reservation counts.
             run.stopped_by_budget = stopped
-            run.record(settle_event(self._plan, reservation, steps, stopped_by_budget=stopped))
+            settled = settle_event(self._plan, reservation, steps, stopped_by_budget=stopped)
+            run.record(settled)
+            total = float(settled.epsilon_total)
+            if total > (run.state.epsilon or 0.0):  # a step that was cut short is paid for, though it does not count
+                run.state.add("epsilon", run.state.step, total)
 
     def _reserve(self, run: Run, reservation: str, randomness: Any) -> None:
         """Reserve in one append that looks at the ledger itself: of two runs for the last of a budget, one gets it."""

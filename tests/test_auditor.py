@@ -439,6 +439,22 @@ def test_an_interrupted_private_training_settles_what_it_took(tmp_path):
     assert type(trainer).__name__ == "DPOTrainer"
 
 
+def test_a_step_that_was_cut_short_is_paid_for_and_shown(tmp_path):
+    class CutsShort(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                raise KeyboardInterrupt
+
+    held = auditor(tmp_path)
+    trainer = dpo_trainer(PAIRS, tmp_path / "out", max_steps=4)
+    trainer.add_callback(CutsShort())
+    with pytest.raises(KeyboardInterrupt), held.track_training("cut short") as run:
+        trainer.train()
+    assert events(held.trail, RunFinished)[0].steps == 1
+    assert events(held.trail, PrivacySettled)[0].steps == 2
+    assert run.state.epsilon == pytest.approx(held.budget().spent) == pytest.approx(run.state.privacy.curve[2])
+
+
 def test_a_failed_private_training_names_its_class_and_nothing_of_its_data(tmp_path):
     held = auditor(tmp_path)
     trainer = dpo_trainer(PAIRS, tmp_path / "out", max_steps=4)
