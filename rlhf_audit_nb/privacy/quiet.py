@@ -20,16 +20,16 @@ _TELLING = (
     "Mismatch between tokenized prompt",
 )
 _LIBRARIES = ("trl", "transformers", "datasets", "accelerate")
-_WITHHELD = "A warning of this library quotes the data and was withheld: the run is private."
+_NOWHERE = -1  # below every handler's level, NOTSET included
 
 
 @contextlib.contextmanager
 def quiet_preparation() -> Iterator[None]:
     """While inside, no row count, length or text of the data is printed by the libraries that prepare it.
 
-    Progress bars of `datasets` are off, and a warning that quotes data is replaced by a sentence that says so;
-    everything else is still heard. All of it is put back afterwards. Enter it around the cell in which a private
-    trainer is built.
+    Progress bars of `datasets` are off, and a warning that quotes data is not heard at all: a sentence in its place
+    would still tell that the data holds what it warns of. Everything else is heard. All of it is put back
+    afterwards. Enter it around the cell in which a private trainer is built.
     """
     with _without_progress_bars(), _without_telling_logs():
         yield
@@ -56,7 +56,7 @@ def _without_telling_logs() -> Iterator[None]:
     def make_without_data(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make(*args, **kwargs)
         if record.name.startswith(_LIBRARIES) and any(phrase in str(record.msg) for phrase in _TELLING):
-            record.msg, record.args = _WITHHELD, ()
+            record.msg, record.args, record.levelno = "", (), _NOWHERE
         return record
 
     logging.setLogRecordFactory(make_without_data)
