@@ -22,7 +22,7 @@ from typing import Any
 
 from rlhf_audit_nb.errors import PrivacyError
 
-__all__ = ["Accounted", "Mechanism", "calibrate", "compose", "epsilon_curve", "max_steps"]
+__all__ = ["Accounted", "Mechanism", "calibrate", "compose", "composed_epsilon", "epsilon_curve", "max_steps"]
 
 FINE_GRID = 1e-5
 GRID = 1e-4
@@ -112,11 +112,11 @@ def epsilon_curve(mechanism: Mechanism, delta: float, prior: Sequence[Mechanism]
     between two of them takes the later one's bound, and no point exceeds the end's own bound (epsilon cannot fall as
     steps are added). The last value is the authority's figure of the whole.
     """
-    before = _epsilon(prior, delta)
+    before = composed_epsilon(prior, delta)
     steps = mechanism.steps
     if steps == 0:
         return [before]
-    end = _epsilon([*prior, mechanism], delta)
+    end = composed_epsilon([*prior, mechanism], delta)
     grid = _pick_curve_grid(end)
     start = _composed(_merged(prior), grid)
     base = _base(mechanism.noise_multiplier, mechanism.sampling_rate, grid)
@@ -148,7 +148,7 @@ def calibrate(epsilon: float, delta: float, sampling_rate: float, steps: int, pr
         return _on_grid(_merged([*prior, Mechanism(sigma, sampling_rate, steps)]), grid, delta)
 
     def cost(sigma: float) -> float:
-        return _epsilon([*prior, Mechanism(sigma, sampling_rate, steps)], delta)
+        return composed_epsilon([*prior, Mechanism(sigma, sampling_rate, steps)], delta)
 
     coarse = COARSE_GRID if epsilon >= 1 else GRID
     low, high = _bracket(lambda sigma: on_grid(sigma, coarse), epsilon)
@@ -170,7 +170,7 @@ def max_steps(
     """How many steps (0 to ``at_most``) of the mechanism fit into ``epsilon`` on top of ``prior``."""
 
     def fits(steps: int) -> bool:
-        return _epsilon([*prior, Mechanism(noise_multiplier, sampling_rate, steps)], delta) <= epsilon
+        return composed_epsilon([*prior, Mechanism(noise_multiplier, sampling_rate, steps)], delta) <= epsilon
 
     if at_most < 1 or fits(at_most):
         return max(at_most, 0)
@@ -193,8 +193,8 @@ def _merged(mechanisms: Sequence[Mechanism]) -> tuple[Mechanism, ...]:
     return tuple(Mechanism(sigma, rate, count) for (sigma, rate), count in sorted(steps.items()) if count)
 
 
-def _epsilon(mechanisms: Sequence[Mechanism], delta: float) -> float:
-    """The authority's figure alone, without cross-checks."""
+def composed_epsilon(mechanisms: Sequence[Mechanism], delta: float) -> float:
+    """The authority's figure alone, without cross-checks (for what was cross-checked when it was planned)."""
     ran = _merged(mechanisms)
     return _authority(ran, delta)[0] if ran else 0.0
 

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_audit_nb.errors import BudgetExceededError, DataError, PrivacyError
 from rlhf_audit_nb.events import PrivacyReserved, PrivacySealed, PrivacySettled, number
-from rlhf_audit_nb.privacy.accountant import Accounted, Mechanism, calibrate, compose, epsilon_curve, max_steps
+from rlhf_audit_nb.privacy.accountant import (
+    Accounted,
+    Mechanism,
+    calibrate,
+    compose,
+    composed_epsilon,
+    epsilon_curve,
+    max_steps,
+)
 from rlhf_audit_nb.privacy.sampling import GENERATOR
 from rlhf_audit_nb.privacy.supported import check_supported
 from rlhf_audit_nb.privacy.units import Units, build_units, read_ids
@@ -203,8 +211,8 @@ def settle_event(plan: Plan, reservation: str, steps: int, *, stopped_by_budget:
     return PrivacySettled(
         reservation=reservation,
         steps=steps,
-        epsilon_run=number(compose([ran], plan.config.delta).epsilon),
-        epsilon_total=number(compose([*plan.prior, ran], plan.config.delta).epsilon),
+        epsilon_run=number(composed_epsilon([ran], plan.config.delta)),
+        epsilon_total=number(composed_epsilon([*plan.prior, ran], plan.config.delta)),
         stopped_by_budget=stopped_by_budget,
     )
 
@@ -240,7 +248,7 @@ def _plan(
     prior: Sequence[Mechanism],
     fingerprint: str,
 ) -> Plan:
-    before = compose(prior, config.delta).epsilon
+    before = composed_epsilon(prior, config.delta)
     limit = config.epsilon if config.run_epsilon is None else min(config.epsilon, before + config.run_epsilon)
     mechanism = _mechanism(config, rate, asked, prior, before, limit)
     accounted = compose([*prior, mechanism], config.delta)
