@@ -15,6 +15,10 @@ from pathlib import Path
 from benchmarks.figures import Figure, table
 
 
+QUIET = 0.02
+"""How far the control may be from 1 before the ratios are called doubtful."""
+
+
 def _figures(folder: Path, only: str | None, *, quick: bool) -> list[Figure]:
     from benchmarks import startup, trails, training
 
@@ -32,6 +36,16 @@ def _figures(folder: Path, only: str | None, *, quick: bool) -> list[Figure]:
     return found
 
 
+def _trust(figures: list[Figure]) -> str:
+    """Whether the ratios of steps can be believed: two equal trainings must come out equal."""
+    from benchmarks.training import CONTROL
+
+    for figure in figures:
+        if figure.what == CONTROL and abs(figure.value - 1) > QUIET:
+            return f"\nThe control is {figure.value:.3f}, not 1: the machine was not quiet, and the ratios say little."
+    return ""
+
+
 def main() -> int:
     """Measures, prints, and writes JSON where asked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -45,6 +59,7 @@ def main() -> int:
     load = os.getloadavg()[0]
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, load {load:.1f}\n")
     print(table(figures))
+    print(_trust(figures))
     if args.json:
         Path(args.json).write_text(json.dumps([figure.to_dict() for figure in figures], indent=1), encoding="utf-8")
     return 0
