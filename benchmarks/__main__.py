@@ -14,7 +14,6 @@ from pathlib import Path
 
 from benchmarks.figures import Figure, table
 
-
 QUIET = 0.02
 """How far the control may be from 1 before the ratios are called doubtful."""
 
