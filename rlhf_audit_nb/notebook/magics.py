@@ -15,6 +15,7 @@ import difflib
 import hashlib
 import re
 import shlex
+import warnings
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
     from rlhf_audit_nb.auditor import AuditableRLHF
+    from rlhf_audit_nb.notebook.panels import RunPanel
     from rlhf_audit_nb.trail import Verdict
 
 __all__ = ["AuditMagics", "load_ipython_extension", "unload_ipython_extension"]
@@ -247,8 +249,16 @@ def _run_cell(shell: Any, auditor: AuditableRLHF, experiment: str, source: str, 
             return _execute(shell, code, last)
     finally:
         if run.state.finished:  # not where the run could not even be opened
-            panel.finish()
+            _freeze(panel)
             print(auditor.closing_line(run, *latest))  # noqa: T201
+
+
+def _freeze(panel: RunPanel) -> None:
+    """The panel's last picture. A panel that cannot be drawn is told of and does not fail a training that is done."""
+    try:
+        panel.finish()
+    except Exception as error:  # whatever a picture can fail with; the trail is written all the same
+        warnings.warn(f"The panel could not be drawn ({type(error).__name__}: {error}).", stacklevel=2)
 
 
 def _execute(shell: Any, code: Any, last: Any) -> Any:

@@ -96,6 +96,17 @@ def test_a_private_cell_shows_epsilon_and_no_private_metric(shell, trail, capfd)
         assert word not in printed, printed
 
 
+def test_a_panel_that_cannot_be_drawn_is_told_of_and_does_not_fail_a_training_that_is_done(shell, trail, monkeypatch):
+    def broken(_panel):
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr("rlhf_audit_nb.notebook.panels.RunPanel.finish", broken)
+    with pytest.warns(UserWarning, match=r"panel could not be drawn \(RuntimeError: no ink\)"):
+        result = run(shell, f"%%audit_train --experiment plain\n{TRAIN}")
+    assert result.success
+    assert [event.status for event in events(trail, RunFinished)] == ["completed"]
+
+
 def test_values_of_the_notebook_can_stand_in_the_line(shell, trail):
     shell.user_ns.update(epsilon=30.0, name="from_a_parameter", settings={"delta": 1e-3})
     line = "--experiment $name --epsilon {epsilon} --delta {settings['delta']} --unit pair --sampling-rate {1 / 4}"
