@@ -144,10 +144,11 @@ def _side_by_side(folder: Path, steps: int, contexts: tuple[Context, Context]) -
     return clocks[0].steps[WARM:], clocks[1].steps[WARM:]
 
 
-def _compare(what: str, target: float | None, folder: Path, steps: int, treated: Context) -> Figure:
+def _compare(what: str, target: float | None, folder: Path, steps: int, treated: Context, note: str = "") -> Figure:
     plain, other = _side_by_side(folder, steps, (nullcontext, treated))
     ratio = statistics.median(b / a for a, b in zip(plain, other, strict=True))
-    how = f"DPO LoRA, {PAIRS} pairs, {steps} steps in turns, plain {1e3 * statistics.median(plain):.0f} ms; median ratio{note}"
+    base = f"plain {1e3 * statistics.median(plain):.0f} ms"
+    how = f"DPO LoRA, {PAIRS} pairs, {steps} steps in turns, {base}; median ratio{note}"
     return Figure(what, ratio, "", target, how=how)
 
 
