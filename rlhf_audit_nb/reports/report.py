@@ -115,8 +115,12 @@ class ComplianceReport:
         return (
             f"<ComplianceReport {self.model.level}: {counts.count(State.EVIDENCED)} of {len(counts.lines)} "
             f"{counts.framework.title} requirements evidenced, {counts.count(State.MISSING)} missing; "
-            f"{self.model.tiles[0].value} {self.model.tiles[0].label}>"
+            f"{self._privacy()}>"
         )
+
+    def _privacy(self) -> str:
+        tile = self.model.tiles[0]
+        return tile.label if tile.value in tile.label else f"{tile.value} {tile.label}"
 
     def _repr_html_(self) -> str:
         return _summary(self.model)

@@ -108,6 +108,11 @@ class Verdict:
             least = Level.COSIGNED
         return 0 if self.level >= least else self.level.exit_code
 
+    def __str__(self) -> str:
+        signers = ", ".join(self.signers) or "nobody that is trusted"
+        head = f"{self.level.name}: {self.origin}, {self.size} entries, root {self.root}, signed by {signers}"
+        return "\n".join([head, *(f"  {reason.where}: {reason.message} [{reason.code}]" for reason in self.reasons)])
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `verify --json` prints them."""
         return {

@@ -52,6 +52,14 @@ def test_the_dict_holds_verdict_privacy_assessment_and_evidence():
     json.dumps(said, allow_nan=False)
 
 
+def test_printed_it_says_level_counts_and_privacy_once():
+    private, plain = (repr(build_compliance_report(story.evidence(private=private))) for private in (True, False))
+    assert private.startswith("<ComplianceReport UNANCHORED: 8 of 197")
+    assert "ε" in private
+    assert "δ" in private
+    assert plain.endswith("; trained without differential privacy: no bound>")
+
+
 def test_in_a_notebook_it_shows_a_summary_without_style_sheet_or_script_of_its_own():
     shown = build_compliance_report(story.evidence(experiment="<script>x</script>"))._repr_html_()
     assert "<style" not in shown

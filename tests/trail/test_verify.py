@@ -81,6 +81,14 @@ def test_a_whole_trail_is_unanchored_and_says_how_far_that_reaches(small):
     assert json.loads(json.dumps(data)) == data
 
 
+def test_a_printed_verdict_begins_with_its_level_and_names_every_fault():
+    whole = Verdict(Level.UNANCHORED, "example.com/a", 3, "cm9vdA==", ("example.com/a+1+k",))
+    assert str(whole) == "UNANCHORED: example.com/a, 3 entries, root cm9vdA==, signed by example.com/a+1+k"
+    broken = Verdict(Level.INVALID, "example.com/a", 3, "", reasons=(Reason("leaf", "entry 2", "It was changed."),))
+    assert str(broken).splitlines()[1] == "  entry 2: It was changed. [leaf]"
+    assert "signed by nobody that is trusted" in str(broken)
+
+
 def test_the_exit_codes_are_those_of_the_levels():
     assert [level.exit_code for level in Level] == [40, 30, 10, 5, 0]
 
