@@ -49,7 +49,7 @@ class PrivacyConfig:
         epsilon: the population's whole budget on this trail, over all runs (> 0).
         delta: probability with which the bound may fail; in (1e-10, 1), and well below 1 / (number of units).
         unit: what neighbouring data sets differ in: ``"annotator"`` (all her pairs) or ``"pair"`` (one preference).
-        anonymize_annotators: keep annotator ids out of everything but the vault.
+        anonymize_annotators: annotator ids are written nowhere in the open; there is no setting under which they are.
         run_epsilon: what this run alone may add to the composed total; ``None`` lets it plan with all that is left.
         clipping_norm: C, the bound on the L2 norm of one unit's gradient (> 0).
         noise_multiplier: sigma, noise standard deviation in units of C; ``None`` calibrates it to the budget.
@@ -92,6 +92,12 @@ class PrivacyConfig:
             if value not in allowed:
                 wanted = " or ".join(f'{name}="{item}"' for item in allowed)
                 raise ConfigError(f"{name} is {value!r}, which is not known.", next_step=f"Write {wanted}.", code=name)
+        if self.anonymize_annotators is not True:
+            raise ConfigError(
+                f"anonymize_annotators is {self.anonymize_annotators!r}; annotator ids are never written in the open.",
+                next_step="Leave it out, or write anonymize_annotators=True.",
+                code="anonymize_annotators",
+            )
         if not self.annotator_column:
             raise ConfigError(
                 "annotator_column is empty.",

@@ -36,6 +36,8 @@ def test_a_delta_between_is_taken(delta):
     [
         ("unit", "person"),
         ("adjacency", "add-remove"),
+        ("anonymize_annotators", False),
+        ("anonymize_annotators", None),
         ("annotator_column", ""),
         ("clipping_norm", 0),
         ("run_epsilon", -1),
