@@ -6,7 +6,7 @@ everything back afterwards. One optimizer step is then
 1. sample: each unit is in with chance q, by sealed randomness; of a unit at most k pairs are drawn;
 2. for each sampled unit alone: the gradient of the trainer's own loss over its pairs (in chunks of the per-device
    batch size, which is exact because the loss is a mean over pairs); its L2 norm over all trainable parameters in
-   float64; the whole gradient scaled to at most C in float32 and added to a float64 sum. A unit whose loss or gradient
+   float64; the whole gradient scaled to at most C and added to a sum, both in float64. A unit whose loss or gradient
    is not finite contributes nothing;
 3. once: N(0, (sigma C)^2) is added to each coordinate of every trainable parameter, and the result is divided by the
    *expected* number of units q N and written to ``.grad``. An empty sample gives noise alone.
@@ -54,7 +54,7 @@ PUBLIC_LOGS = frozenset({"grad_norm", "learning_rate", "epoch", "epsilon"})
 """What may stay in a trainer's log under differential privacy."""
 
 _ENGINE = "_rlhf_audit_engine"
-_MARGIN = 1 - 2.0**-22  # so that rounding to float32 cannot lift a clipped gradient above C
+_MARGIN = 1 - 2.0**-22  # so that rounding cannot lift a clipped gradient above C
 
 
 class PrivacyObserver(Protocol):
@@ -244,8 +244,8 @@ def clip_into(parameters: list[torch.nn.Parameter], sums: list[torch.Tensor], bo
         return norm
     scale = 1.0 if norm <= bound * _MARGIN else bound * _MARGIN / norm
     for parameter, total in zip(parameters, sums, strict=True):
-        if parameter.grad is not None:
-            total.add_(parameter.grad.detach().to(device=total.device, dtype=torch.float32).mul(scale))
+        if parameter.grad is not None:  # not scaled in float32, which has no exact number below 1e-38 for the factor
+            total.add_(parameter.grad.detach().to(total.device), alpha=scale)
     return norm
 
 

@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 
 from rlhf_audit_nb.config import PrivacyConfig
 from rlhf_audit_nb.privacy import SealedRandom, plan_training, private_training
+from rlhf_audit_nb.privacy.engine import clip_into
 from rlhf_audit_nb.privacy.supported import DPO_LOSSES
 
 SIZES = (1, 2, 5)
@@ -237,6 +238,14 @@ def test_a_contribution_never_exceeds_the_bound(tmp_path: Path, changes: dict[st
     for gradient in found:
         assert norm_of(gradient) == pytest.approx(1e-3, rel=1e-6)
         assert norm_of(gradient) <= 1e-3 * (1 + 1e-6)
+
+
+def test_a_gradient_near_the_end_of_float32_is_held_to_the_bound_too() -> None:
+    weight = torch.nn.Parameter(torch.zeros(100_000))
+    weight.grad = torch.full_like(weight, 3e38)
+    total = torch.zeros(weight.shape, dtype=torch.float64)
+    assert clip_into([weight], [total], 1e-3) > 1e40
+    assert 0.999e-3 < float(total.norm()) <= 1e-3
 
 
 def test_a_model_in_bfloat16_is_summed_and_noised_in_full_precision(tmp_path: Path) -> None:
