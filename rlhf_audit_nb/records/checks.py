@@ -77,6 +77,11 @@ def _check_cell(cell: Any, where: str) -> list[Reason]:
     for name, kind, word in (("cell_type", str, "text"), ("id", str, "text"), ("metadata", dict, "an object")):
         if not isinstance(cell.get(name), kind):
             return [_not(f"{where}.{name}", f"a cell's {name} is not {word}")]
+    # The manifest knows no containers, only what is in them.
+    if not isinstance(cell.get("outputs", []), list):
+        return [_not(f"{where}.outputs", "a cell's outputs are not a list")]
+    if not isinstance(cell.get("attachments", {}), dict):
+        return [_not(f"{where}.attachments", "a cell's attachments are not an object")]
     return []
 
 

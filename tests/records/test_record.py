@@ -525,6 +525,24 @@ def test_a_larger_head_is_compared_through_the_trail_where_it_is_here(made, tmp_
     assert [n.code for n in open_record(away).notes] == ["output-updated", "head-unchecked"]
 
 
+def test_a_container_of_another_kind_is_a_change_though_it_holds_the_same(made, tmp_path):
+    nb = made.notebook
+    index = next(i for i, cell in enumerate(nb["cells"]) if len(cell.get("outputs", [])) == 1)
+    output = nb["cells"][index]["outputs"][0]
+    joined = {name: "".join(text) for name, text in output.get("data", {}).items()}
+    nb["cells"][index]["outputs"] = {**output, **({"data": joined} if joined else {"text": "".join(output["text"])})}
+    opened = check(made, nb, tmp_path)
+    assert (opened.verdict.level, places(opened)) == (Level.INVALID, [f"cells[{index}].outputs"])
+
+
+@pytest.mark.parametrize("value", [False, 0, "", [], None])
+def test_attachments_that_are_no_object_are_a_change(made, tmp_path, value):
+    nb = made.notebook
+    nb["cells"][0]["attachments"] = value
+    opened = check(made, nb, tmp_path)
+    assert (opened.verdict.level, places(opened)) == (Level.INVALID, ["cells[0].attachments"])
+
+
 def test_a_missing_file_is_an_error_and_no_verdict(tmp_path):
     with pytest.raises(RecordError, match="cannot be read"):
         open_record(tmp_path / "none.ipynb")
