@@ -43,6 +43,7 @@ __all__ = [
     "Verdict",
     "check_entries",
     "compare_with_seen",
+    "conclude",
     "store_path",
     "verify_trail",
 ]
@@ -519,27 +520,49 @@ def _verify(transaction: Transaction, policy: TrustPolicy, heads: Heads, seen: s
     audit = _Audit(transaction, head, policy, None if seen is None else checkpoint_of(seen))
     checked, newest = audit.run()
     reasons = audit.reasons
-    level = Level.INVALID
-    if checked is not None and not reasons:
-        level = Level.COSIGNED if checked.cosigned else Level.UNANCHORED
-        if policy.quorum != "none" and not checked.cosigned:
-            reasons.append(
-                Reason("quorum", "newest checkpoint", f"The policy's quorum {policy.quorum} has not cosigned it.")
-            )
-        diverged = compare_with_seen(heads, seen, head.note, audit.seen_root)
-        if diverged is not None:
-            level = Level.DIVERGED
-            reasons.append(diverged)
-        else:
-            reasons += _remember(heads, head)
+    level = conclude(checked, reasons, policy, heads, seen, head.note, audit.seen_root)
     size = newest.size if newest else audit.frontier.size
     root = base64.b64encode(newest.root if newest else audit.frontier.root()).decode()
     signers = checked.signers if checked else ()
     return Verdict(level, head.origin, size, root, signers, audit.checker.runs(), tuple(reasons))
 
 
-def _remember(heads: Heads, head: Head) -> Iterator[Reason]:
+def conclude(
+    checked: CheckedCheckpoint | None,
+    reasons: list[Reason],
+    policy: TrustPolicy,
+    heads: Heads,
+    seen: str | None,
+    note: str,
+    root_at_seen: bytes | None,
+) -> Level:
+    """The level of a history whose faults are ``reasons``; to these is added what its anchors say.
+
+    Args:
+        checked: the newest checkpoint as the policy sees it, ``None`` where its signature does not count.
+        reasons: the faults found in the history; a quorum that is not reached and a divergence are appended.
+        policy: whose signatures count.
+        heads: the last-seen heads, which go forward to ``note`` where all holds.
+        seen: the last-seen head, read before the history was.
+        note: the newest checkpoint as it was found.
+        root_at_seen: as in `compare_with_seen`.
+    """
+    if checked is None or reasons:
+        return Level.INVALID
+    if policy.quorum != "none" and not checked.cosigned:
+        reasons.append(
+            Reason("quorum", "newest checkpoint", f"The policy's quorum {policy.quorum} has not cosigned it.")
+        )
+    diverged = compare_with_seen(heads, seen, note, root_at_seen)
+    if diverged is not None:
+        reasons.append(diverged)
+        return Level.DIVERGED
+    reasons += _remember(heads, checked.checkpoint.origin, note)
+    return Level.COSIGNED if checked.cosigned else Level.UNANCHORED
+
+
+def _remember(heads: Heads, origin: str, note: str) -> Iterator[Reason]:
     try:
-        heads.advance(head.origin, head.note)
+        heads.advance(origin, note)
     except AuditError as error:
-        yield Reason("last-seen", str(heads.path(head.origin)), f"{error.message} A later rollback could go unseen.")
+        yield Reason("last-seen", str(heads.path(origin)), f"{error.message} A later rollback could go unseen.")
