@@ -345,7 +345,6 @@ class _PrivatePlan:
         randomness = SealedRandom.from_system()
         reservation = uuid.uuid4().hex
         self._reserve(run, reservation, randomness)
-        run.coarsen_time()
         steps, stopped = 0, False
         try:
             with private_training(trainer, self._plan, randomness, observer) as engine:

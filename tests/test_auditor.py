@@ -195,14 +195,14 @@ def test_the_seed_is_sealed_and_of_full_length(private):
     assert half.seed.encode() not in b"".join(item.data for item in held.trail.reader().entries())
 
 
-def test_step_times_are_coarse_after_the_reservation(private):
+def test_times_are_coarse_from_the_moment_that_data_can_be_read(private):
     held, run, *_ = private
     entries = list(held.trail.reader().entries(run=run.id))
-    reserved = next(place for place, entry in enumerate(entries) if entry.type == PrivacyReserved.TYPE)
-    start = entries[reserved].time
-    for entry in entries[reserved + 1 :]:
-        assert entry.time == start or entry.time % 60_000_000 == 0
-    assert entries[1].time % 60_000_000 != 0 or entries[2].time % 60_000_000 != 0
+    assert [entry.type for entry in entries[:3]] == ["run.started", "environment.captured", "trainer.attached"]
+    opened = entries[1].time
+    assert opened % 60_000_000 != 0
+    for entry in entries[2:]:
+        assert entry.time == opened or entry.time % 60_000_000 == 0
 
 
 def test_what_the_trainer_returns_and_saves_tells_no_loss(private):

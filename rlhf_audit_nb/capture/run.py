@@ -62,7 +62,8 @@ __all__ = [
 
 ENV_RECORD = "RLHF_AUDIT_RECORD"
 COARSE_US = 60_000_000
-"""Under privacy, entries after the reservation carry a time in whole minutes: step times depend on private data."""
+"""Under privacy, all entries after the environment carry a time in whole minutes: how long it takes to prepare, digest
+and train on private data depends on them."""
 TOOL = "rlhf-audit-trail"
 MAX_NAME = 200
 ROUNDING = 1e-7
@@ -248,6 +249,8 @@ class Run:
             undo.callback(setattr, self, "_open", False)
             self.record(self._start_event())
             self.record(self._environment())
+            if self.private:
+                self._resolution_us = COARSE_US
             self._undo = undo.pop_all()
 
     def __exit__(
@@ -341,10 +344,6 @@ class Run:
         )
         if self.audit.durability == "always":  # also where the trail was opened by somebody who asked for less
             pending.wait()
-
-    def coarsen_time(self) -> None:
-        """From here on this run's entries carry a time in whole minutes."""
-        self._resolution_us = COARSE_US
 
     @property
     def resolution_us(self) -> int:
