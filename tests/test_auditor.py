@@ -363,6 +363,24 @@ def test_a_training_loop_of_ones_own_is_refused_under_privacy(tmp_path):
     assert torch.equal(weight, torch.ones(2))
 
 
+def test_a_training_loop_beside_a_private_training_is_refused(tmp_path):
+    import torch
+
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    weight.sum().backward()
+
+    class TrainsBeside(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            optimizer.step()
+
+    trainer = dpo_trainer(PAIRS, tmp_path / "out", max_steps=2)
+    trainer.add_callback(TrainsBeside())
+    with pytest.raises(UnsupportedTrainerError, match="outside a trainer"), auditor(tmp_path).track_training("beside"):
+        trainer.train()
+    assert torch.equal(weight, torch.ones(2))
+
+
 def test_two_units_on_one_trail_are_refused(tmp_path):
     with auditor(tmp_path).track_training("annotators"):
         dpo_trainer(PAIRS, tmp_path / "a", max_steps=1).train()

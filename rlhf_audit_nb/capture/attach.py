@@ -3,8 +3,9 @@
 While at least one run is open, ``transformers.Trainer.train`` and ``save_model`` are wrapped, so a trainer counts
 whether it was built before the run or inside, and whatever its class. A training inside the run gets the recorder as a
 callback and, for as long as it trains, two methods that also tell the recorder what they return. A hook on every torch
-optimizer notices steps outside a recorded training: without privacy that is a warning, under privacy it is refused,
-since nothing may be trained without it in silence. All of it is put back afterwards, on exceptions too.
+optimizer notices steps outside a recorded training: without privacy that is a warning, under privacy it is refused
+(and so is, while a trainer trains, a step of any other optimizer), since nothing may be trained without it in silence.
+All of it is put back afterwards, on exceptions too.
 """
 
 from __future__ import annotations
@@ -171,9 +172,9 @@ def _wrap_save_model(original: Callable[..., Any]) -> Callable[..., Any]:
     return save_model
 
 
-def _check_optimizer(*_: Any) -> None:
+def _check_optimizer(optimizer: Any, *_: Any) -> None:
     run = current_run()
-    if run is None or run.training is not None:
+    if run is None or (run.training is not None and not (run.private and _is_foreign(optimizer, run.training))):
         return
     if run.private:
         raise UnsupportedTrainerError(
@@ -182,6 +183,14 @@ def _check_optimizer(*_: Any) -> None:
             code="unrecorded-training",
         )
     run.warn("An optimizer stepped outside a recorded trainer; those steps are not in the trail.")
+
+
+def _is_foreign(optimizer: Any, trainer: Any) -> bool:
+    """Whether ``optimizer`` is neither the trainer's own nor one that its own is wrapped around."""
+    own = trainer.optimizer
+    while own is not None and own is not optimizer:
+        own = getattr(own, "optimizer", None)
+    return own is None
 
 
 # --- one training ----------------------------------------------------------------------------------------------------
