@@ -120,6 +120,14 @@ def _trail_folder(args: argparse.Namespace) -> Path:
     return AuditConfig(trail=args.trail).trail_location()
 
 
+def _beside(target: str, suffix: str) -> Path:
+    """The result's place where none is named: the target with another ending."""
+    path = Path(target)
+    if path.name in ("", ".."):
+        path = path.resolve()
+    return path.with_suffix(suffix) if path.name else path
+
+
 def _output(args: argparse.Namespace, default: Path) -> Path:
     """Where the result goes; the folder is made.
 
@@ -166,7 +174,7 @@ def _do_run(args: argparse.Namespace) -> int:
     pairs = dict(args.parameter)
     if len(pairs) < len(args.parameter):
         raise ConfigError("A parameter is given twice.", next_step="Give each -p once.", code="usage")
-    output = _output(args, Path(args.notebook).with_suffix(".record.ipynb"))
+    output = _output(args, _beside(args.notebook, ".record.ipynb"))
     values = read_parameters(args.notebook, pairs)
     result = run_notebook(
         args.notebook, output, values, trail=args.trail, kernel_name=args.kernel, progress=_cell_progress
@@ -221,7 +229,7 @@ def _verdict_words(verdict: Verdict) -> list[str]:
 def _do_report(args: argparse.Namespace) -> int:
     from rlhf_audit_nb.reports import build_compliance_report
 
-    output = _output(args, Path(args.target).with_suffix(f".{args.format}"))
+    output = _output(args, _beside(args.target, f".{args.format}"))
     report = build_compliance_report(_evidence(args.target, _policy(args)), args.mode)
     report.save(output)
     level = report.to_dict()["verdict"]["level"]
@@ -367,6 +375,11 @@ class _Parser(argparse.ArgumentParser):
         """Every option that this command takes."""
         return [text for action in self._actions for text in action.option_strings]
 
+    def all_options(self) -> list[str]:
+        """Those, and every one that a part of it takes."""
+        groups = [action.choices for action in self._actions if isinstance(action.choices, dict)]
+        return self.options() + [text for parts in groups for part in parts.values() for text in part.all_options()]
+
 
 def _overview() -> str:
     lines = ["RLHF training that can be proved.", ""]
@@ -394,7 +407,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     shared.add_argument("--json", action="store_true", help="one JSON object on stdout, words on stderr")
     made = {}
     for name, build in _BUILDERS.items():
-        made[name] = commands.add_parser(name, description=COMMANDS[name], parents=[shared], allow_abbrev=False)
+        made[name] = commands.add_parser(
+            name, prog=f"{PROGRAM} {name}", description=COMMANDS[name], parents=[shared], allow_abbrev=False
+        )
         build(made[name])
     return parser, made
 
@@ -489,6 +504,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.print_help()
         raise SystemExit(0)
     first = argv[0]
+    if first.startswith("-") and first not in parser.options():
+        raise ConfigError(
+            f"{first!r} stands before the command.", next_step=f"Write {PROGRAM} COMMAND {first}.", code="usage"
+        )
     if not first.startswith("-") and first not in commands:
         raise ConfigError(
             f"There is no command {first!r}.{_did_you_mean(first, commands)}",
@@ -497,7 +516,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         )
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        known = commands[args.command].options()
+        known = commands[args.command].all_options()
         raise ConfigError(
             f"{PROGRAM} {args.command} does not take {unknown[0]!r}.{_did_you_mean(unknown[0], known)}",
             next_step=f"See {PROGRAM} {args.command} --help.",

@@ -54,6 +54,13 @@ def test_each_command_has_help_and_json(run, command):
         (["report", "nowhere"], "There is no record or trail"),
         (["run", "nowhere.ipynb", "-o", "/proc/x/r.ipynb"], "/proc/x"),
         (["frobnicate"], "There is no command 'frobnicate'"),
+        (["--json"], "rlhf-audit COMMAND --json"),
+        (["--jsn", "verify", "x.ipynb"], "'--jsn' stands before the command"),
+        (["budget", "plan", "--sampling-rate", "0.1", "--steps", "5", "--detla", "1"], "Did you mean '--delta'?"),
+        (["verify", "--require", "TRUE", "x.ipynb"], "See rlhf-audit verify --help"),
+        (["run", "."], "Is a directory"),
+        (["report", ""], "There is no trail"),
+        (["report", "/"], "/ cannot be written: it is a folder"),
     ],
 )
 def test_a_mistake_gets_one_sentence_and_exit_code_2(run, argv, said):
@@ -64,6 +71,18 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(run, argv, said):
     assert err.startswith("error: ")
     assert "Traceback" not in err
     assert err.count("\n") <= 2
+
+
+def test_json_before_the_command_is_still_answered_with_an_object(run):
+    code, out, _ = run("--json", "budget", "show")
+    assert code == 2
+    assert json.loads(out)["error"]["code"] == "usage"
+
+
+def test_a_report_of_the_folder_one_stands_in_goes_beside_it(monkeypatch, tmp_path):
+    (tmp_path / "trail").mkdir()
+    monkeypatch.chdir(tmp_path / "trail")
+    assert cli._beside(".", ".html") == tmp_path / "trail.html"
 
 
 def test_an_error_is_an_object_under_json(run):
