@@ -54,7 +54,7 @@ def test_each_command_has_help_and_json(run, command):
         (["report", "nowhere"], "There is no record or trail"),
         (["run", "nowhere.ipynb", "-o", "/proc/x/r.ipynb"], "/proc/x"),
         (["frobnicate"], "There is no command 'frobnicate'"),
-        (["--json"], "rlhf-audit COMMAND --json"),
+        (["--jsn"], "rlhf-audit COMMAND --jsn"),
         (["--jsn", "verify", "x.ipynb"], "'--jsn' stands before the command"),
         (["budget", "plan", "--sampling-rate", "0.1", "--steps", "5", "--detla", "1"], "Did you mean '--delta'?"),
         (["verify", "--require", "TRUE", "x.ipynb"], "See rlhf-audit verify --help"),
