@@ -134,6 +134,7 @@ def run_demo(folder: Path, parameters: Mapping[str, Any], tell: Tell) -> Showing
     from rlhf_audit_nb.records import run_notebook
 
     began = time.monotonic()
+    _check_settings(parameters)
     data = _check_data(parameters)
     _start_over(folder, tell)
     tell(f"[1/4] training on {data} with privacy for the annotators, in a notebook that becomes a record")
@@ -148,6 +149,22 @@ def run_demo(folder: Path, parameters: Mapping[str, Any], tell: Tell) -> Showing
     tell("[4/4] drawing the report (HTML and PDF) and the model card")
     _write_reports(folder, evidence)
     return Showing(folder, evidence.verdict, _privacy(evidence), data, time.monotonic() - began)
+
+
+def _check_settings(parameters: Mapping[str, Any]) -> None:
+    """The bounds that the notebook's cells would find, before anything is removed or trained."""
+    from rlhf_audit_nb.config import PrivacyConfig
+
+    asked = {name: parameters[name] for name in ("delta", "unit") if name in parameters}
+    PrivacyConfig(epsilon=parameters.get("epsilon", 8.0), **asked)
+    for name, least, most in (("steps", 1, 2**31 - 1), ("seed", 0, 2**32 - 1)):
+        value = parameters.get(name, least)
+        if not least <= value <= most:
+            raise ConfigError(
+                f"{name} is {value}; it must lie between {least} and {most}.",
+                next_step=f"Write a whole number such as {max(least, 1)}, or leave it out.",
+                code=name,
+            )
 
 
 def _check_data(parameters: Mapping[str, Any]) -> str:

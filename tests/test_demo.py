@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_audit_nb import showcase
+from rlhf_audit_nb.errors import ConfigError
 
 pytestmark = pytest.mark.slow
 
@@ -165,6 +166,27 @@ def test_wrong_data_costs_nothing(call, tmp_path, argv, said):
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"epsilon": 0.0}, "epsilon is 0.0"),
+        ({"epsilon": float("nan")}, "epsilon is nan"),
+        ({"delta": 1.0}, "delta is 1.0"),
+        ({"delta": 1e-11}, "delta is 1e-11"),
+        ({"steps": 0}, "steps is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**32}, "seed is 4294967296"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_before_the_earlier_demo_goes(tmp_path, settings, said):
+    for name in (showcase.MARK, "record.ipynb"):
+        (tmp_path / name).write_text("earlier")
+    with pytest.raises(ConfigError, match=said) as refused:
+        showcase.run_demo(tmp_path, settings, print)
+    assert refused.value.next_step
+    assert (tmp_path / "record.ipynb").read_text() == "earlier"
 
 
 def test_an_impossible_epsilon_is_refused_in_the_cell_and_the_record_says_so(call, tmp_path, repository):
