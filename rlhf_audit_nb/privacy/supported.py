@@ -295,9 +295,15 @@ def _check_overrides(trainer: Any) -> None:
 
 
 def _patched(kind: type, name: str) -> bool:
-    """Whether the class's method is not TRL's or transformers' own."""
+    """Whether the class's method is not TRL's or transformers' own, or is wrapped in something that is not."""
     method = getattr(kind, name, None)
-    return method is not None and getattr(method, "__module__", "").split(".")[0] not in ("trl", "transformers")
+    while method is not None:
+        # Where the code was written: `functools.wraps` gives a wrapper the name of what it wraps.
+        module = getattr(method, "__globals__", {}).get("__name__", "")
+        if module.split(".")[0] not in ("trl", "transformers"):
+            return True
+        method = getattr(method, "__wrapped__", None)
+    return False
 
 
 def _check_dpo_losses(trainer: Any) -> None:
@@ -320,6 +326,11 @@ def _check_collator(trainer: Any, module: str) -> None:
         raise _refusal(
             f"The data collator {kind.__name__} is not TRL's own; it cannot be shown to keep units apart.",
             "Leave out data_collator.",
+        )
+    if "torch_call" in vars(trainer.data_collator) or _patched(kind, "torch_call"):
+        raise _refusal(
+            f"torch_call of {kind.__name__} was replaced; it cannot be shown to keep units apart any more.",
+            "Use the data collator as TRL made it.",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,26 @@ def test_a_replaced_method_is_refused(trainer: Any, monkeypatch: pytest.MonkeyPa
     check_supported(trainer)
     monkeypatch.setattr(trl.DPOTrainer, "_compute_loss", lambda *_: torch.zeros(()))
     refused(trainer, "_compute_loss of this trainer was replaced")
+
+
+def test_a_method_that_was_wrapped_under_its_own_name_is_refused(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = trl.DPOTrainer.compute_loss
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(trl.DPOTrainer, "compute_loss", wrapped)
+    refused(trainer, "compute_loss of this trainer was replaced")
+
+
+def test_a_data_collator_whose_work_was_replaced_is_refused(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer.data_collator.torch_call = lambda rows: rows
+    refused(trainer, "torch_call of DataCollatorForPreference was replaced")
+    del trainer.data_collator.torch_call
+    check_supported(trainer)
+    monkeypatch.setattr(type(trainer.data_collator), "torch_call", lambda _, rows: rows)
+    refused(trainer, "torch_call of DataCollatorForPreference was replaced")
 
 
 @pytest.mark.parametrize("loss", ["aot", "aot_unpaired", "sft", "no_such_loss"])
