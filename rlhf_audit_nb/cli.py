@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rlhf_audit_nb import __version__
-from rlhf_audit_nb.errors import AuditError, ConfigError
+from rlhf_audit_nb.errors import AuditError, ConfigError, FormatError
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.compliance.evidence import Evidence
-    from rlhf_audit_nb.trail import TrustPolicy, Verdict
+    from rlhf_audit_nb.trail import Reason, TrustPolicy, Verdict
 
 __all__ = ["main"]
 
@@ -65,7 +65,15 @@ def _policy(args: argparse.Namespace) -> TrustPolicy | None:
         return None
     from rlhf_audit_nb.trail import TrustPolicy
 
-    return TrustPolicy.parse(_text(args.policy, "trust policy"))
+    text = _text(args.policy, "trust policy")
+    try:
+        return TrustPolicy.parse(text)
+    except FormatError as error:
+        raise ConfigError(
+            f"{args.policy} is not a trust policy. {error.message}",
+            next_step="Name the file with the public keys (a log line and a quorum line) that the key-holder gave you.",
+            code=error.reason,
+        ) from error
 
 
 def _text(path: str, what: str) -> str:
@@ -94,14 +102,16 @@ def _is_record(target: str) -> bool:
     )
 
 
-def _verdict(target: str, policy: TrustPolicy | None) -> Verdict:
+def _verdict(target: str, policy: TrustPolicy | None) -> tuple[Verdict, Sequence[Reason]]:
+    """The verdict, and what is worth knowing beside it and is no fault."""
     if _is_record(target):
-        from rlhf_audit_nb.records import verify_record
+        from rlhf_audit_nb.records import open_record
 
-        return verify_record(Path(target), policy=policy)
+        opened = open_record(Path(target), policy=policy)
+        return opened.verdict, opened.notes
     from rlhf_audit_nb.trail import verify_trail
 
-    return verify_trail(Path(target), policy=policy)
+    return verify_trail(Path(target), policy=policy), ()
 
 
 def _evidence(target: str, policy: TrustPolicy | None) -> Evidence:
@@ -179,7 +189,7 @@ def _do_run(args: argparse.Namespace) -> int:
     result = run_notebook(
         args.notebook, output, values, trail=args.trail, kernel_name=args.kernel, progress=_cell_progress
     )
-    verdict = _verdict(str(output), None)
+    verdict, notes = _verdict(str(output), None)
     answer = {
         "record": str(result.path),
         "id": result.record,
@@ -187,7 +197,7 @@ def _do_run(args: argparse.Namespace) -> int:
         "trail": str(result.trail),
         "verdict": verdict.to_dict(),
     }
-    words = [f"record   {result.path}", f"trail    {result.trail}", *_verdict_words(verdict)]
+    words = [f"record   {result.path}", f"trail    {result.trail}", *_verdict_words(verdict, notes)]
     return _finish(args, answer, words, verdict.exit_code(None))
 
 
@@ -201,21 +211,22 @@ def _cell_progress(position: int, cells: int, state: str) -> None:
 def _do_verify(args: argparse.Namespace) -> int:
     from rlhf_audit_nb.trail import Level
 
-    verdict = _verdict(args.target, _policy(args))
+    verdict, notes = _verdict(args.target, _policy(args))
     require = Level[args.require] if args.require else None
-    words = _verdict_words(verdict)
+    words = _verdict_words(verdict, notes)
     code = verdict.exit_code(require)
     if require is not None and code and not verdict.reasons:
         words.append(f"Required was {require.name}: refused.")
     return _finish(args, verdict.to_dict(), words, code)
 
 
-def _verdict_words(verdict: Verdict) -> list[str]:
+def _verdict_words(verdict: Verdict, notes: Sequence[Reason]) -> list[str]:
     from rlhf_audit_nb.compliance.words import level_words, short
 
     words = level_words(verdict.level.name)
     lines = textwrap.wrap(f"{verdict.level.name}  {words.shows}", WIDTH, subsequent_indent="  ")
     lines += [f"  {reason.where}: {reason.message} [{reason.code}]" for reason in verdict.reasons]
+    lines += [f"  worth knowing: {note.where}: {note.message} [{note.code}]" for note in notes]
     if verdict.size:
         signers = ", ".join(verdict.signers) or "nobody that is trusted here"
         lines.append(f"  {verdict.origin}: {verdict.size} entries, root {short(verdict.root)}, signed by {signers}")
@@ -310,9 +321,11 @@ def _figure(value: float | str) -> str:
 
 def _do_budget_show(args: argparse.Namespace) -> int:
     from rlhf_audit_nb.compliance.words import delta_text, epsilon_text, plural, short
+    from rlhf_audit_nb.config import PrivacyConfig
     from rlhf_audit_nb.privacy.ledger import fold
     from rlhf_audit_nb.trail import TrailReader
 
+    PrivacyConfig(epsilon=1.0, delta=args.delta)
     reader = TrailReader.open(_trail_folder(args))
     ledger = fold(reader.entries())
     if ledger.unit is None:

@@ -54,6 +54,9 @@ def test_each_command_has_help_and_json(run, command):
         (["report", "nowhere"], "There is no record or trail"),
         (["run", "nowhere.ipynb", "-o", "/proc/x/r.ipynb"], "/proc/x"),
         (["frobnicate"], "There is no command 'frobnicate'"),
+        (["budget", "show", "--delta", "0"], "delta is 0.0"),
+        (["budget", "show", "--delta", "nan"], "delta is nan"),
+        (["verify", "x.ipynb", "--policy", __file__], "is not a trust policy"),
         (["--jsn"], "rlhf-audit COMMAND --jsn"),
         (["--jsn", "verify", "x.ipynb"], "'--jsn' stands before the command"),
         (["budget", "plan", "--sampling-rate", "0.1", "--steps", "5", "--detla", "1"], "Did you mean '--delta'?"),
@@ -77,6 +80,19 @@ def test_json_before_the_command_is_still_answered_with_an_object(run):
     code, out, _ = run("--json", "budget", "show")
     assert code == 2
     assert json.loads(out)["error"]["code"] == "usage"
+
+
+def test_what_is_worth_knowing_of_a_record_is_told_beside_the_verdict(run, monkeypatch, tmp_path):
+    from rlhf_audit_nb import records
+    from rlhf_audit_nb.trail import Level, Reason, Verdict
+
+    note = Reason("last-seen", "home/heads", "It cannot be written. A later fork could go unseen.")
+    verdict = Verdict(Level.UNANCHORED, "log.example", 5, "root")
+    opened = records.OpenedRecord(verdict, notes=(note,))
+    monkeypatch.setattr(records, "open_record", lambda path, policy=None: opened)
+    code, out, _ = run("verify", tmp_path / "r.ipynb")
+    assert code == 0
+    assert "worth knowing: home/heads: It cannot be written. A later fork could go unseen. [last-seen]" in out
 
 
 def test_a_report_of_the_folder_one_stands_in_goes_beside_it(monkeypatch, tmp_path):
