@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from rlhf_audit_nb.auditor import AuditableRLHF, Budget
+from rlhf_audit_nb.capture.run import AuditWarning
 from rlhf_audit_nb.config import AuditConfig, PrivacyConfig
 from rlhf_audit_nb.errors import (
     BudgetExceededError,
@@ -379,6 +381,16 @@ def test_a_training_loop_beside_a_private_training_is_refused(tmp_path):
     with pytest.raises(UnsupportedTrainerError, match="outside a trainer"), auditor(tmp_path).track_training("beside"):
         trainer.train()
     assert torch.equal(weight, torch.ones(2))
+
+
+def test_a_training_in_a_thread_that_is_older_than_a_private_run_is_told_to_the_run(tmp_path):
+    trainer = dpo_trainer(PAIRS, tmp_path / "out", max_steps=1)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(int).result()  # the thread is there before the run
+        told = pytest.warns(AuditWarning, match="neither private nor in the trail")
+        with told, auditor(tmp_path).track_training("pool") as run:
+            pool.submit(trainer.train).result()
+    assert len(run.state.warnings) == 1
 
 
 def test_two_units_on_one_trail_are_refused(tmp_path):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_audit_nb.capture.data import bind_data
-from rlhf_audit_nb.capture.run import PrivatePlan, Run, current_run
+from rlhf_audit_nb.capture.run import PrivatePlan, Run, current_run, open_private_runs
 from rlhf_audit_nb.capture.weights import describe_model
 from rlhf_audit_nb.errors import RunError, UnsupportedTrainerError
 from rlhf_audit_nb.events import TrainerAttached
@@ -133,11 +133,22 @@ def _wrap_train(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         run = current_run()
+        if run is None:
+            _tell_private_runs()
         if run is None or run.training is self or _trains_beside(run):
             return original(self, *args, **kwargs)
         return _train_in_run(run, self, functools.partial(original, self, *args, **kwargs))
 
     return train
+
+
+def _tell_private_runs() -> None:
+    """Something trains in a thread that belongs to no run: who asked for privacy is told that this has none."""
+    for run in open_private_runs():
+        run.warn(
+            "Something trained while this run was open, in a thread that does not belong to it: that training is "
+            "neither private nor in the trail. Train in the thread that opened the run, or in one started inside it."
+        )
 
 
 def _trains_beside(run: Run) -> bool:
@@ -174,7 +185,10 @@ def _wrap_save_model(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _check_optimizer(optimizer: Any, *_: Any) -> None:
     run = current_run()
-    if run is None or (run.training is not None and not (run.private and _is_foreign(optimizer, run.training))):
+    if run is None:
+        _tell_private_runs()
+        return
+    if run.training is not None and not (run.private and _is_foreign(optimizer, run.training)):
         return
     if run.private:
         raise UnsupportedTrainerError(

@@ -58,6 +58,7 @@ __all__ = [
     "Run",
     "RunObserver",
     "current_run",
+    "open_private_runs",
 ]
 
 ENV_RECORD = "RLHF_AUDIT_RECORD"
@@ -136,6 +137,12 @@ def current_run() -> Run | None:
         only = _open_runs[0] if len(_open_runs) == 1 else None
     # A thread started inside the run does not inherit its context; one that is older has nothing to do with it.
     return only if only is not None and not only.began_after(threading.current_thread()) else None
+
+
+def open_private_runs() -> list[Run]:
+    """All runs under differential privacy that are open in this process, whichever thread opened them."""
+    with _lock:
+        return [run for run in _open_runs if run.private]
 
 
 class Run:
