@@ -302,7 +302,7 @@ class _Audit:
         if newest is not None and newest.size != self.head.size:
             self.fault("checkpoint", "newest checkpoint", f"It is of size {newest.size}, the head of {self.head.size}.")
         self._expect(newest)
-        for bundle in self.transaction.bundles(0, 1 << 62):
+        for bundle in self.transaction.bundles(-(1 << 63), (1 << 63) - 1):
             self._bundle(bundle)
         self._end(newest)
         return checked, newest

@@ -184,6 +184,8 @@ def test_an_entry_rewritten_together_with_its_leaf_hash_is_found_by_the_signed_r
         ("UPDATE bundles SET count = count - 1 WHERE first = 0", "bundle"),
         ("UPDATE bundles SET data = 'text' WHERE first = 0", "store"),
         ("UPDATE bundles SET first = 100000 WHERE first = 0", "bundle"),
+        ("INSERT INTO bundles SELECT -5, count, hashes, data FROM bundles WHERE first = 0", "bundle"),
+        ("INSERT INTO bundles SELECT 1 << 62, count, hashes, data FROM bundles WHERE first = 0", "bundle"),
         ("DELETE FROM terms WHERE term = 't:trail.created'", "index"),
         ("UPDATE terms SET term = 't:other' WHERE term = 't:trail.created'", "index"),
         ("UPDATE streams SET next = next + 1", "index"),
