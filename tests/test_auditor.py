@@ -393,6 +393,18 @@ def test_a_training_in_a_thread_that_is_older_than_a_private_run_is_told_to_the_
     assert len(run.state.warnings) == 1
 
 
+def test_a_trainer_that_has_trained_without_privacy_before_is_warned_of(tmp_path):
+    held = auditor(tmp_path)
+    trainer = dpo_trainer(PAIRS, tmp_path / "out", max_steps=1)
+    with held.track_training("first") as run:
+        trainer.train()
+        trainer.train()  # what a private training left is paid for
+    assert not any("has trained before" in sentence for sentence in run.state.warnings)
+    trainer.train()
+    with pytest.warns(AuditWarning, match="not covered by this run's epsilon"), held.track_training("second"):
+        trainer.train()
+
+
 def test_two_units_on_one_trail_are_refused(tmp_path):
     with auditor(tmp_path).track_training("annotators"):
         dpo_trainer(PAIRS, tmp_path / "a", max_steps=1).train()

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from rlhf_audit_nb.capture.data import bind_data
 from rlhf_audit_nb.capture.run import PrivatePlan, Run, current_run, open_private_runs
@@ -82,6 +83,9 @@ _ALL_BARS = ("ProgressCallback", "PrinterCallback", "NotebookProgressCallback", 
 _QUIET_BARS = ("RichProgressCallback",)
 """The others are exchanged by the engine for a bar that tells steps and no times."""
 _MISSING = object()
+
+_private_states: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""The state that each trainer's last private training left; `Trainer.train` makes a new one every time."""
 
 _lock = threading.Lock()
 _users = 0
@@ -237,6 +241,8 @@ def _record_training(run: Run, trainer: Any, train: Callable[[], Any]) -> Any:
             # The plan knows the steps; what a trainer would count from its rows is private.
             opening.record(plan.steps, plan)
             _show_plan(run, plan)
+            _warn_of_open_training(run, trainer)
+            stack.callback(_remember_private_training, trainer, trainer.state)
         stack.enter_context(_with_callback(trainer, recorder))
         if plan is None:
             stack.enter_context(_listening(trainer, recorder))
@@ -320,6 +326,20 @@ def _show_plan(run: Run, plan: PrivatePlan) -> None:
     run.state.privacy = view
     for sentence in plan.warnings:
         run.warn(sentence)
+
+
+def _warn_of_open_training(run: Run, trainer: Any) -> None:
+    """A trainer that has trained without privacy hands its weights, and what they learnt, to the private training."""
+    if trainer.state.global_step and _private_states.get(trainer) is not trainer.state:
+        run.warn(
+            "This trainer has trained before, without differential privacy: what its model learnt then is not covered "
+            "by this run's epsilon. Start from a model that has not seen the data."
+        )
+
+
+def _remember_private_training(trainer: Any, before: Any) -> None:
+    if trainer.state is not before:  # else it failed before its first step
+        _private_states[trainer] = trainer.state
 
 
 def _loss_name(args: Any) -> str | None:
