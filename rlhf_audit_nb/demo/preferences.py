@@ -113,10 +113,14 @@ def _check_columns(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str | 
     there = list(dict.fromkeys(key for row in rows for key in row))
     for ours, theirs in names.items():
         if theirs is not None and theirs not in there:
-            without = ' If the data has no annotators, write columns={"annotator_id": None} and --unit pair.'
+            without = (
+                ' If the data has no annotators, write columns={"annotator_id": None} (--columns annotator_id=) '
+                "and --unit pair."
+            )
             raise DataError(
                 f"{source} has no column {theirs!r}; it has {', '.join(there)}.{_close(theirs, there)}",
-                next_step=f'Name it with columns={{"{ours}": "…"}}.' + (without if ours == "annotator_id" else ""),
+                next_step=f'Name it with columns={{"{ours}": "…"}} (--columns {ours}=…).'
+                + (without if ours == "annotator_id" else ""),
                 code="missing-column",
             )
 

@@ -111,6 +111,9 @@ class Parameter:
 # -- before anything runs ---------------------------------------------------------------------------------------
 
 
+_NO_NOTEBOOK = "Name a whole .ipynb file; if this one was a notebook, restore it from a copy."
+
+
 def _load(notebook: Path) -> Any:
     try:
         data = notebook.read_bytes()
@@ -128,10 +131,14 @@ def _load(notebook: Path) -> Any:
             nbformat.validate(value)
         return nbformat.reads(data.decode(), as_version=4)
     except NormalFormError as error:
-        raise RecordError(f"{notebook} is not a notebook. {error.message}", code="not-a-notebook") from error
+        raise RecordError(
+            f"{notebook} is not a notebook. {error.message}", next_step=_NO_NOTEBOOK, code="not-a-notebook"
+        ) from error
     except (nbformat.ValidationError, nbformat.reader.NotJSONError, AttributeError, KeyError, TypeError) as error:
         line = str(error).splitlines()[0]
-        raise RecordError(f"{notebook} is not a notebook: {line}", code="not-a-notebook") from error
+        raise RecordError(
+            f"{notebook} is not a notebook: {line}", next_step=_NO_NOTEBOOK, code="not-a-notebook"
+        ) from error
 
 
 def notebook_parameters(notebook: Path | str) -> dict[str, Parameter] | None:

@@ -318,7 +318,8 @@ def local_policy(home: Path, origin: str) -> TrustPolicy:
     except FileNotFoundError as error:
         raise KeyFileError(
             f"No key for {origin} is known here, so nothing says whose signature to trust.",
-            next_step="Pass the policy file that came with the trail: --policy trust.policy (or policy= in Python).",
+            next_step="Get the policy file from the key-holder, by another way than what is checked, and pass it: "
+            "--policy trust.policy (or policy= in Python).",
             code="no-key",
         ) from error
     except (OSError, UnicodeDecodeError, FormatError) as error:

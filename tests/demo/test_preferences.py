@@ -88,6 +88,7 @@ def test_a_misspelt_column_is_met_with_the_close_one_and_those_there_are(tmp_pat
     assert "'prompt'" in message
     assert "Did you mean 'promt'?" in message
     assert "promt, chosen, rejected, annotator_id" in message
+    assert "--columns prompt=" in message
     code, message = reason(path, columns={"promtp": "promt"})
     assert code == "columns"
     assert "Did you mean 'prompt'?" in message

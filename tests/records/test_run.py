@@ -150,8 +150,9 @@ def test_what_is_no_notebook_is_named(tmp_path, name):
     data, words = NOTEBOOKS[name]
     if data is not None:
         (tmp_path / "in.ipynb").write_bytes(data)
-    with pytest.raises(RecordError, match=words):
+    with pytest.raises(RecordError, match=words) as refused:
         run_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb")
+    assert refused.value.next_step
     assert not (tmp_path / "out.ipynb").exists()
 
 

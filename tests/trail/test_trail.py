@@ -370,6 +370,11 @@ def test_a_trail_without_its_keys_can_be_read_but_not_appended_to(folder, home, 
         Trail.open(folder, home=tmp_path / "elsewhere")
     assert caught.value.reason == "no-key"
     assert TrailReader.open(folder).size == 4
+    with pytest.raises(KeyFileError) as caught:
+        verify_trail(folder, home=tmp_path / "elsewhere")
+    assert caught.value.reason == "no-key"
+    # A policy that lies beside what it vouches for vouches for nothing.
+    assert "by another way" in caught.value.next_step
 
 
 @pytest.mark.parametrize("name", ["log.pem", "record.pem", "model.pem", "vault.key", "log.vkey"])
