@@ -225,6 +225,13 @@ def _dataset(trainer: Any) -> Any:
             next_step="Pass a datasets.Dataset (for a stream: Dataset.from_generator, or load it without streaming).",
             code="streaming-data",
         )
+    if (getattr(dataset, "format", None) or {}).get("type") == "custom":
+        raise DataError(
+            "The training data has a transform of its own, which runs whenever a row is read; it cannot be shown to "
+            "keep units apart, and what it makes is not what is recorded.",
+            next_step="Apply it before the trainer is made: dataset.map(...).",
+            code="data-transform",
+        )
     return dataset
 
 

@@ -158,6 +158,13 @@ def test_data_all_dropped_by_the_trainer_and_streams_are_refused(tmp_path: Path)
         plan_training(streaming, config())
 
 
+def test_data_with_a_transform_of_its_own_is_refused(trainer: Any) -> None:
+    trainer.train_dataset.set_transform(lambda rows: rows)
+    with pytest.raises(DataError, match="transform") as caught:
+        plan_training(trainer, config())
+    assert "map" in str(caught.value.next_step)
+
+
 def test_the_reservation_says_what_the_plan_is_and_nothing_of_the_rows(trainer: Any) -> None:
     plan = plan_training(trainer, config(noise_multiplier=1.0))
     event = reserve_event(plan, "reservation-1")
