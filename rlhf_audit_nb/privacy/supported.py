@@ -197,6 +197,15 @@ _RULES = (
         "Start a new run; the ledger already holds what the first one spent.",
     ),
     _Rule(
+        lambda trainer: any(
+            kind.__name__ == "LogCompletionsCallback"
+            for callback in trainer.callback_handler.callbacks
+            for kind in type(callback).__mro__
+        ),
+        "LogCompletionsCallback sends prompts of the evaluation data away, which may be protected",
+        "Leave it out and look at completions of unprotected prompts after the run.",
+    ),
+    _Rule(
         lambda trainer: _watched_by_wandb(trainer.args),
         "WANDB_WATCH hooks the gradients before they are clipped and sends them away",
         "Unset WANDB_WATCH, or set it to 'false'.",

@@ -11,6 +11,7 @@ import torch
 import trl
 from support.tiny import dpo_trainer, reward_trainer, synthetic_pairs
 from transformers import Trainer
+from trl import LogCompletionsCallback
 
 from rlhf_audit_nb.errors import UnsupportedTrainerError
 from rlhf_audit_nb.privacy.supported import DPO_LOSSES, check_supported
@@ -93,6 +94,12 @@ def test_a_data_collator_whose_work_was_replaced_is_refused(trainer: Any, monkey
     check_supported(trainer)
     monkeypatch.setattr(type(trainer.data_collator), "torch_call", lambda _, rows: rows)
     refused(trainer, "torch_call of DataCollatorForPreference was replaced")
+
+
+def test_a_callback_that_sends_prompts_away_is_refused(trainer: Any) -> None:
+    trainer.eval_dataset = trainer.train_dataset
+    trainer.add_callback(LogCompletionsCallback(trainer, freq=1))
+    refused(trainer, "LogCompletionsCallback sends prompts")
 
 
 @pytest.mark.parametrize("loss", ["aot", "aot_unpaired", "sft", "no_such_loss"])
