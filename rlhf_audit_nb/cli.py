@@ -110,8 +110,10 @@ def _verdict(target: str, policy: TrustPolicy | None) -> tuple[Verdict, Sequence
         opened = open_record(Path(target), policy=policy)
         return opened.verdict, opened.notes
     from rlhf_audit_nb.trail import verify_trail
+    from rlhf_audit_nb.trail.published import is_published, verify_published
 
-    return verify_trail(Path(target), policy=policy), ()
+    verify = verify_published if is_published(target) else verify_trail
+    return verify(Path(target), policy=policy), ()
 
 
 def _evidence(target: str, policy: TrustPolicy | None) -> Evidence:
@@ -294,6 +296,14 @@ def _do_budget_plan(args: argparse.Namespace) -> int:
     return _finish(args, answer, words)
 
 
+def _do_publish(args: argparse.Namespace) -> int:
+    from rlhf_audit_nb.trail.tiles import publish_tiles
+
+    done = publish_tiles(_trail_folder(args), args.target)
+    answer = {"target": str(done.folder), "size": done.size, "written": done.written}
+    return _finish(args, answer, [f"published   {done.folder}: {done.size} entries, {done.written} files written"])
+
+
 def _check_plan(args: argparse.Namespace) -> None:
     """The same bounds, and the same words, as a run's own configuration."""
     from rlhf_audit_nb.config import PrivacyConfig
@@ -374,6 +384,7 @@ SECTIONS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
             ("budget", "what a plan would cost (plan), what a trail has spent (show)"),
         ),
     ),
+    ("share", (("publish", "write a trail as static files (C2SP tlog-tiles) that anyone can check"),)),
 )
 COMMANDS = {name: text for _, commands in SECTIONS for name, text in commands}
 
@@ -501,6 +512,12 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
         part.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON object on stdout")
 
 
+def _add_publish(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(do=_do_publish)
+    parser.add_argument("target", metavar="FOLDER", help="where the files go; what is there already is not rewritten")
+    parser.add_argument("--trail", metavar="DIR", help="the trail's folder ($RLHF_AUDIT_TRAIL, else audit)")
+
+
 _BUILDERS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "demo": _add_demo,
     "run": _add_run,
@@ -508,6 +525,7 @@ _BUILDERS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "report": _add_report,
     "card": _add_card,
     "budget": _add_budget,
+    "publish": _add_publish,
 }
 
 

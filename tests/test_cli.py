@@ -7,6 +7,7 @@ import json
 import pytest
 
 from rlhf_audit_nb import cli
+from rlhf_audit_nb.trail import Trail
 
 
 @pytest.fixture
@@ -169,3 +170,27 @@ def test_an_interruption_is_no_traceback(run, monkeypatch):
     code, _, err = run("budget", "plan", "--epsilon", "1", "--sampling-rate", "0.1", "--steps", "10")
     assert code == 130
     assert "interrupted" in err
+
+
+def test_a_published_trail_is_verified_from_its_files_and_a_changed_one_is_invalid(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_AUDIT_HOME", str(tmp_path / "home"))
+    with Trail.open(tmp_path / "audit") as trail:
+        trail.append("a.b", b"{}", run="r").wait()
+    code, out, _ = run("publish", tmp_path / "www", "--trail", tmp_path / "audit", "--json")
+    assert code == 0
+    assert json.loads(out) == {"target": str(tmp_path / "www"), "size": 2, "written": 3}
+    code, out, _ = run("verify", tmp_path / "www", "--json")
+    assert code == 0
+    assert json.loads(out) == json.loads(run("verify", tmp_path / "audit", "--json")[1])
+    bundle = tmp_path / "www" / "tile" / "entries" / "000.p" / "2"
+    bundle.write_bytes(bundle.read_bytes().replace(b'"a.b"', b'"a.c"'))
+    code, out, _ = run("verify", tmp_path / "www", "--json")
+    assert code == 40
+    assert "entry 1" in json.loads(out)["reasons"][0]["message"]
+
+
+def test_publishing_no_trail_is_one_sentence(run, tmp_path):
+    code, out, err = run("publish", tmp_path / "www", "--trail", tmp_path / "nowhere")
+    assert (code, out) == (2, "")
+    assert "There is no trail" in err
+    assert not (tmp_path / "www").exists()
