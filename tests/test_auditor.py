@@ -405,6 +405,24 @@ def test_a_trainer_that_has_trained_without_privacy_before_is_warned_of(tmp_path
         trainer.train()
 
 
+def test_evaluation_in_a_private_run_is_refused_and_free_again_after_it(tmp_path):
+    trainer = dpo_trainer(PAIRS, tmp_path / "out", max_steps=1)
+    with auditor(tmp_path).track_training("private"):
+        trainer.train()
+        for look in (trainer.evaluate, trainer.predict):
+            with pytest.raises(UnsupportedTrainerError, match="exact figures"):
+                look(trainer.train_dataset)
+        assert not [line for line in trainer.state.log_history if "eval_loss" in line]
+    assert "eval_loss" in trainer.evaluate(trainer.train_dataset)
+
+
+def test_evaluation_in_a_run_without_privacy_is_left_alone(tmp_path):
+    trainer = dpo_trainer(PAIRS, tmp_path / "out", max_steps=1)
+    with AuditableRLHF(audit_config=AuditConfig(trail=str(tmp_path / "audit"))).track_training("plain"):
+        trainer.train()
+        assert "eval_loss" in trainer.evaluate(trainer.train_dataset)
+
+
 def test_two_units_on_one_trail_are_refused(tmp_path):
     with auditor(tmp_path).track_training("annotators"):
         dpo_trainer(PAIRS, tmp_path / "a", max_steps=1).train()

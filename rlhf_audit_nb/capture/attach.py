@@ -1,11 +1,11 @@
 """How a trainer that knows nothing of auditing comes to be recorded. Floor 2.
 
 While at least one run is open, ``transformers.Trainer.train`` and ``save_model`` are wrapped, so a trainer counts
-whether it was built before the run or inside, and whatever its class. A training inside the run gets the recorder as a
-callback and, for as long as it trains, two methods that also tell the recorder what they return. A hook on every torch
-optimizer notices steps outside a recorded training: without privacy that is a warning, under privacy it is refused
-(and so is, while a trainer trains, a step of any other optimizer), since nothing may be trained without it in silence.
-All of it is put back afterwards, on exceptions too.
+whether it was built before the run or inside, and whatever its class; ``evaluate`` and ``predict`` too, which a private
+run refuses. A training inside the run gets the recorder as a callback and, for as long as it trains, two methods that
+also tell the recorder what they return. A hook on every torch optimizer notices steps outside a recorded training:
+without privacy that is a warning, under privacy it is refused (and so is, while a trainer trains, a step of any other
+optimizer), since nothing may be trained without it in silence. All of it is put back afterwards, on exceptions too.
 """
 
 from __future__ import annotations
@@ -116,6 +116,8 @@ def _install() -> ExitStack:
     with ExitStack() as stack:
         stack.enter_context(_replaced(Trainer, "train", _wrap_train))
         stack.enter_context(_replaced(Trainer, "save_model", _wrap_save_model))
+        stack.enter_context(_replaced(Trainer, "evaluate", _wrap_evaluation))
+        stack.enter_context(_replaced(Trainer, "predict", _wrap_evaluation))
         stack.callback(register_optimizer_step_pre_hook(_check_optimizer).remove)
         return stack.pop_all()
 
@@ -185,6 +187,23 @@ def _wrap_save_model(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return save_model
+
+
+def _wrap_evaluation(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse evaluation in a private run, of whatever data: looking at the rows to decide would itself tell of them."""
+
+    @functools.wraps(original)
+    def evaluate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        run = current_run()
+        if run is not None and run.private and run.training is None:  # while it trains, the engine refuses
+            raise UnsupportedTrainerError(
+                "An evaluation inside a private run would show exact figures of data that may be protected.",
+                next_step="Evaluate after the run (in another cell), on data that nobody protected gave.",
+                code="evaluation-in-private-run",
+            )
+        return original(self, *args, **kwargs)
+
+    return evaluate
 
 
 def _check_optimizer(optimizer: Any, *_: Any) -> None:
