@@ -243,23 +243,33 @@ def _do_report(args: argparse.Namespace) -> int:
     from rlhf_audit_nb.reports import build_compliance_report
 
     output = _output(args, _beside(args.target, f".{args.format}"))
-    report = build_compliance_report(_evidence(args.target, _policy(args)), args.mode)
-    report.save(output)
-    level = report.to_dict()["verdict"]["level"]
-    return _finish(
-        args, {"report": str(output), "format": args.format, "level": level}, [f"report   {output} ({level})"]
-    )
+    evidence = _evidence(args.target, _policy(args))
+    build_compliance_report(evidence, args.mode).save(output)
+    answer = {"report": str(output), "format": args.format, "level": evidence.level}
+    return _finish_saying(args, answer, [f"report   {output} ({evidence.level})"], evidence)
 
 
 def _do_card(args: argparse.Namespace) -> int:
     from rlhf_audit_nb.cards import build_card
 
-    card = build_card(_evidence(args.target, _policy(args)), args.format)
+    evidence = _evidence(args.target, _policy(args))
+    card = build_card(evidence, args.format)
     if args.out is None:
-        return _finish(args, card.to_dict(), card.text.splitlines())
+        return _finish_saying(args, card.to_dict(), card.text.splitlines(), evidence)
     output = _output(args, Path(args.out))
     card.save(output)
-    return _finish(args, {"card": str(output), "format": args.format}, [f"card     {output}"])
+    answer = {"card": str(output), "format": args.format, "level": evidence.level}
+    return _finish_saying(args, answer, [f"card     {output} ({evidence.level})"], evidence)
+
+
+def _finish_saying(args: argparse.Namespace, result: dict[str, Any], words: Sequence[str], evidence: Evidence) -> int:
+    """Ends `report` and `card`: written all the same, but what is INVALID or DIVERGED does not end as a success."""
+    from rlhf_audit_nb.trail import Level
+
+    code = _finish(args, result, words, evidence.verdict.exit_code(Level.UNANCHORED))
+    if not evidence.trusted:
+        _note(f"The verdict is {evidence.level}: it is written, but nothing in it is evidence.")
+    return code
 
 
 def _do_budget_plan(args: argparse.Namespace) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sqlite3
 
 import pytest
 
@@ -187,6 +189,56 @@ def test_a_published_trail_is_verified_from_its_files_and_a_changed_one_is_inval
     code, out, _ = run("verify", tmp_path / "www", "--json")
     assert code == 40
     assert "entry 1" in json.loads(out)["reasons"][0]["message"]
+
+
+@pytest.fixture
+def bad_trail(tmp_path, monkeypatch):
+    """A trail with a changed entry: its verdict is INVALID, and what it says can still be written down."""
+    monkeypatch.setenv("RLHF_AUDIT_HOME", str(tmp_path / "home"))
+    with Trail.open(tmp_path / "audit") as trail:
+        trail.append("a.b", b"{}", run="r").wait()
+    with sqlite3.connect(tmp_path / "audit" / "trail.sqlite") as store:
+        store.execute("""UPDATE bundles SET data = CAST(replace(data, '"a.b"', '"a.c"') AS BLOB)""")
+    return tmp_path / "audit"
+
+
+@pytest.mark.parametrize(("command", "suffix"), [("report", "html"), ("card", "md")])
+def test_what_is_said_of_an_invalid_target_is_written_and_ends_with_the_verdicts_code(
+    run, bad_trail, tmp_path, command, suffix
+):
+    file = tmp_path / f"said.{suffix}"
+    code, out, err = run(command, bad_trail, "-o", file)
+    assert code == 40
+    assert str(file) in out
+    assert "INVALID" in file.read_text(encoding="utf-8")
+    assert "INVALID" in err
+    assert "nothing in it is evidence" in err
+    code, out, err = run(command, bad_trail, "-o", file, "--json")
+    assert code == 40
+    assert json.loads(out)["level"] == "INVALID"
+    assert "nothing in it is evidence" in err
+
+
+def test_a_card_on_stdout_of_an_invalid_target_keeps_the_complaint_apart(run, bad_trail):
+    code, out, err = run("card", bad_trail)
+    assert code == 40
+    assert "INVALID" in out
+    assert "nothing in it is evidence" in err
+
+
+def test_a_report_of_a_history_that_diverged_ends_with_30_and_of_an_unanchored_one_with_0(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_AUDIT_HOME", str(tmp_path / "home"))
+    with Trail.open(tmp_path / "audit") as trail:
+        trail.append("a.b", b"{}", run="r").wait()
+    shutil.copytree(tmp_path / "audit", tmp_path / "earlier")
+    with Trail.open(tmp_path / "audit") as trail:
+        trail.append("a.b", b"{}", run="r").wait()
+    code, _, err = run("report", tmp_path / "audit", "--format", "json")
+    assert (code, err) == (0, "")
+    assert run("verify", tmp_path / "earlier")[0] == 30
+    code, _, err = run("report", tmp_path / "earlier", "--format", "json")
+    assert code == 30
+    assert "DIVERGED" in err
 
 
 def test_publishing_no_trail_is_one_sentence(run, tmp_path):
