@@ -290,7 +290,7 @@ class _Privatiser:
     def plan(self, trainer: Any) -> _PrivatePlan:
         from rlhf_audit_nb.privacy.plan import plan_training
 
-        prior = _fold(self.trail.reader()).mechanisms(self.config.unit)
+        prior = _fold(self.trail.reader()).mechanisms(self.config.unit, self.config.unit_column)
         return _PrivatePlan(self.trail, plan_training(trainer, self.config, prior))
 
 
@@ -326,8 +326,7 @@ class _PrivatePlan:
 
     @property
     def annotator_column(self) -> str | None:
-        config = self._plan.config
-        return config.annotator_column if config.unit == "annotator" else None
+        return self._plan.config.unit_column
 
     @property
     def warnings(self) -> list[str]:
@@ -369,7 +368,7 @@ class _PrivatePlan:
             plan = self._plan
 
             def body(reader: TrailReader, plan: Plan = plan) -> bytes:
-                prior = _fold(reader).mechanisms(plan.config.unit)
+                prior = _fold(reader).mechanisms(plan.config.unit, plan.config.unit_column)
                 if tuple(prior) != plan.prior:
                     raise _LedgerMovedError(prior)
                 return encode_body(reserve_event(plan, reservation))

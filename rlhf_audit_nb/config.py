@@ -127,6 +127,11 @@ class PrivacyConfig:
                 code="max_pairs_per_unit",
             )
 
+    @property
+    def unit_column(self) -> str | None:
+        """The data column whose values are the units; ``None`` where each row is one."""
+        return self.annotator_column if self.unit == "annotator" else None
+
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values."""
         return asdict(self)

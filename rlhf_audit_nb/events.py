@@ -185,6 +185,8 @@ class PrivacyReserved(Event, frozen=True, kw_only=True):
     ``epsilon_before`` is what the unit's population had spent or reserved on this trail, ``epsilon_planned`` the
     composed total at the planned end (never a sum of parts); ``accountants`` holds each accountant's own figure for
     the composed total. ``steps`` counts optimizer steps that may be taken; ``steps_asked`` those that were asked for.
+    ``column`` is the data column whose values are the units (``None`` for unit ``pair``, where each row is one):
+    spends by two columns bound nobody's total, so they are not added up.
     """
 
     TYPE: ClassVar[str] = "privacy.reserved"
@@ -208,6 +210,7 @@ class PrivacyReserved(Event, frozen=True, kw_only=True):
     epsilon_before: Number
     epsilon_planned: Number
     accountants: dict[str, Number]
+    column: str | None = None
 
 
 class PrivacySettled(Event, frozen=True, kw_only=True):

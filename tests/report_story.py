@@ -124,6 +124,7 @@ def train(
             sampling_rate=0.125, steps=steps, steps_asked=steps, max_pairs_per_unit=8, delta=delta,
             epsilon_budget=budget, epsilon_before=before, epsilon_planned=before + 6.2041,
             accountants={"PLD": before + 6.2041, "PRV": before + 6.2118, "RDP": before + 7.0402},
+            column="annotator_id" if unit == "annotator" else None,
         ), ev.PrivacySealed(seed=PLANTED.encode().hex().ljust(64, "0")))  # fmt: skip
     for step in range(1, steps + 1):
         share = (step / steps) ** 0.5

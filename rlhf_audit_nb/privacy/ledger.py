@@ -5,7 +5,7 @@ A training reserves its whole plan in one entry (``privacy.reserved``) before it
 process died, counts in full for ever. Mechanisms are kept, not epsilons, and are composed again each time.
 
 One trail holds one population under one unit. Runs that count annotators and runs that count pairs cannot be added
-up, so a trail with both is refused.
+up, so a trail with both is refused; so is one whose runs tell annotators apart by different columns.
 """
 
 from __future__ import annotations
@@ -61,22 +61,31 @@ class Spend:
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """What was spent on one trail; ``unit`` is ``None`` while nothing was."""
+    """What was spent on one trail; ``unit`` is ``None`` while nothing was, ``column`` also where each row is a unit."""
 
     unit: str | None
+    column: str | None
     spends: tuple[Spend, ...]
 
-    def mechanisms(self, unit: str) -> tuple[Mechanism, ...]:
-        """What counts against the budget of ``unit``'s population.
+    def mechanisms(self, unit: str, column: str | None = None) -> tuple[Mechanism, ...]:
+        """What counts against the budget of the population that ``unit`` and ``column`` tell apart.
 
         Raises:
-            PrivacyError: the trail's budget is kept for another unit.
+            PrivacyError: the trail's budget is kept for another unit, or by another column.
         """
         if self.unit is not None and unit != self.unit:
             raise PrivacyError(
                 f"This trail keeps the privacy budget of {self.unit}s; a run with unit={unit!r} cannot be added to it.",
                 next_step=f'Use unit="{self.unit}", or another trail (trail="...") for the other unit.',
                 code="mixed-units",
+            )
+        if self.unit is not None and column != self.column:
+            same = f'Use annotator_column="{self.column}", or' if self.column else "Use"
+            raise PrivacyError(
+                f"This trail keeps the privacy budget of {self.unit}s by {_column_words(self.column)}; a run by "
+                f"{_column_words(column)} cannot be added to it.",
+                next_step=f'{same} another trail (trail="...") for the other column.',
+                code="mixed-columns",
             )
         return tuple(spend.mechanism for spend in self.spends if spend.steps)
 
@@ -93,32 +102,46 @@ def fold(entries: Iterable[LedgerEntry]) -> Ledger:
     """The ledger of a trail, from its entries in order (others than the ledger's own are passed over).
 
     Raises:
-        PrivacyError: reservations of two units; a settlement of an unknown or settled reservation, or of more steps.
+        PrivacyError: reservations of two units or by two columns; a settlement of an unknown or settled reservation, or
+            of more steps.
         EntryError: an entry of the ledger is malformed.
     """
     spends: dict[str, Spend] = {}
-    unit: str | None = None
+    first: PrivacyReserved | None = None
     for entry in entries:
         if entry.type == PrivacyReserved.TYPE:
             reserved = decode_body(entry.type, entry.body)
             assert isinstance(reserved, PrivacyReserved)  # for the type checker; decode_body checked it
-            unit = _same_unit(unit, reserved.unit)
+            first = first or reserved
+            _check_same_population(first, reserved)
             _reserve(spends, reserved, entry.run)
         elif entry.type == PrivacySettled.TYPE:
             settled = decode_body(entry.type, entry.body)
             assert isinstance(settled, PrivacySettled)  # for the type checker; decode_body checked it
             _settle(spends, settled)
-    return Ledger(unit, tuple(spends.values()))
+    if first is None:
+        return Ledger(None, None, ())
+    return Ledger(first.unit, first.column, tuple(spends.values()))
 
 
-def _same_unit(known: str | None, unit: str) -> str:
-    if known not in (None, unit):
+def _check_same_population(first: PrivacyReserved, other: PrivacyReserved) -> None:
+    if other.unit != first.unit:
         raise PrivacyError(
-            f"The trail holds reservations for {known}s and for {unit}s; they cannot be added up.",
+            f"The trail holds reservations for {first.unit}s and for {other.unit}s; they cannot be added up.",
             next_step="Keep one trail for each privacy unit.",
             code="mixed-units",
         )
-    return unit
+    if other.column != first.column:
+        raise PrivacyError(
+            f"The trail holds reservations for {first.unit}s of {_column_words(first.column)} and of "
+            f"{_column_words(other.column)}; they cannot be added up.",
+            next_step="Keep one trail for each annotator column.",
+            code="mixed-columns",
+        )
+
+
+def _column_words(column: str | None) -> str:
+    return f"the column {column!r}" if column else "a column that is not recorded"
 
 
 def _reserve(spends: dict[str, Spend], event: PrivacyReserved, run: str | None) -> None:

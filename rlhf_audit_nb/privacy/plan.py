@@ -191,6 +191,7 @@ def reserve_event(plan: Plan, reservation: str) -> PrivacyReserved:
             "prv": accounted.prv if isinstance(accounted.prv, str) else number(accounted.prv),
             "rdp": accounted.rdp if isinstance(accounted.rdp, str) else number(accounted.rdp),
         },
+        column=plan.config.unit_column,
     )
 
 

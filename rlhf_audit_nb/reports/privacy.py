@@ -161,7 +161,8 @@ def _spend_words(spend: Spend) -> str:
 def _spend_facts(spend: Spend, number: int, run: RunFacts) -> tuple[Fact, ...]:
     reserved, settled = spend.reserved, spend.settled
     at = cite([spend.item.index])
-    unit = f"{reserved.unit} (neighbouring data sets differ in all that one {reserved.unit} gave)"
+    by = f", by the column {reserved.column}" if reserved.column else ""
+    unit = f"{reserved.unit}{by} (neighbouring data sets differ in all that one {reserved.unit} gave)"
     adjacency = f"{reserved.adjacency}: the roster is public, what each gave is not" if (
         reserved.adjacency == "zero-out") else reserved.adjacency  # fmt: skip
     accountants = words.accountants_text(reserved.accountants)

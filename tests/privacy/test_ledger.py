@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import msgspec
 import pytest
+from support.tiny import dpo_trainer, synthetic_pairs
+from support.trails import events, without_cross_checks
 
-from rlhf_audit_nb.config import PrivacyConfig
+from rlhf_audit_nb.auditor import AuditableRLHF
+from rlhf_audit_nb.config import AuditConfig, PrivacyConfig
 from rlhf_audit_nb.errors import EntryError, PrivacyError
 from rlhf_audit_nb.events import Event, PrivacyReserved, PrivacySettled, RunFinished, encode_body
 from rlhf_audit_nb.privacy.accountant import Mechanism, compose
@@ -25,7 +29,9 @@ def line(event: Event, run: str = "run-1") -> Line:
     return Line(event.TYPE, run, encode_body(event))
 
 
-def reserved(name: str, steps: int = 10, unit: str = "annotator", sigma: float = 1.0) -> PrivacyReserved:
+def reserved(
+    name: str, steps: int = 10, unit: str = "annotator", sigma: float = 1.0, column: str | None = None
+) -> PrivacyReserved:
     return PrivacyReserved(
         reservation=name,
         unit=unit,
@@ -45,6 +51,7 @@ def reserved(name: str, steps: int = 10, unit: str = "annotator", sigma: float =
         epsilon_before=0.0,
         epsilon_planned=1.0,
         accountants={},
+        column=column,
     )
 
 
@@ -89,6 +96,44 @@ def test_two_units_in_one_trail_are_refused() -> None:
 def test_a_run_of_another_unit_is_refused_before_it_spends() -> None:
     with pytest.raises(PrivacyError, match="privacy budget of annotators"):
         fold([line(reserved("a"))]).mechanisms("pair")
+
+
+def test_two_annotator_columns_in_one_trail_are_refused() -> None:
+    with pytest.raises(PrivacyError, match="of the column 'annotator_id' and of the column 'team'") as refused:
+        fold([line(reserved("a", column="annotator_id")), line(reserved("b", column="team"))])
+    assert refused.value.reason == "mixed-columns"
+    with pytest.raises(PrivacyError, match="of a column that is not recorded"):
+        fold([line(reserved("a")), line(reserved("b", column="team"))])
+
+
+def test_a_run_of_another_annotator_column_is_refused_before_it_spends() -> None:
+    ledger = fold([line(reserved("a", column="annotator_id"))])
+    assert ledger.mechanisms("annotator", "annotator_id") == (Mechanism(1.0, 0.1, 10),)
+    with pytest.raises(PrivacyError, match="by the column 'annotator_id'") as refused:
+        ledger.mechanisms("annotator", "team")
+    assert refused.value.reason == "mixed-columns"
+    assert 'annotator_column="annotator_id"' in refused.value.next_step
+    with pytest.raises(PrivacyError, match="not recorded"):
+        fold([line(reserved("a"))]).mechanisms("annotator", "team")
+
+
+def test_a_training_by_another_annotator_column_is_refused_before_it_reserves(tmp_path: Path) -> None:
+    rows = [{**row, "team": f"team-{number}"} for number, row in enumerate(synthetic_pairs(20))]
+
+    def train(column: str) -> AuditableRLHF:
+        privacy = PrivacyConfig(
+            epsilon=50, delta=1e-3, noise_multiplier=1.0, sampling_rate=0.3, annotator_column=column
+        )
+        held = AuditableRLHF(privacy_config=privacy, audit_config=AuditConfig(trail=str(tmp_path / "audit")))
+        with held.track_training(column):
+            dpo_trainer(rows, tmp_path / column, max_steps=1).train()
+        return held
+
+    with without_cross_checks():
+        held = train("annotator_id")
+        with pytest.raises(PrivacyError, match="by the column 'annotator_id'"):
+            train("team")
+    assert [event.column for event in events(held.trail, PrivacyReserved)] == ["annotator_id"]
 
 
 @pytest.mark.parametrize(

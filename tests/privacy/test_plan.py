@@ -171,12 +171,18 @@ def test_the_reservation_says_what_the_plan_is_and_nothing_of_the_rows(trainer: 
     body = encode_body(event)
     assert decode_body(PrivacyReserved.TYPE, body) == event
     assert event.units == 40
+    assert event.column == "annotator_id"
     assert event.steps == 12
     assert event.epsilon_planned == plan.epsilon
     assert event.accountants["pld"] == plan.epsilon
     assert {"pld", "pld_grid", "prv", "rdp"} == set(event.accountants)
     assert b"person" not in body
     assert b"80" not in body.replace(b"0.80", b"")
+
+
+def test_the_reservation_names_no_column_where_rows_are_the_units(trainer: Any) -> None:
+    plan = plan_training(trainer, config(unit="pair", noise_multiplier=2.0))
+    assert reserve_event(plan, "reservation-1").column is None
 
 
 def test_the_seed_is_in_the_private_half_alone(trainer: Any) -> None:
