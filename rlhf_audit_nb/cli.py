@@ -29,6 +29,7 @@ __all__ = ["main"]
 PROGRAM = "rlhf-audit"
 INTERRUPTED = 130
 WIDTH = 100
+RAISED_LINES = 10
 RECORD_SUFFIX = ".ipynb"
 LEVELS = ("UNANCHORED", "TIMESTAMPED", "COSIGNED")
 
@@ -201,6 +202,18 @@ def _do_run(args: argparse.Namespace) -> int:
     }
     words = [f"record   {result.path}", f"trail    {result.trail}", *_verdict_words(verdict, notes)]
     return _finish(args, answer, words, verdict.exit_code(None))
+
+
+def _raised_words(said: str) -> list[str]:
+    """The words of an error that a cell raised, indented; what is too long for a terminal stays in the record."""
+    from rlhf_audit_nb.compliance.words import visible
+
+    lines = [
+        part
+        for line in visible(said).splitlines()
+        for part in textwrap.wrap(line, WIDTH, initial_indent="  ", subsequent_indent="  ")
+    ]
+    return lines if len(lines) <= RAISED_LINES else [*lines[: RAISED_LINES - 1], "  … (the rest is in the record)"]
 
 
 def _cell_progress(position: int, cells: int, state: str) -> None:
@@ -582,6 +595,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return do(args)
     except AuditError as error:
         _note(f"error: {error.message}")
+        for line in _raised_words(getattr(error, "said", "")):
+            _note(line)
         if error.next_step:
             _note(f"Next step: {error.next_step}")
         if "--json" in given:

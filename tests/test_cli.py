@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 
 import pytest
+from records_support import write_notebook
 
 from rlhf_audit_nb import cli
 from rlhf_audit_nb.trail import Trail
@@ -189,6 +190,40 @@ def test_a_published_trail_is_verified_from_its_files_and_a_changed_one_is_inval
     code, out, _ = run("verify", tmp_path / "www", "--json")
     assert code == 40
     assert "entry 1" in json.loads(out)["reasons"][0]["message"]
+
+
+REFUSED = "from rlhf_audit_nb.errors import BudgetExceededError\n" + (
+    "raise BudgetExceededError('Nothing of the budget is left.', next_step='Use another population.')"
+)
+LONG = "raise OSError('nosuch/model is no local folder \\x1b[2J\\n' + 'and on it goes\\n' * 30)"
+
+
+@pytest.mark.parametrize(
+    ("source", "code", "said"),
+    [
+        (REFUSED, 3, ["  BudgetExceededError: Nothing of the budget is left. Use another population."]),
+        ("1 / 0", 1, ["  ZeroDivisionError: division by zero"]),
+        ("raise StopIteration", 1, ["  StopIteration"]),
+        (
+            LONG,
+            1,
+            [
+                "  OSError: nosuch/model is no local folder [U+001B][2J",
+                *["  and on it goes"] * 8,
+                "  … (the rest is in the record)",
+            ],
+        ),
+    ],
+)
+def test_what_a_cell_raised_is_said_in_its_own_words(run, tmp_path, monkeypatch, source, code, said):
+    monkeypatch.setenv("RLHF_AUDIT_HOME", str(tmp_path / "home"))
+    notebook = write_notebook(tmp_path / "in.ipynb", ["print('fine')", source])
+    ended, out, err = run("run", notebook, "--trail", tmp_path / "audit", "--json")
+    assert ended == code
+    lines = err.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("error: Cell 2 of 2"))
+    assert lines[at + 1 :] == [*said, "Next step: Open the record to see the cell's output."]
+    assert set(json.loads(out)["error"]) == {"code", "message", "next_step"}
 
 
 @pytest.fixture

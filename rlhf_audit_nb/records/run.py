@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
+import json
 import math
 import os
 import signal
@@ -72,14 +73,19 @@ class RunResult:
 
 
 class NotebookFailedError(RecordError):
-    """A cell failed or the execution was cut short; the record is sealed and says so (``result``)."""
+    """A cell failed or the execution was cut short; the record is sealed and says so (``result``).
+
+    ``said`` is what was raised in the cell, by name and in its own words, as the record holds it; empty where the
+    cell has no such output.
+    """
 
     code: ClassVar[str] = "notebook-failed"
     exit_code: ClassVar[int] = 1
 
-    def __init__(self, message: str, *, result: RunResult, next_step: str = "") -> None:
+    def __init__(self, message: str, *, result: RunResult, next_step: str = "", said: str = "") -> None:
         super().__init__(message, next_step=next_step)
         self.result = result
+        self.said = said
 
 
 class NotebookRefusedError(NotebookFailedError):
@@ -389,7 +395,14 @@ def _write_sealed(path: Path, text: str) -> None:
         raise
 
 
-def _failure(result: RunResult, cells: int) -> NotebookFailedError:
+def _said(record: str, cell: str | None) -> str:
+    """What was raised in a cell, from its last error output: the name, and the error's own words."""
+    cells = [found for found in json.loads(record)["cells"] if found.get("id") == cell]
+    errors = [out for found in cells for out in found.get("outputs", ()) if out["output_type"] == "error"]
+    return f"{errors[-1]['ename']}: {errors[-1]['evalue']}".rstrip(": \n") if errors else ""
+
+
+def _failure(result: RunResult, cells: int, record: str) -> NotebookFailedError:
     kind = NotebookRefusedError if result.reason in REFUSALS else NotebookFailedError
     words = {"failed": "raised", "aborted": "was cut short by"}[result.status]
     where = f"Cell {result.position + 1} of {cells} (id {result.cell})" if result.position is not None else "The run"
@@ -397,6 +410,7 @@ def _failure(result: RunResult, cells: int) -> NotebookFailedError:
         f"{where} {words} {result.reason}; the record {result.path} is sealed with status {result.status!r}.",
         result=result,
         next_step="Open the record to see the cell's output.",
+        said=_said(record, result.cell),
     )
 
 
@@ -490,7 +504,7 @@ def _execute(
     _write_sealed(target, sealed[0])
     result = RunResult(target, record, outcome.status, outcome.reason, outcome.cell, outcome.position, location)
     if outcome.status != "completed":
-        raise _failure(result, len(node.cells))
+        raise _failure(result, len(node.cells), sealed[0])
     return result
 
 
