@@ -146,7 +146,13 @@ class DataBound(Event, frozen=True, kw_only=True):
 
 
 class ModelBound(Event, frozen=True, kw_only=True):
-    """The model that a trainer showed: ``role`` is ``base``, ``reference`` or ``final``."""
+    """The model that a trainer showed: ``role`` is ``base``, ``reference`` or ``final``.
+
+    The base's ``weights_digest`` leaves an adapter out. ``trainable_digest`` is the digest of the trainable tensors,
+    an adapter's too, as they were when training began (role ``base`` only, where there are any): it tells a fresh
+    adapter from one that had learnt before. It compares with a step's weights digest, which has the same form; a final
+    one has the names that a save writes.
+    """
 
     TYPE: ClassVar[str] = "model.bound"
 
@@ -159,6 +165,7 @@ class ModelBound(Event, frozen=True, kw_only=True):
     name: str | None = None
     tokenizer_digest: str | None = None
     adapter: dict[str, Any] | None = None
+    trainable_digest: str | None = None
 
 
 class TrainerAttached(Event, frozen=True, kw_only=True):

@@ -123,6 +123,7 @@ def describe_model(model: Any, role: str, processing_class: Any = None) -> Model
     tensors = base_tensors(model) if role == "base" else final_tensors(model)
     config = getattr(model, "config", None)
     parameters = [(value.numel(), value.requires_grad) for value in model.parameters()]
+    trains = any(wanted for _, wanted in parameters)
     return ModelBound(
         role=role,
         architecture=_architecture(model),
@@ -133,6 +134,7 @@ def describe_model(model: Any, role: str, processing_class: Any = None) -> Model
         name=_public_name(config),
         tokenizer_digest=_tokenizer_digest(processing_class),
         adapter=_adapter(model),
+        trainable_digest=trainable_digest(model) if role == "base" and trains else None,
     )
 
 

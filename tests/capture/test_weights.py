@@ -111,6 +111,18 @@ def test_the_trainable_digest_follows_training_only():
     assert trainable_digest(adapted) != before
 
 
+def test_the_base_names_what_training_began_from_also_in_an_adapter():
+    adapted = get_peft_model(causal_model(), lora())
+    fresh = describe_model(adapted, "base")
+    perturb(adapted)
+    moved = describe_model(adapted, "base")
+    assert moved.weights_digest == fresh.weights_digest
+    assert fresh.trainable_digest is not None
+    assert moved.trainable_digest == trainable_digest(adapted) != fresh.trainable_digest
+    assert describe_model(adapted, "final").trainable_digest is None
+    assert describe_model(causal_model().requires_grad_(False), "base").trainable_digest is None
+
+
 def test_a_model_is_described_without_paths(tmp_path):
     from transformers import AutoModelForCausalLM
 
