@@ -34,6 +34,10 @@ THREATS = (
     ),
     "Not covered: time. How long a training or a step took may depend on the data.",
     (
+        "Not covered: rows that the trainer drops while it prepares the data, for instance over-long ones, and units "
+        "that lose all their rows by it. The roster is counted after that, so who is on it may depend on the data."
+    ),
+    (
         "Not covered: choices that people made after looking at the data, such as settings, the selection of data or "
         "which model to keep."
     ),

@@ -54,6 +54,12 @@ def test_the_dict_holds_verdict_privacy_assessment_and_evidence():
     json.dumps(said, allow_nan=False)
 
 
+def test_a_private_report_says_that_dropped_rows_are_not_covered():
+    private, plain = (build_compliance_report(story.evidence(private=private)).html for private in (True, False))
+    assert "Not covered: rows that the trainer drops" in private
+    assert "trainer drops" not in plain
+
+
 def test_printed_it_says_level_counts_and_privacy_once():
     private, plain = (repr(build_compliance_report(story.evidence(private=private))) for private in (True, False))
     assert private.startswith("<ComplianceReport UNANCHORED: 8 of 197")
