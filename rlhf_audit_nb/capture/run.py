@@ -73,7 +73,7 @@ CORE_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets
 
 
 class AuditWarning(UserWarning):
-    """Something in the run deserves a look; it is recorded as well."""
+    """Something in the run deserves a look; the run's panel says it as well, but no entry of the trail does."""
 
 
 class RunObserver(Protocol):
