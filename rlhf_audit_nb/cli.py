@@ -30,6 +30,10 @@ PROGRAM = "rlhf-audit"
 INTERRUPTED = 130
 WIDTH = 100
 RAISED_LINES = 10
+# What a plan is worked out for: beyond it the accountant takes minutes or gigabytes, for figures of no use.
+PLAN_STEPS = 10_000_000
+PLAN_NOISE = 10_000
+PLAN_LOSS = 1e6
 RECORD_SUFFIX = ".ipynb"
 LEVELS = ("UNANCHORED", "TIMESTAMPED", "COSIGNED")
 
@@ -340,6 +344,29 @@ def _check_plan(args: argparse.Namespace) -> None:
     if args.steps < 1:
         raise ConfigError(
             f"steps is {args.steps}; it must be at least 1.", next_step="Write --steps 100.", code="steps"
+        )
+    if args.steps > PLAN_STEPS:
+        raise ConfigError(
+            f"steps is {args.steps:,}; a plan is worked out for at most {PLAN_STEPS:,}.",
+            next_step=f"Write --steps {PLAN_STEPS} or fewer.",
+            code="steps",
+        )
+    noise, rate = args.noise_multiplier, args.sampling_rate
+    if noise is None:
+        return
+    if noise > PLAN_NOISE:
+        raise ConfigError(
+            f"noise_multiplier is {noise:g}; a plan is worked out for at most {PLAN_NOISE:,}.",
+            next_step="Write a smaller --noise-multiplier: nothing can be learned under so much noise.",
+            code="noise_multiplier",
+        )
+    # About twice the ε to come; the accountant's memory and time grow with it.
+    if (1 + args.steps * (rate if noise < 1 else rate**2)) / noise / noise > PLAN_LOSS:
+        raise ConfigError(
+            f"{args.steps:,} steps with noise multiplier {noise:g} and sampling rate {rate:g} would cost an ε of many "
+            "thousands, which protects nobody and takes the accountant minutes.",
+            next_step="Write a larger --noise-multiplier, a smaller --sampling-rate or fewer --steps.",
+            code="noise_multiplier",
         )
 
 

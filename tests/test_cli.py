@@ -155,6 +155,11 @@ def test_a_plan_for_an_epsilon_keeps_it_and_wastes_little(run):
         (["--noise-multiplier", "nan"], "noise_multiplier is nan"),
         (["--noise-multiplier", "1", "--sampling-rate", "1.5"], "sampling_rate is 1.5"),
         (["--noise-multiplier", "1", "--steps", "0"], "steps is 0"),
+        (["--noise-multiplier", "1e9", "--steps", "1000000000"], "steps is 1,000,000,000; a plan is worked out for"),
+        (["--epsilon", "1", "--steps", "10000001"], "steps is 10,000,001"),
+        (["--noise-multiplier", "1e9"], "noise_multiplier is 1e+09; a plan is worked out for at most 10,000"),
+        (["--noise-multiplier", "1e-200"], "protects nobody"),
+        (["--noise-multiplier", "0.1", "--sampling-rate", "1", "--steps", "10000000"], "protects nobody"),
     ],
 )
 def test_a_plan_out_of_range_says_what_to_write(run, argv, said):
@@ -192,7 +197,8 @@ def test_a_published_trail_is_verified_from_its_files_and_a_changed_one_is_inval
     assert "entry 1" in json.loads(out)["reasons"][0]["message"]
 
 
-REFUSED = "from rlhf_audit_nb.errors import BudgetExceededError\n" + (
+REFUSED = (
+    "from rlhf_audit_nb.errors import BudgetExceededError\n"
     "raise BudgetExceededError('Nothing of the budget is left.', next_step='Use another population.')"
 )
 LONG = "raise OSError('nosuch/model is no local folder \\x1b[2J\\n' + 'and on it goes\\n' * 30)"
