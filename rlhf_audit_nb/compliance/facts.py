@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from rlhf_audit_nb.events import (
@@ -26,10 +27,12 @@ from rlhf_audit_nb.events import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from rlhf_audit_nb.compliance.evidence import Evidence, Item
     from rlhf_audit_nb.events import Number
 
-__all__ = ["Composed", "RunFacts", "Spend", "composed_privacy", "origin_of", "run_facts"]
+__all__ = ["Composed", "Raise", "RunFacts", "Spend", "composed_privacy", "origin_of", "run_facts"]
 
 EventT = TypeVar("EventT", bound=Event)
 Guarantee = Literal["bound", "none", "asked", "untrained"]
@@ -111,6 +114,16 @@ class RunFacts:
 
 
 @dataclass(frozen=True)
+class Raise:
+    """A reservation under a larger ε budget than the reservation before it, and the entries of both."""
+
+    before: float
+    after: float
+    before_index: int
+    index: int
+
+
+@dataclass(frozen=True)
 class Composed:
     """The privacy loss of the population over all private runs, as the trail last recorded it.
 
@@ -129,6 +142,7 @@ class Composed:
     other_deltas: tuple[float, ...]
     private_runs: int
     unbounded_runs: int
+    raises: tuple[Raise, ...] = ()
 
 
 def run_facts(evidence: Evidence) -> tuple[RunFacts, ...]:
@@ -222,7 +236,15 @@ def composed_privacy(runs: tuple[RunFacts, ...]) -> Composed:
         other_deltas=others,
         private_runs=private,
         unbounded_runs=unbounded,
+        raises=tuple(_raises(spends)),
     )
+
+
+def _raises(spends: list[Spend]) -> Iterator[Raise]:
+    for earlier, later in pairwise(spends):
+        before, after = earlier.reserved.epsilon_budget, later.reserved.epsilon_budget
+        if after > before:
+            yield Raise(before, after, earlier.item.index, later.item.index)
 
 
 def _size(value: Number) -> float:

@@ -104,6 +104,9 @@ def composed_words(composed: Composed, *, trusted: bool) -> str:
         f"a budget of {words.number_text(composed.budget)}, "
         f"{words.plural(composed.private_runs, 'private run')} composed."
     )
+    for one in composed.raises:
+        before, after = words.number_text(one.before), words.number_text(one.after)
+        text += f" The budget was raised from {before} to {after} (#{one.before_index} → #{one.index})."
     if composed.unbounded_runs:
         text += (
             f" This bound does not reach {words.plural(composed.unbounded_runs, 'other run')} of this trail, "

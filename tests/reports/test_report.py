@@ -10,7 +10,7 @@ import report_story as story
 
 from rlhf_audit_nb.compliance import Evidence
 from rlhf_audit_nb.errors import ReportError
-from rlhf_audit_nb.events import EVENTS, Step
+from rlhf_audit_nb.events import EVENTS, PrivacyReserved, Step
 from rlhf_audit_nb.reports import FORMATS, build_compliance_report
 from rlhf_audit_nb.trail import Trail
 
@@ -113,3 +113,16 @@ def test_a_report_from_ten_thousand_entries_is_made_in_time():
     assert html_seconds < 5
     assert pdf_seconds < 10
     assert len(page) < 400_000
+
+
+def test_a_raised_budget_is_named_with_the_entries_that_raised_it():
+    teller = story.Teller()
+    story.created(teller)
+    for number, budget in enumerate((4.0, 9.0, 9.0, 8.0), 1):
+        story.train(teller, run=str(number) * 32, budget=budget, steps=2, before=float(number))
+    evidence = story.told(teller)
+    reserved = [item.index for item, _ in evidence.of(PrivacyReserved)]
+    said = build_compliance_report(evidence).to_dict()["privacy_words"]
+    assert f"The budget was raised from 4 to 9 (#{reserved[0]} → #{reserved[1]})." in said
+    assert said.count("raised") == 1
+    assert "The budget was raised from 4 to 9" in build_compliance_report(evidence).html
