@@ -405,6 +405,34 @@ def test_a_trainer_that_has_trained_without_privacy_before_is_warned_of(tmp_path
         trainer.train()
 
 
+@pytest.mark.parametrize("adapter", [None, "lora"])
+def test_going_on_from_what_a_run_without_privacy_saved_is_warned_of(tmp_path, adapter):
+    from peft import PeftModel
+    from support.tiny import reward_model
+    from transformers import AutoModelForSequenceClassification
+
+    def trained(name, privately, **given):
+        held = (
+            auditor(tmp_path) if privately else AuditableRLHF(audit_config=AuditConfig(trail=str(tmp_path / "audit")))
+        )
+        trainer = reward_trainer(PAIRS, tmp_path / name, max_steps=1, learning_rate=0.1, **given)
+        with held.track_training(name) as run:
+            trainer.train()
+        trainer.save_model(tmp_path / name)
+        return run.state.warnings
+
+    def loaded(name):
+        if adapter is None:
+            return AutoModelForSequenceClassification.from_pretrained(tmp_path / name)
+        return PeftModel.from_pretrained(reward_model(), tmp_path / name, is_trainable=True)
+
+    trained("open", privately=False, peft=adapter)
+    assert not any("begins from weights" in said for said in trained("fresh", privately=True, peft=adapter))
+    with pytest.warns(AuditWarning, match="begins from weights that a run without differential privacy left"):
+        trained("onwards", privately=True, model=loaded("open"))
+    assert not any("begins from weights" in said for said in trained("paid", privately=True, model=loaded("fresh")))
+
+
 def test_evaluation_in_a_private_run_is_refused_and_free_again_after_it(tmp_path):
     trainer = dpo_trainer(PAIRS, tmp_path / "out", max_steps=1)
     with auditor(tmp_path).track_training("private"):

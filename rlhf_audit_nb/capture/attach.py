@@ -21,9 +21,9 @@ from weakref import WeakKeyDictionary
 
 from rlhf_audit_nb.capture.data import bind_data
 from rlhf_audit_nb.capture.run import PrivatePlan, Run, current_run, open_private_runs
-from rlhf_audit_nb.capture.weights import describe_model
+from rlhf_audit_nb.capture.weights import describe_model, digest_tensors, final_tensors
 from rlhf_audit_nb.errors import RunError, UnsupportedTrainerError
-from rlhf_audit_nb.events import TrainerAttached
+from rlhf_audit_nb.events import ModelBound, RunStarted, TrainerAttached, decode_body
 
 __all__ = ["attach_trainers", "hyperparameters"]
 
@@ -260,7 +260,7 @@ def _record_training(run: Run, trainer: Any, train: Callable[[], Any]) -> Any:
             # The plan knows the steps; what a trainer would count from its rows is private.
             opening.record(plan.steps, plan)
             _show_plan(run, plan)
-            _warn_of_open_training(run, trainer)
+            _warn_of_open_training(run, trainer, opening.base)
             stack.callback(_remember_private_training, trainer, trainer.state)
         stack.enter_context(_with_callback(trainer, recorder))
         if plan is None:
@@ -286,6 +286,7 @@ class _Opening:
         self._trainer = trainer
         self._trainer_recorded = False
         self._recorded = False
+        self.base: ModelBound | None = None
 
     def record_trainer(self, max_steps: int) -> None:
         """The trainer; called again at the end for trainings that failed before they began."""
@@ -311,7 +312,8 @@ class _Opening:
         self.record_trainer(max_steps)
         for dataset, role in self._datasets():
             self._run.record(*_bind(dataset, role, plan))
-        self._run.record(describe_model(self._trainer.model, "base", self._trainer.processing_class))
+        self.base = describe_model(self._trainer.model, "base", self._trainer.processing_class)
+        self._run.record(self.base)
 
     def _datasets(self) -> Iterator[tuple[Any, str]]:
         if self._trainer.train_dataset is not None:
@@ -347,13 +349,40 @@ def _show_plan(run: Run, plan: PrivatePlan) -> None:
         run.warn(sentence)
 
 
-def _warn_of_open_training(run: Run, trainer: Any) -> None:
-    """A trainer that has trained without privacy hands its weights, and what they learnt, to the private training."""
+def _warn_of_open_training(run: Run, trainer: Any, base: ModelBound | None) -> None:
+    """Weights that were trained without privacy hand what they learnt to the private training."""
     if trainer.state.global_step and _private_states.get(trainer) is not trainer.state:
         run.warn(
             "This trainer has trained before, without differential privacy: what its model learnt then is not covered "
             "by this run's epsilon. Start from a model that has not seen the data."
         )
+    elif base is not None and _left_open(run) & _begun_from(trainer.model, base):
+        run.warn(
+            "This training begins from weights that a run without differential privacy left on this trail: what they "
+            "learnt then is not covered by this run's epsilon. Start from a model that has not seen the data."
+        )
+
+
+def _left_open(run: Run) -> set[str]:
+    """The digests of the weights that the trail's runs without privacy left."""
+    reader = run.trail.reader()
+    found: set[str] = set()
+    unprotected: set[str | None] = set()
+    for entry in reader.entries(type=RunStarted.TYPE):
+        started = decode_body(entry.type, entry.body)
+        if isinstance(started, RunStarted) and started.privacy is None:
+            unprotected.add(entry.run)
+    for entry in reader.entries(type=ModelBound.TYPE):
+        model = decode_body(entry.type, entry.body)
+        if isinstance(model, ModelBound) and model.role == "final" and entry.run in unprotected:
+            found.add(model.weights_digest)
+    return found
+
+
+def _begun_from(model: Any, base: ModelBound) -> set[str]:
+    """The digests of what a training begins from, in the form of a final one: the base, and an adapter on it."""
+    adapter = {digest_tensors(final_tensors(model))} if base.adapter is not None else set()
+    return {base.weights_digest, *adapter}
 
 
 def _remember_private_training(trainer: Any, before: Any) -> None:
