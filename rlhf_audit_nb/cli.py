@@ -22,7 +22,7 @@ from rlhf_audit_nb.errors import AuditError, ConfigError, FormatError
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.compliance.evidence import Evidence
-    from rlhf_audit_nb.trail import Reason, TrustPolicy, Verdict
+    from rlhf_audit_nb.trail import Reason, TrailReader, TrustPolicy, Verdict
 
 __all__ = ["main"]
 
@@ -402,6 +402,7 @@ def _do_budget_show(args: argparse.Namespace) -> int:
         }
         for spend in ledger.spends
     ]
+    budgets = _budgets(reader)
     answer = {"unit": ledger.unit, "epsilon": _finite(total.epsilon), "delta": args.delta, "adjacency": "zero-out"}
     reach = f"unit {ledger.unit}, zero-out adjacency; all runs composed, not added"
     words = [f"ε {epsilon_text(total.epsilon, 4)} at δ {delta_text(args.delta)}, {reach}"]
@@ -412,7 +413,22 @@ def _do_budget_show(args: argparse.Namespace) -> int:
             f"  run {short(spend.run or '')}: {state} {plural(spend.steps, 'step')}, noise multiplier "
             f"{mechanism.noise_multiplier:.10g}, sampling rate {mechanism.sampling_rate:g}"
         )
-    return _finish(args, {**answer, "spends": spends}, words)
+    if len(budgets) > 1:
+        words.append("  budget over time: " + ", ".join(f"{b['epsilon']:g} (#{b['entry']})" for b in budgets))
+    return _finish(args, {**answer, "budgets": budgets, "spends": spends}, words)
+
+
+def _budgets(reader: TrailReader) -> list[dict[str, Any]]:
+    """The ε budgets that reservations named, in order: the first, and each that differs from the one before it."""
+    from rlhf_audit_nb.events import PrivacyReserved, decode_body
+
+    found: list[dict[str, Any]] = []
+    for entry in reader.entries(type=PrivacyReserved.TYPE):
+        reserved = decode_body(entry.type, entry.body)
+        assert isinstance(reserved, PrivacyReserved)  # for the type checker; decode_body checked it
+        if not found or found[-1]["epsilon"] != reserved.epsilon_budget:
+            found.append({"epsilon": reserved.epsilon_budget, "entry": entry.index, "run": entry.run})
+    return found
 
 
 # -- the grammar ------------------------------------------------------------------------------------------------

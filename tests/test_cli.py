@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 
 import pytest
+import report_story as story
 from records_support import write_notebook
 
 from rlhf_audit_nb import cli
@@ -280,6 +281,28 @@ def test_a_report_of_a_history_that_diverged_ends_with_30_and_of_an_unanchored_o
     code, _, err = run("report", tmp_path / "earlier", "--format", "json")
     assert code == 30
     assert "DIVERGED" in err
+
+
+def test_budgets_that_differ_are_listed_over_time(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_AUDIT_HOME", str(tmp_path / "home"))
+    teller = story.Teller()
+    for number, budget in enumerate((4.0, 4.0, 9.0), 1):
+        story.train(teller, run=str(number) * 32, budget=budget, steps=2)
+    ledger = [entry for entry in teller.entries if entry.type.startswith("privacy.")]
+
+    def show(entries):
+        with Trail.open(tmp_path / "audit") as trail:
+            for entry in entries:
+                trail.append(entry.type, entry.body, run=entry.run).wait()
+        argv = ("budget", "show", "--trail", tmp_path / "audit")
+        return run(*argv)[1], json.loads(run(*argv, "--json")[1])["budgets"]
+
+    words, budgets = show(ledger[:4])
+    assert "over time" not in words
+    assert budgets == [{"epsilon": 4.0, "entry": 1, "run": "1" * 32}]
+    words, budgets = show(ledger[4:])
+    assert "budget over time: 4 (#1), 9 (#5)" in words
+    assert [one["epsilon"] for one in budgets] == [4.0, 9.0]
 
 
 def test_publishing_no_trail_is_one_sentence(run, tmp_path):
