@@ -27,6 +27,7 @@ from rlhf_audit_nb.events import (
     PrivacyReserved,
     PrivacySettled,
     ReportCreated,
+    decode_body,
     encode_body,
     encode_private,
 )
@@ -290,16 +291,18 @@ class _Privatiser:
     def plan(self, trainer: Any) -> _PrivatePlan:
         from rlhf_audit_nb.privacy.plan import plan_training
 
-        prior = _fold(self.trail.reader()).mechanisms(self.config.unit, self.config.unit_column)
-        return _PrivatePlan(self.trail, plan_training(trainer, self.config, prior))
+        reader = self.trail.reader()
+        prior = _fold(reader).mechanisms(self.config.unit, self.config.unit_column)
+        return _PrivatePlan(self.trail, plan_training(trainer, self.config, prior), _raised(reader, self.config))
 
 
 class _PrivatePlan:
     """One private training: what `rlhf_audit_nb.capture.run.PrivatePlan` asks for."""
 
-    def __init__(self, trail: Trail, plan: Plan) -> None:
+    def __init__(self, trail: Trail, plan: Plan, raised: str = "") -> None:
         self._trail = trail
         self._plan = plan
+        self._raised = raised
 
     @property
     def view(self) -> PrivacyView:
@@ -333,7 +336,7 @@ class _PrivatePlan:
         plan = self._plan
         # What the accountants note of each other is for the report; here it would only alarm.
         said = [sentence for sentence in plan.warnings if sentence not in plan.accounted.notes]
-        return [*said, *([plan.notice] if plan.notice else [])]
+        return [*said, *(sentence for sentence in (plan.notice, self._raised) if sentence)]
 
     @contextmanager
     def training(self, run: Run, trainer: Any, observer: RunObserver) -> Iterator[None]:
@@ -404,6 +407,21 @@ def _fold(reader: TrailReader) -> Ledger:
     from rlhf_audit_nb.privacy.ledger import fold
 
     return fold(_ledger_entries(reader))
+
+
+def _raised(reader: TrailReader, config: PrivacyConfig) -> str:
+    """A sentence where the configuration asks for a larger budget than the trail's last reservation; else nothing."""
+    entries = list(reader.entries(type=PrivacyReserved.TYPE))
+    if not entries:
+        return ""
+    last = decode_body(entries[-1].type, entries[-1].body)
+    assert isinstance(last, PrivacyReserved)  # for the type checker; decode_body checked it
+    if config.epsilon <= last.epsilon_budget:
+        return ""
+    return (
+        f"This run raises the trail's budget from {last.epsilon_budget:g} to {config.epsilon:g}; "
+        "the trail keeps both, and reports name the raise."
+    )
 
 
 def _ledger_entries(reader: TrailReader) -> list[Entry]:

@@ -433,6 +433,21 @@ def test_going_on_from_what_a_run_without_privacy_saved_is_warned_of(tmp_path, a
     assert not any("begins from weights" in said for said in trained("paid", privately=True, model=loaded("fresh")))
 
 
+def test_a_run_that_asks_for_a_larger_budget_than_the_trails_last_one_is_warned_of(tmp_path):
+    def trained(name, epsilon):
+        trainer = reward_trainer(PAIRS, tmp_path / name, max_steps=1)
+        with auditor(tmp_path, epsilon=epsilon).track_training(name) as run:
+            trainer.train()
+        return [said for said in run.state.warnings if "raises" in said]
+
+    with without_cross_checks():
+        assert trained("first", 400.0) == []
+        assert trained("same", 400.0) == []
+        with pytest.warns(AuditWarning, match="raises the trail's budget from 400 to 900"):
+            trained("more", 900.0)
+        assert trained("less", 800.0) == []
+
+
 def test_evaluation_in_a_private_run_is_refused_and_free_again_after_it(tmp_path):
     trainer = dpo_trainer(PAIRS, tmp_path / "out", max_steps=1)
     with auditor(tmp_path).track_training("private"):
