@@ -45,7 +45,7 @@ def story(lab, browser, llmfao, repository):
     while page.locator(".raps").count() == 0:
         # In one look: between two, the panel may have been frozen and be gone.
         text = page.evaluate(LIVE_EPSILON)
-        if text is not None:
+        if text:  # empty until the first figures are drawn
             seen["epsilons"].append(text)
         if not pictured and len(set(seen["epsilons"])) >= STEPS // 4:
             pictured = True
