@@ -33,7 +33,7 @@ from rlhf_audit_nb.trail.merkle import check_consistency
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.trail import Entry, RunSummary
-    from rlhf_audit_nb.trail.keys import CheckedCheckpoint
+    from rlhf_audit_nb.trail.policy import CheckedCheckpoint
 
 __all__ = ["OpenedRecord", "open_record", "read_record", "verify_record"]
 

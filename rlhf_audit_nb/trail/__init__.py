@@ -1,14 +1,15 @@
 """The trail: an append-only, tamper-evident log with signed checkpoints. Floor 0.
 
 Knows nothing of training, notebooks or reports. One module a format: `entry`, `merkle`, `note`, `checkpoint`,
-`proof`, `keys` (key rings and trust policies); `store`, `writer`, `vault`, `heads` and `liveness` keep it; `verify`
+`proof`, `policy`; `keys` (key rings); `store`, `writer`, `vault`, `heads` and `liveness` keep it; `verify`
 checks it; `trail` is what the floors above hold.
 """
 
 from __future__ import annotations
 
 from rlhf_audit_nb.trail.entry import Entry, Envelope
-from rlhf_audit_nb.trail.keys import KeyRing, TrustPolicy
+from rlhf_audit_nb.trail.keys import KeyRing
+from rlhf_audit_nb.trail.policy import TrustPolicy
 from rlhf_audit_nb.trail.trail import InterruptedRun, Recovery, Trail, TrailReader, TrailStatus
 from rlhf_audit_nb.trail.vault import Opening, Vault, check_opening
 from rlhf_audit_nb.trail.verify import Level, Reason, RunSummary, Verdict, check_entries, verify_trail

@@ -12,16 +12,20 @@ import base64
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlhf_audit_nb.errors import FormatError, StoreError
 from rlhf_audit_nb.trail.checkpoint import Checkpoint, checkpoint_of
 from rlhf_audit_nb.trail.entry import Entry
 from rlhf_audit_nb.trail.heads import Heads
-from rlhf_audit_nb.trail.keys import CheckedCheckpoint, TrustPolicy, home_folder, local_policy
+from rlhf_audit_nb.trail.keys import home_folder, local_policy
 from rlhf_audit_nb.trail.merkle import Frontier, leaf_hash
 from rlhf_audit_nb.trail.store import BUNDLE, unpack_entries
 from rlhf_audit_nb.trail.tiles import tile_path
 from rlhf_audit_nb.trail.verify import MAX_REASONS, EntryChecker, Level, Reason, Verdict, conclude
+
+if TYPE_CHECKING:
+    from rlhf_audit_nb.trail.policy import CheckedCheckpoint, TrustPolicy
 
 __all__ = ["is_published", "verify_published"]
 

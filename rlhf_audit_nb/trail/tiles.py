@@ -23,7 +23,7 @@ from pathlib import Path
 
 from rlhf_audit_nb.errors import StoreError
 from rlhf_audit_nb.trail.checkpoint import checkpoint_of
-from rlhf_audit_nb.trail.keys import sync_folder
+from rlhf_audit_nb.trail.durable import sync_folder
 from rlhf_audit_nb.trail.merkle import Frontier, leaf_hash, node_hash
 from rlhf_audit_nb.trail.store import BUNDLE, Bundle, Head, Store, Transaction, unpack_entries
 from rlhf_audit_nb.trail.verify import store_path

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -30,10 +30,13 @@ from rlhf_audit_nb.errors import AuditError, FormatError, StoreError
 from rlhf_audit_nb.trail.checkpoint import Checkpoint, checkpoint_of
 from rlhf_audit_nb.trail.entry import Entry
 from rlhf_audit_nb.trail.heads import Heads
-from rlhf_audit_nb.trail.keys import CheckedCheckpoint, TrustPolicy, home_folder, local_policy
+from rlhf_audit_nb.trail.keys import home_folder, local_policy
 from rlhf_audit_nb.trail.merkle import HASH_BYTES, Frontier
 from rlhf_audit_nb.trail.store import Bundle, Head, Store, StreamState, Transaction, unpack_entries
 from rlhf_audit_nb.trail.writer import RUN_FINISHED, RUN_INTERRUPTED, RUN_STARTED
+
+if TYPE_CHECKING:
+    from rlhf_audit_nb.trail.policy import CheckedCheckpoint, TrustPolicy
 
 __all__ = [
     "EntryChecker",

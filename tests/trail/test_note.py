@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from rlhf_audit_nb.errors import FormatError
 from rlhf_audit_nb.trail.checkpoint import Checkpoint, checkpoint_of, parse_checkpoint
-from rlhf_audit_nb.trail.keys import TrustPolicy
 from rlhf_audit_nb.trail.merkle import EMPTY_ROOT, LeafHashes, leaf_hash, prove_inclusion, tree_root
 from rlhf_audit_nb.trail.note import (
     COSIGNATURE,
@@ -28,6 +27,7 @@ from rlhf_audit_nb.trail.note import (
     sign_note,
     verify_note,
 )
+from rlhf_audit_nb.trail.policy import TrustPolicy
 from rlhf_audit_nb.trail.proof import InclusionProof, format_proof, parse_proof
 
 ORIGIN = "example.com/rlhf-audit"
