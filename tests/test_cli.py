@@ -11,6 +11,8 @@ import report_story as story
 from records_support import write_notebook
 
 from rlhf_audit_nb import cli
+from rlhf_audit_nb.cli import saying
+from rlhf_audit_nb.cli.shared import beside
 from rlhf_audit_nb.trail import Trail
 
 
@@ -30,14 +32,13 @@ def run(capsys):
 def test_help_lists_every_command_under_its_section(run):
     code, out, _ = run("--help")
     assert code == 0
-    for title, commands in cli.SECTIONS:
-        assert f"{title}:" in out
-        for name, text in commands:
-            assert f"{name:<8} {text}" in out
+    for command in cli.COMMANDS:
+        assert f"{command.section}:" in out
+        assert f"{command.name:<9} {command.help}" in out
     assert run()[1] == out
 
 
-@pytest.mark.parametrize("command", list(cli.COMMANDS))
+@pytest.mark.parametrize("command", [command.name for command in cli.COMMANDS])
 def test_each_command_has_help_and_json(run, command):
     code, out, _ = run(command, "--help")
     assert code == 0
@@ -103,7 +104,7 @@ def test_what_is_worth_knowing_of_a_record_is_told_beside_the_verdict(run, monke
 def test_a_report_of_the_folder_one_stands_in_goes_beside_it(monkeypatch, tmp_path):
     (tmp_path / "trail").mkdir()
     monkeypatch.chdir(tmp_path / "trail")
-    assert cli._beside(".", ".html") == tmp_path / "trail.html"
+    assert beside(".", ".html") == tmp_path / "trail.html"
 
 
 def test_an_error_is_an_object_under_json(run):
@@ -175,7 +176,7 @@ def test_an_interruption_is_no_traceback(run, monkeypatch):
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_do_budget_plan", interrupt)
+    monkeypatch.setattr(saying, "_do_budget_plan", interrupt)
     code, _, err = run("budget", "plan", "--epsilon", "1", "--sampling-rate", "0.1", "--steps", "10")
     assert code == 130
     assert "interrupted" in err

@@ -1,0 +1,186 @@
+"""What every command shares: how it speaks, how it names things, how it is described to the grammar. Floor 6."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+from rlhf_audit_nb.errors import ConfigError, FormatError
+
+if TYPE_CHECKING:
+    from rlhf_audit_nb.trail import TrustPolicy
+
+__all__ = [
+    "PROGRAM",
+    "WIDTH",
+    "Command",
+    "Parser",
+    "Section",
+    "add_json",
+    "add_policy",
+    "add_trail",
+    "beside",
+    "finish",
+    "is_record",
+    "note",
+    "output",
+    "read_policy",
+    "say",
+    "trail_folder",
+]
+
+PROGRAM = "rlhf-audit"
+WIDTH = 100
+RECORD_SUFFIX = ".ipynb"
+
+Section = Literal["train and record", "check", "say", "share", "keep"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: the section of the overview that it stands in, its name, one line of help, and its options."""
+
+    section: Section
+    name: str
+    help: str
+    build: Callable[[Parser], None]
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse in the words of this package: one sentence, the close match, the next step; exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """A mistake in the command line."""
+        raise ConfigError(f"{message[:1].upper()}{message[1:]}.", next_step=f"See {self.prog} --help.", code="usage")
+
+    def options(self) -> list[str]:
+        """Every option that this command takes."""
+        return [text for action in self._actions for text in action.option_strings]
+
+    def all_options(self) -> list[str]:
+        """Those, and every one that a part of it takes."""
+        groups = [action.choices for action in self._actions if isinstance(action.choices, dict)]
+        return self.options() + [text for parts in groups for part in parts.values() for text in part.all_options()]
+
+
+def say(text: str = "") -> None:
+    """A result, for whoever reads stdout."""
+    print(text)
+
+
+def note(text: str) -> None:
+    """Progress and complaints, which are no result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def finish(args: argparse.Namespace, result: dict[str, Any], words: Sequence[str], code: int = 0) -> int:
+    """Ends a command: the words, or with ``--json`` one object on stdout and the words on stderr."""
+    for line in words:
+        (note if args.json else say)(line)
+    if args.json:
+        print(json.dumps(result, ensure_ascii=False, allow_nan=False))
+    return code
+
+
+def read_policy(args: argparse.Namespace) -> TrustPolicy | None:
+    """The trust policy that was named, ``None`` where none was.
+
+    Raises:
+        ConfigError: it cannot be read, or is none.
+    """
+    if args.policy is None:
+        return None
+    from rlhf_audit_nb.trail import TrustPolicy
+
+    text = _text(args.policy, "trust policy")
+    try:
+        return TrustPolicy.parse(text)
+    except FormatError as error:
+        raise ConfigError(
+            f"{args.policy} is not a trust policy. {error.message}",
+            next_step="Name the file with the public keys (a log line and a quorum line) that the key-holder gave you.",
+            code=error.reason,
+        ) from error
+
+
+def _text(path: str, what: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"The {what} {path} cannot be read: {reason}.", next_step="Check the path.") from error
+
+
+def is_record(target: str) -> bool:
+    """Whether a target is a record (a notebook) and not a trail's folder.
+
+    Raises:
+        ConfigError: there is nothing of that name.
+    """
+    path = Path(target)
+    if path.is_dir():
+        return False
+    if path.exists() or path.suffix == RECORD_SUFFIX:
+        return True
+    raise ConfigError(
+        f"There is no record or trail at {target}.",
+        next_step="Name an executed notebook (.ipynb) or a trail's folder.",
+        code="no-target",
+    )
+
+
+def trail_folder(args: argparse.Namespace) -> Path:
+    """The trail that was named, or the usual one."""
+    from rlhf_audit_nb.config import AuditConfig
+
+    return AuditConfig(trail=args.trail).trail_location()
+
+
+def beside(target: str, suffix: str) -> Path:
+    """The result's place where none is named: the target with another ending."""
+    path = Path(target)
+    if path.name in ("", ".."):
+        path = path.resolve()
+    return path.with_suffix(suffix) if path.name else path
+
+
+def output(args: argparse.Namespace, default: Path) -> Path:
+    """Where the result goes; the folder is made.
+
+    Raises:
+        ConfigError: it cannot be written there.
+    """
+    path = Path(args.out) if args.out else default
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(21, "it is a folder")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise PermissionError(13, "no permission to write there")
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror}.", next_step="Name another file with -o.", code="output"
+        ) from error
+    return path
+
+
+def add_policy(parser: argparse.ArgumentParser) -> None:
+    """The option that says whom to trust."""
+    parser.add_argument("--policy", metavar="FILE", help="whom to trust (default: the user's own keys)")
+
+
+def add_trail(parser: argparse.ArgumentParser) -> None:
+    """The option that names the trail."""
+    parser.add_argument("--trail", metavar="DIR", help="the trail's folder ($RLHF_AUDIT_TRAIL, else audit)")
+
+
+def add_json(part: argparse.ArgumentParser) -> None:
+    """``--json`` for a part of a command (a command itself has it already)."""
+    # SUPPRESS: an absent flag here must not overwrite one given before the part.
+    part.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON object on stdout")
