@@ -12,10 +12,12 @@ from rlhf_audit_nb.trail.keys import KeyRing
 from rlhf_audit_nb.trail.policy import TrustPolicy
 from rlhf_audit_nb.trail.trail import InterruptedRun, Recovery, Trail, TrailReader, TrailStatus
 from rlhf_audit_nb.trail.vault import Opening, Vault, check_opening
-from rlhf_audit_nb.trail.verify import Level, Reason, RunSummary, Verdict, check_entries, verify_trail
+from rlhf_audit_nb.trail.verdict import Anchor, Level, Reason, RunSummary, Verdict
+from rlhf_audit_nb.trail.verify import check_entries, verify_trail
 from rlhf_audit_nb.trail.writer import Pending
 
 __all__ = [
+    "Anchor",
     "Entry",
     "Envelope",
     "InterruptedRun",

@@ -22,7 +22,8 @@ from rlhf_audit_nb.trail.keys import home_folder, local_policy
 from rlhf_audit_nb.trail.merkle import Frontier, leaf_hash
 from rlhf_audit_nb.trail.store import BUNDLE, unpack_entries
 from rlhf_audit_nb.trail.tiles import tile_path
-from rlhf_audit_nb.trail.verify import MAX_REASONS, EntryChecker, Level, Reason, Verdict, conclude
+from rlhf_audit_nb.trail.verdict import Level, Reason, Verdict
+from rlhf_audit_nb.trail.verify import MAX_REASONS, EntryChecker, conclude
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.trail.policy import CheckedCheckpoint, TrustPolicy

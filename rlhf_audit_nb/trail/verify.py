@@ -3,26 +3,17 @@
 `verify_trail` streams one consistent state of a store: it hashes every entry from its bytes, grows the tree from
 those hashes alone, and compares with it whatever was stored beside them (leaf hashes, subtrees, frontier, every signed
 checkpoint of the history, the newest one, the query index). Then it asks the last-seen heads whether this is the
-history that was seen before. Every fault is a `Reason` that names its place; the `Level` follows from them:
-
-============ ==== =========================================================================================
-INVALID       40  something does not hang together, or is not signed by whom the policy trusts
-DIVERGED      30  it does, but it is not (a continuation of) the history that was seen before
-UNANCHORED    10  it does, and nobody but the key's holder has witnessed it
-TIMESTAMPED    5  a timestamp bounds when it was written
-COSIGNED       0  the policy's quorum of witnesses has cosigned it
-============ ==== =========================================================================================
+history that was seen before. Every fault is a `Reason` that names its place; the `Level` follows from them (`verdict`).
 """
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from enum import IntEnum
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -33,6 +24,7 @@ from rlhf_audit_nb.trail.heads import Heads
 from rlhf_audit_nb.trail.keys import home_folder, local_policy
 from rlhf_audit_nb.trail.merkle import HASH_BYTES, Frontier
 from rlhf_audit_nb.trail.store import Bundle, Head, Store, StreamState, Transaction, unpack_entries
+from rlhf_audit_nb.trail.verdict import Level, Reason, RunSummary, Verdict
 from rlhf_audit_nb.trail.writer import RUN_FINISHED, RUN_INTERRUPTED, RUN_STARTED
 
 if TYPE_CHECKING:
@@ -40,10 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EntryChecker",
-    "Level",
-    "Reason",
-    "RunSummary",
-    "Verdict",
     "check_entries",
     "compare_with_seen",
     "conclude",
@@ -53,81 +41,6 @@ __all__ = [
 
 MAX_REASONS = 100
 OPEN = "open"
-
-
-class Level(IntEnum):
-    """How far a verdict reaches, the least first."""
-
-    INVALID = 0
-    DIVERGED = 1
-    UNANCHORED = 2
-    TIMESTAMPED = 3
-    COSIGNED = 4
-
-    @property
-    def exit_code(self) -> int:
-        """The level's process status."""
-        return (40, 30, 10, 5, 0)[self]
-
-
-@dataclass(frozen=True)
-class Reason:
-    """One fault: a machine-readable code, the place, and a sentence."""
-
-    code: str
-    where: str
-    message: str
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """One run: its status (``open`` where no end was recorded), its entries, the first's and the last's index."""
-
-    run: str
-    status: str
-    entries: int
-    first: int
-    last: int
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a verification found."""
-
-    level: Level
-    origin: str
-    size: int
-    root: str
-    signers: tuple[str, ...] = ()
-    runs: tuple[RunSummary, ...] = ()
-    reasons: tuple[Reason, ...] = ()
-
-    def exit_code(self, require: Level | None = None) -> int:
-        """The process status: 0 where the level is enough, else the level's own code.
-
-        Without ``require`` UNANCHORED and above are enough, unless the policy asked for witnesses that are missing.
-        """
-        least = Level.UNANCHORED if require is None else require
-        if require is None and any(reason.code == "quorum" for reason in self.reasons):
-            least = Level.COSIGNED
-        return 0 if self.level >= least else self.level.exit_code
-
-    def __str__(self) -> str:
-        signers = ", ".join(self.signers) or "nobody that is trusted"
-        head = f"{self.level.name}: {self.origin}, {self.size} entries, root {self.root}, signed by {signers}"
-        return "\n".join([head, *(f"  {reason.where}: {reason.message} [{reason.code}]" for reason in self.reasons)])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `verify --json` prints them."""
-        return {
-            "level": self.level.name,
-            "origin": self.origin,
-            "size": self.size,
-            "root": self.root,
-            "signers": list(self.signers),
-            "runs": [asdict(run) for run in self.runs],
-            "reasons": [asdict(reason) for reason in self.reasons],
-        }
 
 
 class _Finished(msgspec.Struct):
