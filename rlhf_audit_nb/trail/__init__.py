@@ -14,10 +14,11 @@ from rlhf_audit_nb.trail.trail import InterruptedRun, Recovery, Trail, TrailRead
 from rlhf_audit_nb.trail.vault import Opening, Vault, check_opening
 from rlhf_audit_nb.trail.verdict import Anchor, Level, Reason, RunSummary, Verdict
 from rlhf_audit_nb.trail.verify import check_entries, verify_trail
-from rlhf_audit_nb.trail.writer import Pending
+from rlhf_audit_nb.trail.writer import Draft, Pending
 
 __all__ = [
     "Anchor",
+    "Draft",
     "Entry",
     "Envelope",
     "InterruptedRun",

@@ -11,7 +11,7 @@ import fcntl
 import os
 from pathlib import Path
 
-__all__ = ["WriterLock", "is_alive", "sweep"]
+__all__ = ["WriterLock", "is_alive", "living_writers", "sweep"]
 
 
 class WriterLock:
@@ -70,6 +70,12 @@ def is_alive(folder: Path, writer: str) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+def living_writers(folder: Path) -> list[str]:
+    """The ids of all writers whose processes live."""
+    found = sorted(path.name.removesuffix(".lock") for path in (folder / "writers").glob("*.lock"))
+    return [writer for writer in found if is_alive(folder, writer)]
 
 
 def sweep(folder: Path) -> None:

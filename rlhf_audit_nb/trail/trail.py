@@ -14,7 +14,7 @@ import os
 import secrets
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -30,14 +30,15 @@ from rlhf_audit_nb.trail.checkpoint import checkpoint_of
 from rlhf_audit_nb.trail.entry import MAX_ENTRY, Entry, check_body, check_run, check_type
 from rlhf_audit_nb.trail.heads import Heads
 from rlhf_audit_nb.trail.keys import KeyRing, create_keys, have_keys, home_folder, load_keys
-from rlhf_audit_nb.trail.liveness import is_alive, sweep
+from rlhf_audit_nb.trail.liveness import is_alive, living_writers, sweep
 from rlhf_audit_nb.trail.merkle import prove_consistency, prove_inclusion, tree_root
+from rlhf_audit_nb.trail.note import Signer, format_vkey
 from rlhf_audit_nb.trail.store import Bundle, Head, Store, Transaction, store_errors, unpack_entries
 from rlhf_audit_nb.trail.vault import Vault
 from rlhf_audit_nb.trail.verify import compare_with_seen, store_path
-from rlhf_audit_nb.trail.writer import RUN_INTERRUPTED, Pending, Writer, new_head, too_large
+from rlhf_audit_nb.trail.writer import RUN_INTERRUPTED, Draft, Pending, Writer, new_head, too_large
 
-__all__ = ["InterruptedRun", "Recovery", "Trail", "TrailReader", "TrailStatus"]
+__all__ = ["Draft", "InterruptedRun", "Recovery", "Trail", "TrailReader", "TrailStatus"]
 
 _READ_ROWS = 16
 # The longest that an envelope can be around its body: names of at most 64, 128 and 128 characters, two numbers of
@@ -224,9 +225,18 @@ class Trail:
     """An opened trail, to append to. Made by `Trail.open`; use it as a context manager, or call `close`."""
 
     def __init__(
-        self, location: Path, store: Store, writer: Writer, keys: KeyRing, recovery: Recovery, *, always: bool
+        self,
+        location: Path,
+        home: Path,
+        store: Store,
+        writer: Writer,
+        keys: KeyRing,
+        recovery: Recovery,
+        *,
+        always: bool,
     ) -> None:
         self._location = location
+        self._home = home
         self._store = store
         self._writer = writer
         self._keys = keys
@@ -292,13 +302,13 @@ class Trail:
                 keys = load_keys(home, head.origin, passphrase)
                 _check_seen(store, head.origin, heads)
             vault = Vault(folder / "vault.sqlite", keys.master)
-            writer = Writer(folder, store, vault, keys.signer, heads, always=always)
+            writer = Writer(folder, store, vault, [keys.signer], heads, always=always)
             undo.callback(writer.abort)
             if head is None:
-                writer.create(new_head(keys.origin, keys.signer), _created_body(keys))
+                writer.create(new_head(keys.origin, [keys.signer]), _created_body(keys))
             recovery = _recover(folder, writer)
             undo.pop_all()
-        return cls(folder, store, writer, keys, recovery, always=always)
+        return cls(folder, home, store, writer, keys, recovery, always=always)
 
     def __enter__(self) -> Self:
         return self
@@ -327,6 +337,48 @@ class Trail:
     def log_vkey(self) -> str:
         """The verifier key of the key that signs checkpoints."""
         return self._vkey
+
+    @property
+    def home(self) -> Path:
+        """The folder of keys and last-seen heads."""
+        return self._home
+
+    @property
+    def signers(self) -> tuple[Signer, ...]:
+        """What signs the checkpoints of the next commits."""
+        return self._writer.signers
+
+    def use_signers(self, signers: Sequence[Signer]) -> None:
+        """Sign the next commits with these keys; what was appended before is committed under the old ones first.
+
+        `log_vkey` is that of the first from then on. Other processes that write to this trail meanwhile are refused
+        at their next commit (`StoreError`, code ``rotated``): change keys within `exclusive`.
+
+        Raises:
+            ValueError: there is none.
+            StoreError: a commit failed.
+        """
+        self._writer.use(signers)
+        self._vkey = format_vkey(self._writer.signers[0].verifier())
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """While it lasts nobody else opens this trail; refused while anybody else has it open to append.
+
+        No trail of this folder may be opened within it by this process either: that would wait for ever.
+
+        Raises:
+            StoreError: ``in-use`` where another writer lives.
+        """
+        with _opening(self._location):
+            others = [writer for writer in living_writers(self._location) if writer != self._writer.id]
+            if others:
+                raise StoreError(
+                    f"The trail {self._location} is open in {len(others)} other place{'s' * (len(others) > 1)}.",
+                    next_step="Close it there (end the run, or shut the notebook's kernel down), then try again.",
+                    code="in-use",
+                )
+            yield
 
     @property
     def keys(self) -> KeyRing:
@@ -388,6 +440,22 @@ class Trail:
             item.wait()
         return item
 
+    def append_many(self, drafts: Iterable[Draft]) -> Sequence[int]:
+        """Append many entries at the speed of the disk: large groups, each one commit; durable when this returns.
+
+        Args:
+            drafts: what to append, in order; an iterable is read as it is needed.
+
+        Returns:
+            The entries' indexes: a ``range`` where nobody else appended in between.
+
+        Raises:
+            EntryError: one of them cannot stand in an entry. Nothing of its group of at most 8,192 is in the trail;
+                the groups before it are, and the message says how many entries that is.
+            StoreError: a commit failed, likewise; or the trail is closed.
+        """
+        return self._writer.append_many(map(_checked, drafts))
+
     def append_guarded(
         self,
         type: str,  # noqa: A002
@@ -437,6 +505,16 @@ class Trail:
         """Make everything durable and let go. Raises the `StoreError` of a failed commit."""
         _OPEN.discard(self)
         self._writer.close()
+
+
+def _checked(draft: Draft) -> Draft:
+    check_type(draft.type)
+    if draft.run is not None:
+        check_run(draft.run)
+    check_body(draft.body)
+    if len(draft.body) > MAX_ENTRY:
+        raise too_large(draft.type, len(draft.body))
+    return draft
 
 
 def _folder(location: Path | str | None) -> Path:

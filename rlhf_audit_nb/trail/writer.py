@@ -23,7 +23,7 @@ import time
 import uuid
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from rlhf_audit_nb.errors import AuditError, EntryError, StoreError, TrailError
+from rlhf_audit_nb.errors import AuditError, EntryError, FormatError, StoreError, TrailError
 from rlhf_audit_nb.trail.checkpoint import Checkpoint, checkpoint_of
 from rlhf_audit_nb.trail.entry import ENVELOPE_VERSION, MAX_ENTRY, Entry, Envelope, encode_envelope, stream_name
 from rlhf_audit_nb.trail.liveness import WriterLock
@@ -43,7 +43,18 @@ from rlhf_audit_nb.trail.vault import Opening, Sealed, Vault, commitment_of
 if TYPE_CHECKING:
     from rlhf_audit_nb.trail.heads import Heads
 
-__all__ = ["RUN_FINISHED", "RUN_INTERRUPTED", "RUN_STARTED", "Committed", "Pending", "Writer", "append_in", "new_head"]
+__all__ = [
+    "RUN_FINISHED",
+    "RUN_INTERRUPTED",
+    "RUN_STARTED",
+    "Committed",
+    "Draft",
+    "Pending",
+    "Writer",
+    "append_in",
+    "new_head",
+    "too_large",
+]
 
 TRAIL_CREATED = "trail.created"
 RUN_STARTED = "run.started"
@@ -57,6 +68,28 @@ KEEP_CHECKPOINT_US = 60_000_000
 REMEMBER_HEAD_SECONDS = 2.0
 ROW_BYTES = 1 << 20
 KEY_BYTES = 32
+BULK = 8_192
+BULK_BYTES = 32 << 20
+
+
+class Draft(msgspec.Struct, frozen=True):
+    """An entry that is to be appended with many others (`Writer.append_many`).
+
+    Attributes:
+        type: the event's type.
+        body: its public JSON object.
+        run: the run that it belongs to; ``None`` for an entry of the trail itself.
+        private: its private payload.
+        owner: whose payload that is; ``None`` takes the run.
+        resolution_us: the entry's time is floored to a multiple of this (µs).
+    """
+
+    type: str
+    body: bytes
+    run: str | None = None
+    private: bytes | None = None
+    owner: str | None = None
+    resolution_us: int = 1
 
 
 class Pending:
@@ -190,32 +223,42 @@ def _shielded(prepare: _Prepare) -> _Prepare:
     return call
 
 
-def new_head(origin: str, signer: Signer) -> Head:
+def new_head(origin: str, signers: Sequence[Signer]) -> Head:
     """The head of a trail without entries."""
-    return _signed_head(origin, Frontier(), signer, 0, None)
+    return _signed_head(origin, Frontier(), signers, 0, None)
 
 
-def _signed_head(origin: str, frontier: Frontier, signer: Signer, now: int, before: Head | None) -> Head:
-    note = sign_note(Checkpoint(origin, frontier.size, frontier.root()).format(), [signer])
+def _signed_head(origin: str, frontier: Frontier, signers: Sequence[Signer], now: int, before: Head | None) -> Head:
+    note = sign_note(Checkpoint(origin, frontier.size, frontier.root()).format(), signers)
     kept_size, kept_time = (before.kept_size, before.kept_time) if before else (0, 0)
     if frontier.size // BUNDLE != kept_size // BUNDLE or kept_size == 0 or now - kept_time >= KEEP_CHECKPOINT_US:
         kept_size, kept_time = frontier.size, now
     return Head(origin, frontier.size, now, note, frontier.nodes, kept_size, kept_time)
 
 
-def _load(transaction: Transaction, signer: Signer) -> _Tree:
+def _load(transaction: Transaction, signers: Sequence[Signer]) -> _Tree:
     """The state in the store, which must hang together before anything is built on it."""
     head = transaction.head()
     try:
         frontier = Frontier(head.size, head.frontier)
         checkpoint = checkpoint_of(head.note)
-        verify_note(parse_note(head.note), [signer.verifier()])
+        verify_note(parse_note(head.note), [signer.verifier() for signer in signers])
         holds = (checkpoint.origin, checkpoint.size, checkpoint.root) == (head.origin, head.size, frontier.root())
     except (ValueError, TrailError) as error:
+        if isinstance(error, FormatError) and error.reason == "unsigned":
+            raise _rotated() from error
         raise _damaged(str(error)) from error
     if not holds:
         raise _damaged("the newest checkpoint is not of the newest state")
     return _Tree(head, frontier)
+
+
+def _rotated() -> StoreError:
+    return StoreError(
+        "The log key was changed by another process.",
+        next_step="Open the trail again; nothing was appended.",
+        code="rotated",
+    )
 
 
 def _damaged(what: str) -> StoreError:
@@ -300,7 +343,12 @@ def _rows(group: _Group) -> tuple[list[dict[str, Any]], list[tuple[str, int]]]:
 
 
 def append_in(
-    transaction: Transaction, tree: _Tree, items: Sequence[Pending], writer: str, signer: Signer, vault: Vault | None
+    transaction: Transaction,
+    tree: _Tree,
+    items: Sequence[Pending],
+    writer: str,
+    signers: Sequence[Signer],
+    vault: Vault | None,
 ) -> _Group:
     """Append ``items`` within an open transaction; ``tree`` becomes the new state."""
     group = _build(transaction, tree, items, writer, vault=vault is not None)
@@ -321,7 +369,7 @@ def append_in(
         elif item.type == RUN_INTERRUPTED:
             transaction.end_run(_interrupted.decode(item.body).run)
     before, now = tree.head, time.time_ns() // 1000
-    tree.head = _signed_head(before.origin, tree.frontier, signer, max(now, before.time), before)
+    tree.head = _signed_head(before.origin, tree.frontier, signers, max(now, before.time), before)
     transaction.put_head(tree.head)
     if tree.head.kept_size == tree.head.size:
         transaction.keep_checkpoint(tree.head.size, tree.head.time, tree.head.note)
@@ -335,16 +383,18 @@ class Writer:
         folder: the trail's folder, which holds the writers' lock files.
         store: the database, for writing.
         vault: where private payloads go.
-        signer: the key that signs checkpoints.
+        signers: the keys that sign checkpoints, all of them each time; `use` replaces them.
         heads: the last-seen heads, advanced as the trail grows.
         always: whether each `submit` waits for its commit.
     """
 
-    def __init__(self, folder: Path, store: Store, vault: Vault, signer: Signer, heads: Heads, *, always: bool) -> None:
+    def __init__(
+        self, folder: Path, store: Store, vault: Vault, signers: Sequence[Signer], heads: Heads, *, always: bool
+    ) -> None:
         self._folder = folder
         self._store = store
         self._vault = vault
-        self._signer = signer
+        self._signers = tuple(signers)
         self._heads = heads
         self._always = always
         self._tree: _Tree | None = None
@@ -374,6 +424,24 @@ class Writer:
     def vault(self) -> Vault:
         """Where private payloads go."""
         return self._vault
+
+    @property
+    def signers(self) -> tuple[Signer, ...]:
+        """The keys that sign checkpoints."""
+        return self._signers
+
+    def use(self, signers: Sequence[Signer]) -> None:
+        """Sign the next commits with these keys; what was handed in before is committed under the old ones first.
+
+        Raises:
+            ValueError: there is none.
+            StoreError: a commit failed.
+        """
+        if not signers:
+            raise ValueError("a trail needs at least one key to sign its checkpoints")
+        self.flush()
+        with self._commit_lock:
+            self._signers = tuple(signers)
 
     @property
     def committed(self) -> Committed | None:
@@ -483,7 +551,7 @@ class Writer:
         with self._commit_lock, self._store.transaction() as transaction:
             transaction.add_head(head)
             tree = _Tree(head, Frontier())
-            append_in(transaction, tree, [item], self.id, self._signer, None)
+            append_in(transaction, tree, [item], self.id, self._signers, None)
 
     def guarded(self, prepare: _Prepare) -> list[Entry]:
         """Append what ``prepare`` makes, from the state that its own transaction sees; nothing where it raises.
@@ -495,29 +563,75 @@ class Writer:
             self._check()
             self._take_lock()
         self.flush()
-        with self._commit_lock:
-            self._check()
-            self._guarding = True
-            try:
-                group = self._commit(_shielded(prepare), whole=True)
-            except _Refused as refused:
-                raise refused.error from refused.error.__cause__
-            finally:
-                self._guarding = False
+        group = self._commit_guarded(_shielded(prepare))
         entries = []
         for offset, (item, data) in enumerate(zip(group.items, group.data, strict=True)):
             item.settle(group.first + offset)
             entries.append(Entry.decode(group.first + offset, data))
         return entries
 
+    def _commit_guarded(self, prepare: _Prepare) -> _Group:
+        with self._commit_lock:
+            self._check()
+            self._guarding = True
+            try:
+                return self._commit(prepare, whole=True)
+            except _Refused as refused:
+                raise refused.error from refused.error.__cause__
+            finally:
+                self._guarding = False
+
+    def append_many(self, drafts: Iterable[Draft]) -> Sequence[int]:
+        """Append many entries in large groups; they are durable when this returns.
+
+        Waits first for what was queued before. A group of which anything fails is not in the trail, nor is any after.
+
+        Returns:
+            The entries' indexes: a ``range`` where nobody else appended in between.
+
+        Raises:
+            EntryError: an entry of a group is too large.
+            StoreError: a commit failed; this writer takes no more.
+        """
+        with self._state:
+            self._refuse_nested()
+            self._check()
+            self._take_lock()
+        self.flush()
+        pieces: list[range] = []
+        try:
+            for group in _bulks(drafts):
+                self._append_bulk(group, pieces)
+        except AuditError as error:
+            raise _partly(error, pieces) from error
+        if len(pieces) <= 1:
+            return pieces[0] if pieces else range(0)
+        return [index for piece in pieces for index in piece]
+
+    def _append_bulk(self, drafts: Sequence[Draft], pieces: list[range]) -> None:
+        now = time.time_ns() // 1000
+        items = [Pending(None, d.type, d.body, d.run, d.private, d.owner, d.resolution_us, now) for d in drafts]
+        try:
+            group = self._commit_guarded(lambda _transaction, _head: items)
+        except StoreError as error:
+            with self._state:
+                self._failure = self._failure or error
+            raise
+        done = range(group.first, group.first + len(group.items))
+        if pieces and pieces[-1].stop == done.start:
+            pieces[-1] = range(pieces[-1].start, done.stop)
+        else:
+            pieces.append(done)
+        self._remember_sometimes()
+
     def _commit(self, prepare: Callable[[Transaction, Head], Sequence[Pending]], *, whole: bool) -> _Group:
         # Forgotten first: whatever goes wrong, the next transaction reads the state from the disk.
         known, self._tree = self._tree, None
         with self._store.transaction() as transaction:
             if known is None or transaction.size() != known.head.size:
-                known = _load(transaction, self._signer)
+                known = _load(transaction, self._signers)
             items = prepare(transaction, known.head)
-            group = append_in(transaction, known, items, self.id, self._signer, self._vault)
+            group = append_in(transaction, known, items, self.id, self._signers, self._vault)
             if whole and len(group.items) != len(items):
                 raise next(item.refusal for item in items if item.refusal is not None)
         self._tree = known
@@ -639,6 +753,28 @@ class Writer:
         self._tree = None
         self._reset()
         self._closed = self._closing = closed
+
+
+def _bulks(drafts: Iterable[Draft]) -> Iterator[list[Draft]]:
+    """The drafts in groups that a commit and the memory can hold."""
+    rest = iter(drafts)
+    group: list[Draft] = []
+    size = 0
+    for draft in rest:
+        group.append(draft)
+        size += len(draft.body) + len(draft.private or b"")
+        if len(group) == BULK or size >= BULK_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _partly(error: AuditError, pieces: Sequence[range]) -> AuditError:
+    """The failure of a bulk, saying how far it came."""
+    done = sum(map(len, pieces))
+    said = f"{done:,} entries before it are in the trail." if done else "None of the entries is in the trail."
+    return type(error)(f"{error.message} {said}", next_step=error.next_step, code=error.reason)
 
 
 def _lost(error: AuditError, count: int) -> AuditError:
