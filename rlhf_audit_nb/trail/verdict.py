@@ -7,16 +7,27 @@ UNANCHORED    10  it does, and nobody but the key's holder has witnessed it
 TIMESTAMPED    5  a timestamp bounds when it was written
 COSIGNED       0  the policy's quorum of witnesses has cosigned it
 ============ ==== =========================================================================================
+
+A level follows from the codes of the reasons alone: `ADVISORY` ones leave it as it is, `DIVERGING` ones make it
+DIVERGED, and every other code, also one that is not known here, makes it INVALID. The page docs/trail/verdicts.md
+tells of each code what it means and what to do.
 """
 
 from __future__ import annotations
 
 import base64
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from typing import Any
 
-__all__ = ["Anchor", "Level", "Reason", "RunSummary", "Verdict"]
+__all__ = ["ADVISORY", "DIVERGING", "Anchor", "Level", "Reason", "RunSummary", "Verdict", "level_of"]
+
+ADVISORY = frozenset({"last-seen", "quorum", "run-open"})
+"""Codes of reasons that are worth knowing and leave the level as it is."""
+
+DIVERGING = frozenset({"anchor-fork", "fork", "rollback"})
+"""Codes of reasons that show another history than this one, every hash and signature of both holding."""
 
 
 class Level(IntEnum):
@@ -36,11 +47,24 @@ class Level(IntEnum):
 
 @dataclass(frozen=True)
 class Reason:
-    """One fault: a machine-readable code, the place, and a sentence."""
+    """One thing found: a machine-readable code, the place, and a sentence."""
 
     code: str
     where: str
     message: str
+
+    @property
+    def advisory(self) -> bool:
+        """Whether it leaves the level as it is."""
+        return self.code in ADVISORY
+
+
+def level_of(reasons: Iterable[Reason]) -> Level | None:
+    """The level that ``reasons`` force; ``None`` where all of them are advisory, or there are none."""
+    codes = {reason.code for reason in reasons} - ADVISORY
+    if not codes:
+        return None
+    return Level.DIVERGED if codes <= DIVERGING else Level.INVALID
 
 
 @dataclass(frozen=True)
@@ -81,7 +105,19 @@ class Anchor:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a verification found."""
+    """What a verification found.
+
+    Attributes:
+        level: how far it reaches.
+        origin: the trail's name.
+        size: how many entries the newest checkpoint covers.
+        root: base64 of the root over them.
+        signers: verifier keys whose signatures on the newest checkpoint hold and count.
+        runs: every run, in the order of their first entries.
+        reasons: what was found; empty where all holds and nothing is worth knowing.
+        anchors: what others have said of this history, the oldest first; each of them fits it.
+        openings: of the private halves, how many are there, erased and missing; ``None`` where that was not looked at.
+    """
 
     level: Level
     origin: str
@@ -91,6 +127,7 @@ class Verdict:
     runs: tuple[RunSummary, ...] = ()
     reasons: tuple[Reason, ...] = ()
     anchors: tuple[Anchor, ...] = ()
+    openings: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def exit_code(self, require: Level | None = None) -> int:
         """The process status: 0 where the level is enough, else the level's own code.
@@ -118,4 +155,5 @@ class Verdict:
             "runs": [asdict(run) for run in self.runs],
             "reasons": [asdict(reason) for reason in self.reasons],
             "anchors": [anchor.to_dict() for anchor in self.anchors],
+            "openings": None if self.openings is None else dict(self.openings),
         }

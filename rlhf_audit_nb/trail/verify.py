@@ -9,7 +9,7 @@ history that was seen before. Every fault is a `Reason` that names its place; th
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -23,12 +23,14 @@ from rlhf_audit_nb.trail.entry import Entry
 from rlhf_audit_nb.trail.heads import Heads
 from rlhf_audit_nb.trail.keys import home_folder, local_policy
 from rlhf_audit_nb.trail.merkle import HASH_BYTES, Frontier
+from rlhf_audit_nb.trail.note import format_vkey
 from rlhf_audit_nb.trail.store import Bundle, Head, Store, StreamState, Transaction, unpack_entries
-from rlhf_audit_nb.trail.verdict import Level, Reason, RunSummary, Verdict
+from rlhf_audit_nb.trail.verdict import Level, Reason, RunSummary, Verdict, level_of
 from rlhf_audit_nb.trail.writer import RUN_FINISHED, RUN_INTERRUPTED, RUN_STARTED
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.trail.policy import CheckedCheckpoint, TrustPolicy
+    from rlhf_audit_nb.trail.verdict import Anchor
 
 __all__ = [
     "EntryChecker",
@@ -451,6 +453,7 @@ def conclude(
     seen: str | None,
     note: str,
     root_at_seen: bytes | None,
+    anchors: Sequence[Anchor] = (),
 ) -> Level:
     """The level of a history whose faults are ``reasons``; to these is added what its anchors say.
 
@@ -462,19 +465,50 @@ def conclude(
         seen: the last-seen head, read before the history was.
         note: the newest checkpoint as it was found.
         root_at_seen: as in `compare_with_seen`.
+        anchors: what others have said of this history; the caller has compared their roots with its own.
     """
-    if checked is None or reasons:
+    forced = level_of(reasons)
+    if checked is None or forced is Level.INVALID:
         return Level.INVALID
-    if policy.quorum != "none" and not checked.cosigned:
-        reasons.append(
-            Reason("quorum", "newest checkpoint", f"The policy's quorum {policy.quorum} has not cosigned it.")
-        )
+    head = checked.checkpoint
+    fresh = [anchor for anchor in anchors if (anchor.size, anchor.root) == (head.size, head.root)]
+    cosigned = checked.cosigned or _quorum_holds(policy, {a.by for a in fresh if a.kind == "cosignature"})
+    if policy.quorum != "none" and not cosigned:
+        reasons.append(Reason("quorum", "newest checkpoint", _quorum_words(policy, anchors, head.size)))
     diverged = compare_with_seen(heads, seen, note, root_at_seen)
     if diverged is not None:
         reasons.append(diverged)
+    if diverged is not None or forced is not None:
         return Level.DIVERGED
-    reasons += _remember(heads, checked.checkpoint.origin, note)
-    return Level.COSIGNED if checked.cosigned else Level.UNANCHORED
+    reasons += _remember(heads, head.origin, note)
+    if cosigned:
+        return Level.COSIGNED
+    return Level.TIMESTAMPED if any(anchor.kind == "timestamp" for anchor in fresh) else Level.UNANCHORED
+
+
+def _quorum_holds(policy: TrustPolicy, vkeys: set[str]) -> bool:
+    """Whether the witnesses with these verifier keys make the policy's quorum."""
+
+    def holds(name: str) -> bool:
+        group = policy.groups.get(name)
+        return name in held if group is None else sum(map(holds, group.members)) >= group.threshold
+
+    held = {name for name, key in policy.witnesses.items() if format_vkey(key) in vkeys}
+    return policy.quorum != "none" and holds(policy.quorum)
+
+
+def _quorum_words(policy: TrustPolicy, anchors: Sequence[Anchor], size: int) -> str:
+    said = f"The policy's quorum {policy.quorum} has not cosigned it."
+    by_size: dict[int, set[str]] = {}
+    for anchor in anchors:
+        if anchor.kind == "cosignature":
+            by_size.setdefault(anchor.size, set()).add(anchor.by)
+    reached = [at for at, vkeys in by_size.items() if at < size and _quorum_holds(policy, vkeys)]
+    if not reached:
+        return said
+    return (
+        f"{said} It did so up to entry {max(reached) - 1}; the {size - max(reached)} after that rest on the key alone."
+    )
 
 
 def _remember(heads: Heads, origin: str, note: str) -> Iterator[Reason]:

@@ -74,7 +74,7 @@ def test_a_whole_trail_is_unanchored_and_says_how_far_that_reaches(small):
     assert verdict.exit_code() == 0
     assert verdict.exit_code(Level.COSIGNED) == 10
     data = verdict.to_dict()
-    assert list(data) == ["level", "origin", "size", "root", "signers", "runs", "reasons", "anchors"]
+    assert list(data) == ["level", "origin", "size", "root", "signers", "runs", "reasons", "anchors", "openings"]
     assert (data["level"], data["size"], data["reasons"]) == ("UNANCHORED", 5, [])
     assert len(base64.b64decode(data["root"])) == 32
     assert data["runs"] == [{"run": "r", "status": "completed", "entries": 4, "first": 1, "last": 4}]
