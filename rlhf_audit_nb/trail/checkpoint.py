@@ -7,17 +7,15 @@ cosignatures and timestamps.
 
 from __future__ import annotations
 
-import base64
-import re
 from dataclasses import dataclass
 
 from rlhf_audit_nb.errors import FormatError
+from rlhf_audit_nb.trail.encoding import check_name, decode_base64, encode_base64, parse_size
+from rlhf_audit_nb.trail.frame import parse_note
 from rlhf_audit_nb.trail.merkle import EMPTY_ROOT, HASH_BYTES
-from rlhf_audit_nb.trail.note import check_name, decode_base64, parse_note
 
 __all__ = ["Checkpoint", "checkpoint_of", "parse_checkpoint", "parse_size"]
 
-_SIZE = re.compile("0|[1-9][0-9]{0,18}")
 _LEAST_LINES = 3
 
 
@@ -32,20 +30,13 @@ class Checkpoint:
 
     def format(self) -> str:
         """The text that is signed."""
-        head = f"{self.origin}\n{self.size}\n{base64.b64encode(self.root).decode()}\n"
+        head = f"{self.origin}\n{self.size}\n{self.root_base64}\n"
         return head + "".join(line + "\n" for line in self.extensions)
 
     @property
     def root_base64(self) -> str:
         """The root as it is written."""
-        return base64.b64encode(self.root).decode()
-
-
-def parse_size(text: str, what: str) -> int:
-    """A decimal number below 2^63 without sign, space or leading zero; ``what`` names it in the error."""
-    if not _SIZE.fullmatch(text) or int(text) >= 1 << 63:
-        raise FormatError(f"The {what} {text[:40]!r} is not a plain decimal number.", code="number")
-    return int(text)
+        return encode_base64(self.root)
 
 
 def parse_checkpoint(text: str) -> Checkpoint:

@@ -20,7 +20,7 @@ from typing import Annotated
 import msgspec
 
 from rlhf_audit_nb.errors import EntryError, FormatError
-from rlhf_audit_nb.trail.note import decode_base64
+from rlhf_audit_nb.trail.encoding import decode_base64
 
 __all__ = [
     "ENVELOPE_VERSION",

@@ -14,13 +14,13 @@ The entry is not in it: whoever verifies has it, hashes it, and checks origin, s
 
 from __future__ import annotations
 
-import base64
 from dataclasses import dataclass
 
 from rlhf_audit_nb.errors import FormatError
-from rlhf_audit_nb.trail.checkpoint import Checkpoint, checkpoint_of, parse_size
+from rlhf_audit_nb.trail.checkpoint import Checkpoint, checkpoint_of
+from rlhf_audit_nb.trail.encoding import decode_base64, encode_base64, parse_size
+from rlhf_audit_nb.trail.frame import MAX_NOTE
 from rlhf_audit_nb.trail.merkle import HASH_BYTES, check_consistency, check_inclusion
-from rlhf_audit_nb.trail.note import MAX_NOTE, decode_base64
 
 __all__ = ["HEADER", "InclusionProof", "check_consistency", "check_inclusion", "format_proof", "parse_proof"]
 
@@ -51,9 +51,9 @@ def format_proof(proof: InclusionProof) -> str:
     """The evidence file."""
     lines = [HEADER]
     if proof.extra is not None:
-        lines.append("extra " + base64.b64encode(proof.extra).decode())
+        lines.append("extra " + encode_base64(proof.extra))
     lines.append(f"index {proof.index}")
-    lines += [base64.b64encode(node).decode() for node in proof.hashes]
+    lines += [encode_base64(node) for node in proof.hashes]
     return "\n".join(lines) + "\n\n" + proof.checkpoint
 
 
