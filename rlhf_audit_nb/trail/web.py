@@ -1,0 +1,89 @@
+"""One request to a service that the user has named: no redirect is followed, and size and time are bounded. Floor 0."""
+
+from __future__ import annotations
+
+import http.client
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from email.message import Message
+from typing import IO
+from urllib.parse import urlsplit
+
+from rlhf_audit_nb.errors import StoreError
+
+__all__ = ["TIMEOUT", "Answer", "check_url", "post"]
+
+TIMEOUT = 30.0
+_MAX_ANSWER = 1 << 20
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a service said: the status, the content type without parameters, and the body."""
+
+    status: int
+    kind: str
+    body: bytes
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an answer like any other: what was not named is not asked."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
+    ) -> None:
+        """No request."""
+
+
+def check_url(url: str) -> str:
+    """``url`` if it is one of http or https with a host.
+
+    Raises:
+        StoreError: it is not.
+    """
+    try:
+        parts = urlsplit(url)
+        named = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        named = False
+    if not named or any(char <= " " for char in url):
+        raise StoreError(
+            f"{url[:100]!r} is not the address of a service.",
+            next_step="Write it with http:// or https://, as its operator gave it.",
+            code="url",
+        )
+    return url
+
+
+def post(url: str, body: bytes, kind: str, *, timeout: float = TIMEOUT) -> Answer:
+    """The answer to ``body`` of content type ``kind``, whatever its status.
+
+    Raises:
+        StoreError: ``unreachable`` where there is no answer in time, or one that is too large; ``url``.
+    """
+    request = urllib.request.Request(check_url(url), body, {"Content-Type": kind, "User-Agent": "rlhf-audit"})  # noqa: S310 (http or https: checked)
+    try:
+        with urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout) as reply:
+            return _answer(url, reply.status, reply)
+    except urllib.error.HTTPError as error:
+        with error:
+            return _answer(url, error.code, error)
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        raise _unreachable(url, f"gave no answer: {reason}") from error
+
+
+def _answer(url: str, status: int, reply: http.client.HTTPResponse | urllib.error.HTTPError) -> Answer:
+    data = reply.read(_MAX_ANSWER + 1)
+    if len(data) > _MAX_ANSWER:
+        raise _unreachable(url, f"answered with more than {_MAX_ANSWER} bytes")
+    return Answer(status, reply.headers.get_content_type(), data)
+
+
+def _unreachable(url: str, what: str) -> StoreError:
+    return StoreError(
+        f"{url} {what}.",
+        next_step="Check the address and the network, then run the same command again; nothing is lost.",
+        code="unreachable",
+    )
