@@ -31,6 +31,8 @@ __all__ = [
     "DataPrivate",
     "EnvironmentCaptured",
     "Event",
+    "KeyRevoked",
+    "KeyRotated",
     "ModelBound",
     "Number",
     "PrivacyReserved",
@@ -83,6 +85,34 @@ class TrailCreated(Event, frozen=True, kw_only=True):
     record_key: str
     model_key: str
     tool: str
+
+
+class KeyRotated(Event, frozen=True, kw_only=True):
+    """A key took the place of another from the next entry on; ``old`` is ``None`` where the role had none.
+
+    ``role`` is ``log`` or ``mldsa`` (keys are C2SP vkeys), ``record`` or ``model`` (base64 of the DER
+    SubjectPublicKeyInfo). ``signature`` is by the log key that was in force, over `trail.succession.rotation_text`.
+    """
+
+    TYPE: ClassVar[str] = "key.rotated"
+
+    role: str
+    old: str | None
+    new: str
+    reason: str
+    signature: str
+
+
+class KeyRevoked(Event, frozen=True, kw_only=True):
+    """What a key signed counts for the first ``since`` entries only; fields as `KeyRotated`."""
+
+    TYPE: ClassVar[str] = "key.revoked"
+
+    role: str
+    key: str
+    since: int
+    reason: str
+    signature: str
 
 
 class RunStarted(Event, frozen=True, kw_only=True):
