@@ -1,28 +1,28 @@
 """The trust policy: whose signatures count (C2SP tlog-policy). Floor 0.
 
 The text is ``log VKEY [URL]``, ``witness NAME VKEY [URL]``, ``group NAME all|any|K MEMBER...``, and exactly one
-``quorum NAME|none``; names are defined before they are used.
+``quorum NAME|none``; names are defined before they are used, and a name is a member once at most. A log's key is of
+type 0x01, 0x02 or 0x06, a witness's of type 0x04 or 0x06 (`vkey`). Names, URLs and comments are bytes to the format:
+those that are not UTF-8 are kept as they are.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rlhf_audit_nb.errors import FormatError
 from rlhf_audit_nb.trail.checkpoint import Checkpoint, parse_checkpoint
-from rlhf_audit_nb.trail.note import (
-    COSIGNATURE,
-    ED25519,
-    Verifier,
-    format_vkey,
-    parse_note,
-    parse_vkey,
-    verify_note,
-)
+from rlhf_audit_nb.trail.frame import parse_note
+from rlhf_audit_nb.trail.note import Verified, verify_note
+from rlhf_audit_nb.trail.vkey import COSIGNATURE, ECDSA, ED25519, MLDSA44, Verifier, format_vkey, parse_vkey
 
 __all__ = ["CheckedCheckpoint", "Group", "TrustPolicy"]
+
+_LOG_TYPES = frozenset({ED25519, ECDSA, MLDSA44})
+_WITNESS_TYPES = frozenset({COSIGNATURE, MLDSA44})
+_MAX_POLICY = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,19 @@ class Group:
 
 @dataclass(frozen=True)
 class CheckedCheckpoint:
-    """A checkpoint whose signatures hold under a policy."""
+    """A checkpoint whose signatures hold under a policy.
+
+    Attributes:
+        checkpoint: what was signed.
+        signers: the verifier keys, as text, of all known keys that signed.
+        cosigned: whether the policy's quorum of witnesses has cosigned it.
+        cosignatures: the witnesses' signatures, each with its time.
+    """
 
     checkpoint: Checkpoint
     signers: tuple[str, ...]
     cosigned: bool
+    cosignatures: tuple[Verified, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class TrustPolicy:
     def of(cls, log_vkey: str) -> TrustPolicy:
         """Trust in one log key, without witnesses."""
         verifier = parse_vkey(log_vkey)
-        if verifier.algorithm != ED25519:
+        if verifier.algorithm not in _LOG_TYPES:
             raise FormatError(f"The key {verifier.name} is a witness's, not a log's.", code="key-type")
         return cls((verifier,))
 
@@ -94,8 +102,18 @@ class TrustPolicy:
         url = self.urls.get(vkey)
         return f"{head} {vkey}" + (f" {url}" if url else "")
 
-    def check(self, note: str | bytes, origin: str | None = None) -> CheckedCheckpoint:
+    def check(
+        self, note: str | bytes, origin: str | None = None, *, logs: Sequence[Verifier] | None = None
+    ) -> CheckedCheckpoint:
         """The checkpoint in a signed note, its signatures verified.
+
+        A cosignature without a time claims consistency alone; it must hold and is listed, and the quorum does not
+        count it.
+
+        Args:
+            note: the signed note.
+            origin: the log that it must be of; ``None`` takes any that the policy knows.
+            logs: the keys of its log that count instead of the policy's own (after a rotation, say).
 
         Raises:
             FormatError: ``untrusted-log`` where the policy has no key for its origin, ``origin`` where it is not the
@@ -105,22 +123,40 @@ class TrustPolicy:
         checkpoint = parse_checkpoint(parsed.text)
         if origin is not None and checkpoint.origin != origin:
             raise FormatError(f"The checkpoint is of {checkpoint.origin}, not of {origin}.", code="origin")
-        logs = [key for key in self.logs if key.name == checkpoint.origin]
-        if not logs:
+        trusted = [key for key in (self.logs if logs is None else logs) if key.name == checkpoint.origin]
+        if not trusted:
             raise FormatError(f"The policy trusts no key for {checkpoint.origin}.", code="untrusted-log")
-        verified = verify_note(parsed, [*logs, *self.witnesses.values()])
-        keys = [item.verifier for item in verified]
-        if not any(key in logs for key in keys):
+        verified = verify_note(parsed, [*trusted, *self.witnesses.values()])
+        if not any(item.verifier in trusted for item in verified):
             raise FormatError(f"The checkpoint is not signed by {checkpoint.origin}'s key.", code="unsigned")
-        held = {name for name, key in self.witnesses.items() if key in keys}
-        signers = tuple(format_vkey(key) for key in keys)
-        return CheckedCheckpoint(checkpoint, signers, self.quorum != "none" and self._holds(self.quorum, held))
+        witnesses = set(self.witnesses.values())
+        cosignatures = tuple(item for item in verified if item.verifier in witnesses)
+        signers = tuple(format_vkey(item.verifier) for item in verified)
+        return CheckedCheckpoint(checkpoint, signers, self._quorum_holds(cosignatures), cosignatures)
 
-    def _holds(self, name: str, held: set[str]) -> bool:
-        group = self.groups.get(name)
-        if group is None:
-            return name in held
-        return sum(self._holds(member, held) for member in group.members) >= group.threshold
+    def _quorum_holds(self, cosignatures: Iterable[Verified]) -> bool:
+        keys = {item.verifier for item in cosignatures if item.time}
+        held = {name for name, key in self.witnesses.items() if key in keys}
+        for group in self.groups.values():  # members come before their groups
+            if sum(member in held for member in group.members) >= group.threshold:
+                held.add(group.name)
+        return self.quorum in held  # "none" names nobody
+
+    @property
+    def split_view_unsafe(self) -> bool:
+        """Whether the quorum can be met twice by witnesses of whom none is in both.
+
+        Then the log can show two histories, each fully cosigned, without one witness signing both. It takes fewer
+        than half of a group for that, or an even half; ``quorum none`` takes nobody, so it is unsafe too.
+
+        A group of n with threshold k is met twice where 2k <= n + s, s being the members that can themselves be met
+        twice: these serve both sides, any other one side, and no witness stands in two groups.
+        """
+        twice: set[str] = {"none"}
+        for group in self.groups.values():
+            if 2 * group.threshold <= len(group.members) + sum(member in twice for member in group.members):
+                twice.add(group.name)
+        return self.quorum in twice
 
 
 class _PolicyParser:
@@ -133,16 +169,18 @@ class _PolicyParser:
         self._quorum: str | None = None
         self._urls: dict[str, str] = {}
         self._members: set[str] = set()
+        self._publics: set[bytes] = set()
 
     def parse(self, text: str | bytes) -> TrustPolicy:
-        raw = text.encode() if isinstance(text, str) else text
+        try:
+            raw = text.encode(errors="surrogateescape") if isinstance(text, str) else text
+        except UnicodeEncodeError as error:
+            raise FormatError(f"A trust policy is not text: {error}.", code="policy") from error
+        if len(raw) > _MAX_POLICY:
+            raise FormatError(f"A trust policy of {len(raw)} bytes is over {_MAX_POLICY}.", code="policy")
         if re.search(rb"[^\x09\x0a\x20-\x7e\x80-\xff]", raw):
             raise FormatError("A trust policy holds a control character.", code="policy")
-        try:
-            lines = raw.decode().split("\n")
-        except UnicodeDecodeError as error:
-            raise FormatError(f"A trust policy is not UTF-8: {error}.", code="policy") from error
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(raw.decode(errors="surrogateescape").split("\n"), 1):
             words = re.split("[ \t]+", line.strip(" \t"))
             if words == [""] or words[0].startswith("#"):
                 continue
@@ -166,12 +204,13 @@ class _PolicyParser:
             raise FormatError(f"{' '.join(words)[:60]!r} is not a log, witness, group or quorum line.")
         {"log": self._log, "witness": self._witness, "group": self._group, "quorum": self._set_quorum}[words[0]](words)
 
-    def _key(self, text: str, algorithm: int, url: Iterable[str]) -> Verifier:
+    def _key(self, text: str, types: frozenset[int], url: Iterable[str]) -> Verifier:
         verifier = parse_vkey(text)
-        if verifier.algorithm != algorithm:
+        if verifier.algorithm not in types:
             raise FormatError(f"the key {verifier.name} is of the wrong type {verifier.algorithm:#04x} for its line.")
-        if any(verifier.public == other.public for other in (*self._logs, *self._witnesses.values())):
+        if verifier.public in self._publics:
             raise FormatError(f"the key {verifier.name} stands twice.")
+        self._publics.add(verifier.public)
         self._urls.update((text, word) for word in url)
         return verifier
 
@@ -181,11 +220,11 @@ class _PolicyParser:
         return name
 
     def _log(self, words: list[str]) -> None:
-        self._logs.append(self._key(words[1], ED25519, words[2:]))
+        self._logs.append(self._key(words[1], _LOG_TYPES, words[2:]))
 
     def _witness(self, words: list[str]) -> None:
         name = self._new_name(words[1])
-        self._witnesses[name] = self._key(words[2], COSIGNATURE, words[3:])
+        self._witnesses[name] = self._key(words[2], _WITNESS_TYPES, words[3:])
 
     def _group(self, words: list[str]) -> None:
         name, keyword, members = self._new_name(words[1]), words[2], words[3:]
