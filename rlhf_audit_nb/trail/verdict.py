@@ -23,7 +23,7 @@ from typing import Any
 
 __all__ = ["ADVISORY", "DIVERGING", "Anchor", "Level", "Reason", "RunSummary", "Verdict", "level_of"]
 
-ADVISORY = frozenset({"last-seen", "quorum", "run-open"})
+ADVISORY = frozenset({"anchor", "anchor-time", "anchor-unknown", "last-seen", "quorum", "run-open", "tsa-unknown"})
 """Codes of reasons that are worth knowing and leave the level as it is."""
 
 DIVERGING = frozenset({"anchor-fork", "fork", "rollback"})

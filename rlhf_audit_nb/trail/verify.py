@@ -9,22 +9,29 @@ history that was seen before. Every fault is a `Reason` that names its place; th
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
+from heapq import merge
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from rlhf_audit_nb.errors import AuditError, FormatError, StoreError
+from rlhf_audit_nb.trail.anchors import COSIGNATURE_ANCHOR, AnchorFolder, anchored_level, quorum_reached, read_anchors
 from rlhf_audit_nb.trail.checkpoint import Checkpoint, checkpoint_of
 from rlhf_audit_nb.trail.entry import Entry
 from rlhf_audit_nb.trail.heads import Heads
 from rlhf_audit_nb.trail.keys import home_folder, local_policy
+from rlhf_audit_nb.trail.liveness import is_alive
 from rlhf_audit_nb.trail.merkle import HASH_BYTES, Frontier
-from rlhf_audit_nb.trail.note import format_vkey
 from rlhf_audit_nb.trail.store import Bundle, Head, Store, StreamState, Transaction, unpack_entries
+from rlhf_audit_nb.trail.succession import KEY_TYPES, KeySuccession, known_limits
+from rlhf_audit_nb.trail.timestamp import trusted_authorities
 from rlhf_audit_nb.trail.verdict import Level, Reason, RunSummary, Verdict, level_of
 from rlhf_audit_nb.trail.writer import RUN_FINISHED, RUN_INTERRUPTED, RUN_STARTED
 
@@ -33,7 +40,9 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.trail.verdict import Anchor
 
 __all__ = [
+    "MAX_REASONS",
     "EntryChecker",
+    "Progress",
     "check_entries",
     "compare_with_seen",
     "conclude",
@@ -43,6 +52,10 @@ __all__ = [
 
 MAX_REASONS = 100
 OPEN = "open"
+NEWEST = "newest checkpoint"
+LAST_SEEN = "last-seen head"
+
+Progress = Callable[[int, int], None]
 
 
 class _Finished(msgspec.Struct):
@@ -69,6 +82,8 @@ class _Run:
 class EntryChecker:
     """What must hold between entries, fed one by one in the order of the trail.
 
+    It remembers one state for each stream and each run, none for an entry, and the first `MAX_REASONS` faults.
+
     Args:
         whole: the entries are a whole trail. Otherwise they are a choice of one (a record): streams of runs must still
             be gapless from 0, those of writers need only go forward.
@@ -90,67 +105,87 @@ class EntryChecker:
         """Runs that were started and not ended, with their writer."""
         return {run: state.writer for run, state in self._runs.items() if state.writer and state.status == OPEN}
 
+    def _fault(self, code: str, index: int, message: str) -> None:
+        if len(self.reasons) < MAX_REASONS:
+            self.reasons.append(Reason(code, f"entry {index}", message))
+
     def add(self, entry: Entry) -> None:
         """Check the next entry."""
-        envelope = entry.envelope
-        run, where = envelope.run, f"entry {entry.index}"
+        envelope, index = entry.envelope, entry.index
+        run, seq, time = envelope.run, envelope.seq, envelope.time
         stream = run if run is not None else "writer:" + envelope.writer
-        if entry.index <= self._last:
-            self.reasons.append(Reason("order", where, f"It stands after entry {self._last}."))
-        self._last = entry.index
+        if index <= self._last:
+            self._fault("order", index, f"It stands after entry {self._last}.")
+        self._last = index
         state = self._streams.get(stream)
         if state is None:
             state = self._streams[stream] = StreamState()
             if not self._whole and run is None:
-                state.next = envelope.seq
-        self._check_sequence(stream, state, envelope.seq, where, loose=not self._whole and run is None)
-        if envelope.time < state.time:
-            message = f"Its time {envelope.time} is before {state.time}, the last of stream {stream}."
-            self.reasons.append(Reason("time", where, message))
-        state.time = max(state.time, envelope.time)
+                state.next = seq
+        if seq != state.next and not (seq > state.next and not self._whole and run is None):
+            self._fault("sequence", index, f"Stream {stream} should go on with number {state.next} and has {seq}.")
+        if seq >= state.next:
+            state.next = seq + 1
+        if time < state.time:
+            self._fault("time", index, f"Its time {time} is before {state.time}, the last of stream {stream}.")
+        else:
+            state.time = time
         if run is not None:
             self._count(run, entry)
         elif envelope.type == RUN_INTERRUPTED:
-            self._interrupt(entry, where)
-
-    def _check_sequence(self, stream: str, state: StreamState, seq: int, where: str, *, loose: bool) -> None:
-        if seq != state.next and not (loose and seq > state.next):
-            message = f"Stream {stream} should go on with number {state.next} and has {seq}."
-            self.reasons.append(Reason("sequence", where, message))
-        state.next = max(state.next, seq + 1)
+            self._interrupt(entry)
 
     def _count(self, run: str, entry: Entry) -> None:
+        index, kind = entry.index, entry.envelope.type
         state = self._runs.get(run)
         if state is None:
-            state = self._runs[run] = _Run(OPEN, 0, entry.index, entry.index)
+            state = self._runs[run] = _Run(OPEN, 0, index, index)
         state.entries += 1
-        state.last = entry.index
-        if entry.type == RUN_STARTED:
+        state.last = index
+        if kind == RUN_STARTED:
             state.writer = entry.envelope.writer
-        elif entry.type == RUN_FINISHED:
+        elif kind == RUN_FINISHED:
             try:
                 state.status = _finished.decode(entry.body).status
             except msgspec.MsgspecError:
                 state.status = "finished"
-                self.reasons.append(Reason("body", f"entry {entry.index}", "A run's end has no status."))
+                self._fault("body", index, "A run's end has no status.")
 
-    def _interrupt(self, entry: Entry, where: str) -> None:
+    def _interrupt(self, entry: Entry) -> None:
         try:
             run = _interrupted.decode(entry.body).run
         except msgspec.MsgspecError:
-            self.reasons.append(Reason("body", where, "An interruption names no run."))
+            self._fault("body", entry.index, "An interruption names no run.")
             return
         state = self._runs.get(run)
         if state is not None and state.status == OPEN:
             state.status = "interrupted"
         elif state is None and self._whole:
-            self.reasons.append(Reason("body", where, f"An interruption names the run {run}, which has no entries."))
+            self._fault("body", entry.index, f"An interruption names the run {run}, which has no entries.")
 
     def runs(self) -> tuple[RunSummary, ...]:
         """Every run so far, in the order of their first entries."""
         return tuple(
             RunSummary(run, state.status, state.entries, state.first, state.last) for run, state in self._runs.items()
         )
+
+    def unended(self, alive: Callable[[str], bool | None] | None = None) -> Iterator[Reason]:
+        """Why runs that were started have no end (code ``run-open``); none for one whose writer lives.
+
+        Args:
+            alive: whether the writer of that id lives, ``None`` where that cannot be known; so without this function.
+        """
+        for run, writer in self.open_runs().items():
+            lives = alive(writer) if alive is not None else None
+            if not lives:
+                why = (
+                    "Whether it still runs cannot be known here"
+                    if lives is None
+                    else "The process that wrote it is gone"
+                )
+                state = self._runs[run]
+                message = f"It was never closed. {why}; entry {state.last} is its last."
+                yield Reason("run-open", f"run {run}", message)
 
 
 def check_entries(entries: Iterable[Entry], *, whole: bool = True) -> tuple[tuple[Reason, ...], tuple[RunSummary, ...]]:
@@ -182,23 +217,27 @@ class _Sum:
         self.total = (self.total + hash((term, first))) & (1 << 128) - 1
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Expected:
-    """A root that must be found at a size: of a checkpoint in the history, the newest, or the last-seen one."""
+    """A root that must be found at a size: of a checkpoint, of the last-seen head, or of an anchor."""
 
     size: int
     root: bytes
     where: str
+    anchor: Anchor | None = None
 
 
 @dataclass
 class _Audit:
-    """One verification of one store."""
+    """One verification of one state of a store. What it remembers does not grow with the number of entries."""
 
     transaction: Transaction
     head: Head
     policy: TrustPolicy
+    keys: KeySuccession
     seen: Checkpoint | None
+    claimed: Sequence[Anchor] = ()
+    progress: Progress | None = None
     reasons: list[Reason] = field(default_factory=list)
     frontier: Frontier = field(default_factory=Frontier)
     checker: EntryChecker = field(default_factory=EntryChecker)
@@ -206,31 +245,43 @@ class _Audit:
     nodes: int = 0
     legible: bool = True
     seen_root: bytes | None = None
-    expected: list[_Expected] = field(default_factory=list)
+    anchors: list[Anchor] = field(default_factory=list)
+    forks: list[Anchor] = field(default_factory=list)
     good: int = 0
     wrong_root: bool = False
+    unsaid: int = 0
+    _expected: Iterator[_Expected] = field(default_factory=lambda: iter(()))
+    _next: _Expected | None = None
 
     def fault(self, code: str, where: str, message: str) -> None:
         if len(self.reasons) < MAX_REASONS:
             self.reasons.append(Reason(code, where, message))
+        else:
+            self.unsaid += 1
 
     def run(self) -> tuple[CheckedCheckpoint | None, Checkpoint | None]:
-        checked = self._signed(self.head.note, "newest checkpoint")
+        checked = self._signed(self.head.note, NEWEST)
         newest = checked.checkpoint if checked else self._unsigned()
         if newest is not None and newest.size != self.head.size:
-            self.fault("checkpoint", "newest checkpoint", f"It is of size {newest.size}, the head of {self.head.size}.")
+            self.fault("checkpoint", NEWEST, f"It is of size {newest.size}, the head of {self.head.size}.")
         self._expect(newest)
         for bundle in self.transaction.bundles(-(1 << 63), (1 << 63) - 1):
             self._bundle(bundle)
+            if self.progress is not None:
+                self.progress(self.frontier.size, self.head.size)
         self._end(newest)
         return checked, newest
 
     def _signed(self, note: str, where: str) -> CheckedCheckpoint | None:
         try:
-            return self.policy.check(note, self.head.origin)
+            checked = self.keys.check(self.policy, note)
         except FormatError as error:
             self.fault(error.reason, where, error.message)
             return None
+        if checked.checkpoint.origin != self.head.origin:
+            self.fault("origin", where, f"It is of {checked.checkpoint.origin}, not of {self.head.origin}.")
+            return None
+        return checked
 
     def _unsigned(self) -> Checkpoint | None:
         try:
@@ -239,53 +290,66 @@ class _Audit:
             return None
 
     def _expect(self, newest: Checkpoint | None) -> None:
+        others = [_Expected(item.size, item.root, item.where, item) for item in self.claimed]
+        if newest is not None:
+            others.append(_Expected(newest.size, newest.root, NEWEST))
+        if self.seen is not None:
+            others.append(_Expected(self.seen.size, b"", LAST_SEEN))
+        others.sort(key=_size_of)
+        # Merged as they are read: the history alone is one checkpoint in every 256 entries.
+        self._expected = merge(self._history(), others, key=_size_of)
+        self._next = next(self._expected, None)
+        self._compare_roots()
+
+    def _history(self) -> Iterator[_Expected]:
         for size, note in self.transaction.checkpoints():
             where = f"checkpoint {size}"
             checked = self._signed(note, where)
             if checked is None:
                 continue
             if checked.checkpoint.size != size or size > self.head.size:
-                self.fault(
-                    "checkpoint", where, f"It says size {checked.checkpoint.size}; the head has {self.head.size}."
-                )
+                message = f"It says size {checked.checkpoint.size}; the head has {self.head.size}."
+                self.fault("checkpoint", where, message)
                 continue
-            self.expected.append(_Expected(size, checked.checkpoint.root, where))
-        if newest is not None:
-            self.expected.append(_Expected(newest.size, newest.root, "newest checkpoint"))
-        if self.seen is not None:
-            self.expected.append(_Expected(self.seen.size, b"", "last-seen head"))
-        self.expected.sort(key=lambda item: item.size, reverse=True)
-        self._compare_roots()
+            yield _Expected(size, checked.checkpoint.root, where)
 
     def _bundle(self, bundle: Bundle) -> None:
         start, where = self.frontier.size, f"bundle {bundle.first}"
         if bundle.first != start:
             self.fault("bundle", where, f"It begins at entry {bundle.first}; entry {start} should follow.")
             self.legible = False
-        stored = [bundle.hashes[at : at + HASH_BYTES] for at in range(0, len(bundle.hashes), HASH_BYTES)]
+        hashes = bundle.hashes
+        stored = [hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES)]
         try:
             entries = unpack_entries(bundle.data, bundle.count)
         except FormatError as error:
             self._broken_bundle(bundle, stored, where, error)
             return
-        leaves = [sha256(b"\0" + data).digest() for data in entries]
+        digest = sha256
+        leaves = [digest(b"\0" + data).digest() for data in entries]
         if leaves != stored:
             self._name_leaves(bundle, leaves, stored)
-        found: set[str] = set()
-        for index, data in enumerate(entries, bundle.first):
+        for term in self._entries(bundle.first, entries):
+            self.terms.add(term, bundle.first)
+        self._grow(leaves)
+
+    def _entries(self, first: int, entries: list[bytes]) -> set[str]:
+        """Look at the entries of a row; the index terms that it should have."""
+        types: set[str] = set()
+        runs: set[str | None] = set()
+        decode, check = Entry.decode, self.checker.add
+        for index, data in enumerate(entries, first):
             try:
-                entry = Entry.decode(index, data)
+                entry = decode(index, data)
             except FormatError as error:
                 self.fault(error.reason, f"entry {index}", error.message)
                 self.legible = False
                 continue
-            self.checker.add(entry)
-            found.add("t:" + entry.envelope.type)
-            if entry.envelope.run is not None:
-                found.add("r:" + entry.envelope.run)
-        for term in found:
-            self.terms.add(term, bundle.first)
-        self._grow(leaves)
+            check(entry)
+            envelope = entry.envelope
+            types.add(envelope.type)
+            runs.add(envelope.run)
+        return {"t:" + kind for kind in types} | {"r:" + run for run in runs if run is not None}
 
     def _broken_bundle(self, bundle: Bundle, stored: list[bytes], where: str, error: FormatError) -> None:
         """Name the first entry that does not fit its lengths, and go on with the stored hashes."""
@@ -306,8 +370,8 @@ class _Audit:
         at = 0
         while at < len(leaves):
             stop = len(leaves)
-            if self.expected:
-                stop = min(stop, at + max(0, self.expected[-1].size - self.frontier.size))
+            if self._next is not None:
+                stop = min(stop, at + max(0, self._next.size - self.frontier.size))
             for level, number, node in self.frontier.extend(leaves[at:stop]):
                 self.nodes += 1
                 if self.transaction.node(level, number) != node:
@@ -318,21 +382,29 @@ class _Audit:
             self._compare_roots()
 
     def _compare_roots(self) -> None:
-        while self.expected and self.expected[-1].size <= self.frontier.size:
-            item = self.expected.pop()
-            root = self.frontier.root() if item.size == self.frontier.size else b""
-            if item.where == "last-seen head":
-                self.seen_root = root
-            elif root == item.root:
-                self.good = item.size
-            elif not self.wrong_root:
-                self.wrong_root = True
-                span = f"entries {self.good} to {item.size - 1}"
-                message = f"Its root is not that of the entries; the first fault is in {span}."
-                self.fault("root", item.where, message)
+        size, root = self.frontier.size, None
+        while self._next is not None and self._next.size <= size:
+            item, self._next = self._next, next(self._expected, None)
+            if item.size == size and root is None:
+                root = self.frontier.root()
+            self._compare(item, root if item.size == size and root is not None else b"")
+
+    def _compare(self, item: _Expected, root: bytes) -> None:
+        if item.where == LAST_SEEN:
+            self.seen_root = root
+        elif item.anchor is not None:
+            (self.anchors if root == item.root else self.forks).append(item.anchor)
+        elif root == item.root:
+            self.good = item.size
+        elif not self.wrong_root:
+            self.wrong_root = True
+            span = f"entries {self.good} to {item.size - 1}"
+            self.fault("root", item.where, f"Its root is not that of the entries; the first fault is in {span}.")
 
     def _end(self, newest: Checkpoint | None) -> None:
         size = self.frontier.size
+        left = [self._next, *self._expected] if self._next is not None else []
+        self.forks += [item.anchor for item in left if item is not None and item.anchor is not None]
         if size != self.head.size:
             message = f"The head says {self.head.size} entries and the store holds {size}."
             self.fault("size", f"entry {min(size, self.head.size)}", message)
@@ -340,10 +412,14 @@ class _Audit:
             self.fault("frontier", "head", "The stored frontier is not that of the entries.")
         if self.transaction.count_nodes() != self.nodes:
             self.fault("node", "nodes", f"The store holds {self.transaction.count_nodes()} subtrees, not {self.nodes}.")
-        for reason in self.checker.reasons:
+        for reason in (*self.keys.reasons, *self.checker.reasons):
             self.fault(reason.code, reason.where, reason.message)
         if self.legible:
             self._derived()
+        if self.unsaid:
+            self.reasons.append(
+                Reason("more", "the trail", f"{self.unsaid} more faults were found and are not listed.")
+            )
 
     def _derived(self) -> None:
         stored = _Sum()
@@ -360,6 +436,14 @@ class _Audit:
         ]
         for name in wrong:
             self.fault("index", name, "The stored index is not what the entries say; a query could miss some of them.")
+
+
+def _size_of(item: _Expected) -> int:
+    return item.size
+
+
+def _first_of(row: Bundle) -> int:
+    return row.first
 
 
 def _legible_prefix(bundle: Bundle, stored: list[bytes]) -> int:
@@ -398,13 +482,25 @@ def compare_with_seen(heads: Heads, note: str | None, found: str, root_at_seen: 
     return Reason(code, f"last-seen head {seen.size}", f"{what} Both signed heads are kept in {folder}.")
 
 
-def verify_trail(location: Path | str, *, policy: TrustPolicy | None = None, home: Path | None = None) -> Verdict:
+def verify_trail(
+    location: Path | str,
+    *,
+    policy: TrustPolicy | None = None,
+    home: Path | None = None,
+    tsa_roots: Sequence[bytes] | None = None,
+    progress: Progress | None = None,
+) -> Verdict:
     """Verify the trail in the folder ``location``.
+
+    Memory does not grow with the number of entries; it does, by some hundred bytes each, with that of runs, of writers
+    and of anchors.
 
     Args:
         location: the trail's folder.
         policy: whose signatures count; ``None`` trusts the user's own key for the trail's origin.
         home: the folder of keys and last-seen heads; ``None`` takes ``RLHF_AUDIT_HOME`` or the user's own.
+        tsa_roots: certificates (PEM) of the timestamping authorities that are trusted; ``None`` takes ``HOME/tsa``.
+        progress: called now and then with how many entries were checked, and how many there are.
 
     Raises:
         StoreError: there is no trail there, or it cannot be read.
@@ -418,31 +514,118 @@ def verify_trail(location: Path | str, *, policy: TrustPolicy | None = None, hom
             next_step="Name the folder that holds trail.sqlite, with --trail or trail=.",
             code="no-trail",
         )
-    origin = ""
+    roots = trusted_authorities(home) if tsa_roots is None else tsa_roots
+    job = _Job(store, home, policy, roots, progress)
     try:
-        with store.reading() as transaction:
-            origin = transaction.head().origin
-        trusted = policy or local_policy(home, origin)
-        heads = Heads(home)
-        seen = heads.note(origin)
-        with store.reading() as transaction:
-            return _verify(transaction, trusted, heads, seen)
+        return job.verdict()
     except StoreError as error:
         if error.reason not in ("malformed", "missing-node"):
             raise
-        return Verdict(Level.INVALID, origin, 0, "", reasons=(Reason("store", str(store.path), error.message),))
+        return Verdict(Level.INVALID, job.origin, 0, "", reasons=(Reason("store", str(store.path), error.message),))
 
 
-def _verify(transaction: Transaction, policy: TrustPolicy, heads: Heads, seen: str | None) -> Verdict:
-    head = transaction.head()
-    audit = _Audit(transaction, head, policy, None if seen is None else checkpoint_of(seen))
-    checked, newest = audit.run()
-    reasons = audit.reasons
-    level = conclude(checked, reasons, policy, heads, seen, head.note, audit.seen_root)
-    size = newest.size if newest else audit.frontier.size
-    root = base64.b64encode(newest.root if newest else audit.frontier.root()).decode()
-    signers = checked.signers if checked else ()
-    return Verdict(level, head.origin, size, root, signers, audit.checker.runs(), tuple(reasons))
+@dataclass
+class _Job:
+    """What one call of `verify_trail` was asked for."""
+
+    store: Store
+    home: Path
+    policy: TrustPolicy | None
+    tsa_roots: Sequence[bytes]
+    progress: Progress | None
+    origin: str = ""
+
+    def verdict(self) -> Verdict:
+        # What lies beside the store is read before it: another process may be appending, and whatever was seen or
+        # anchored before must be in what is read afterwards.
+        with self.store.reading() as transaction:
+            self.origin = transaction.head().origin
+            keys = self._keys(transaction)
+        policy = self.policy or local_policy(self.home, self.origin)
+        heads = Heads(self.home)
+        seen = heads.note(self.origin)
+        claimed, said = self._anchors(policy, keys)
+        with self.store.reading() as transaction:
+            head = transaction.head()
+            before = None if seen is None else checkpoint_of(seen)
+            audit = _Audit(transaction, head, policy, self._keys(transaction), before, claimed, self.progress)
+            checked, newest = audit.run()
+        reasons = audit.reasons
+        if checked is not None and not reasons:
+            reasons += self._forks(audit, heads)
+        level = conclude(checked, reasons, policy, heads, seen, head.note, audit.seen_root, audit.anchors)
+        reasons += chain(said[:MAX_REASONS], self._unended(audit.checker))
+        size = newest.size if newest else audit.frontier.size
+        root = base64.b64encode(newest.root if newest else audit.frontier.root()).decode()
+        signers = checked.signers if checked else ()
+        runs = audit.checker.runs()
+        return Verdict(level, head.origin, size, root, signers, runs, tuple(reasons), tuple(audit.anchors))
+
+    def _keys(self, transaction: Transaction) -> KeySuccession:
+        """The keys over time, from the rows that the type index names; the index itself is checked at the end."""
+        keys = KeySuccession(self.origin, known_limits(self.home, self.origin))
+        rows = [transaction.bundles(-(1 << 63), (1 << 63) - 1, ["t:" + kind]) for kind in KEY_TYPES]
+        last = None
+        for row in merge(*rows, key=_first_of):
+            if row.first != last:
+                last = row.first
+                for entry in _legible_entries(row):
+                    keys.add(entry)
+        return keys
+
+    def _anchors(self, policy: TrustPolicy, keys: KeySuccession) -> tuple[Sequence[Anchor], Sequence[Reason]]:
+        folder = AnchorFolder(self.store.path.parent)
+        trusted = [key for key in policy.logs if key.name == self.origin]
+        return read_anchors(
+            folder.read,
+            folder.names(),
+            policy,
+            self.origin,
+            self.tsa_roots,
+            logs=lambda size: keys.log_verifiers(trusted, size),
+        )
+
+    def _forks(self, audit: _Audit, heads: Heads) -> Iterator[Reason]:
+        """The anchors that this history does not continue; the signed heads that contradict each other are kept."""
+        folder, size = AnchorFolder(self.store.path.parent), audit.frontier.size
+        for anchor in audit.forks[:MAX_REASONS]:
+            plain = anchor.kind != COSIGNATURE_ANCHOR
+            note = folder.read(f"{anchor.size}.checkpoint" if plain else Path(anchor.where).name)
+            kept = heads.keep_evidence(self.origin, (note or b"").decode(), audit.head.note)
+            if anchor.size > size:
+                code, what = (
+                    "rollback",
+                    f"It covers {anchor.size} entries; there are {size}, so entries were taken away.",
+                )
+            else:
+                code, what = "anchor-fork", f"At size {anchor.size} its root is another one, so history was rewritten."
+            message = f"{anchor.by} has vouched for another history. {what} Both signed heads are kept in {kept}."
+            yield Reason(code, anchor.where, message)
+
+    def _unended(self, checker: EntryChecker) -> Iterator[Reason]:
+        """Runs without an end; those that ended while this was looking, or whose writer lives, are none."""
+        found = list(islice(checker.unended(partial(_lives, self.store.path.parent)), MAX_REASONS))
+        if found:
+            with self.store.reading() as transaction:
+                still = {f"run {run}" for run in transaction.open_runs()}
+            yield from (reason for reason in found if reason.where in still)
+
+
+def _lives(folder: Path, writer: str) -> bool | None:
+    try:
+        return is_alive(folder, writer)
+    except OSError:
+        return None
+
+
+def _legible_entries(row: Bundle) -> Iterator[Entry]:
+    try:
+        entries = unpack_entries(row.data, row.count)
+    except FormatError:
+        return
+    for index, data in enumerate(entries, row.first):
+        with suppress(FormatError):
+            yield Entry.decode(index, data)
 
 
 def conclude(
@@ -471,44 +654,25 @@ def conclude(
     if checked is None or forced is Level.INVALID:
         return Level.INVALID
     head = checked.checkpoint
-    fresh = [anchor for anchor in anchors if (anchor.size, anchor.root) == (head.size, head.root)]
-    cosigned = checked.cosigned or _quorum_holds(policy, {a.by for a in fresh if a.kind == "cosignature"})
-    if policy.quorum != "none" and not cosigned:
-        reasons.append(Reason("quorum", "newest checkpoint", _quorum_words(policy, anchors, head.size)))
+    reached = Level.COSIGNED if checked.cosigned else anchored_level(policy, anchors, head.size, head.root)
+    if policy.quorum != "none" and reached is not Level.COSIGNED:
+        reasons.append(Reason("quorum", NEWEST, _quorum_words(policy, anchors, head.size)))
     diverged = compare_with_seen(heads, seen, note, root_at_seen)
     if diverged is not None:
         reasons.append(diverged)
     if diverged is not None or forced is not None:
         return Level.DIVERGED
     reasons += _remember(heads, head.origin, note)
-    if cosigned:
-        return Level.COSIGNED
-    return Level.TIMESTAMPED if any(anchor.kind == "timestamp" for anchor in fresh) else Level.UNANCHORED
-
-
-def _quorum_holds(policy: TrustPolicy, vkeys: set[str]) -> bool:
-    """Whether the witnesses with these verifier keys make the policy's quorum."""
-
-    def holds(name: str) -> bool:
-        group = policy.groups.get(name)
-        return name in held if group is None else sum(map(holds, group.members)) >= group.threshold
-
-    held = {name for name, key in policy.witnesses.items() if format_vkey(key) in vkeys}
-    return policy.quorum != "none" and holds(policy.quorum)
+    return reached
 
 
 def _quorum_words(policy: TrustPolicy, anchors: Sequence[Anchor], size: int) -> str:
     said = f"The policy's quorum {policy.quorum} has not cosigned it."
-    by_size: dict[int, set[str]] = {}
-    for anchor in anchors:
-        if anchor.kind == "cosignature":
-            by_size.setdefault(anchor.size, set()).add(anchor.by)
-    reached = [at for at, vkeys in by_size.items() if at < size and _quorum_holds(policy, vkeys)]
+    earlier = {(item.size, item.root) for item in anchors if item.size < size}
+    reached = max((at for at, root in earlier if quorum_reached(policy, anchors, at, root)), default=0)
     if not reached:
         return said
-    return (
-        f"{said} It did so up to entry {max(reached) - 1}; the {size - max(reached)} after that rest on the key alone."
-    )
+    return f"{said} It did so up to entry {reached - 1}; the last {size - reached} rest on the log's key alone."
 
 
 def _remember(heads: Heads, origin: str, note: str) -> Iterator[Reason]:
