@@ -12,13 +12,11 @@
 =============== =====================================================================================================
 
 Entries, the new tree state and the signed checkpoint commit in one transaction that holds the only write lock from
-its first statement (``BEGIN IMMEDIATE``). A database error becomes one `StoreError` that names the file and what to do.
+its first statement (`sqlite`).
 """
 
 from __future__ import annotations
 
-import os
-import sqlite3
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,16 +24,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import sqlalchemy as sa
-from sqlalchemy import event
 from sqlalchemy.dialects.sqlite import insert as upsert
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.pool import NullPool
 
 from rlhf_audit_nb.errors import FormatError, StoreError
 from rlhf_audit_nb.trail.merkle import HASH_BYTES, node_hash
+from rlhf_audit_nb.trail.sqlite import Database, Session, Statement, connect, reading, store_errors
 
 __all__ = [
     "BUNDLE",
@@ -54,7 +49,6 @@ __all__ = [
 BUNDLE = 256
 SCHEMA_VERSION = 1
 APPLICATION_ID = 0x524C4854  # "RLHT"
-BUSY_SECONDS = 60.0
 
 _metadata = sa.MetaData()
 _head = sa.Table(
@@ -115,20 +109,61 @@ _open_runs = sa.Table(
     sqlite_with_rowid=False,
 )
 
-# Built once: the statements of the append path, so that only their cached form is looked up.
-_SELECT_SIZE = sa.select(_head.c.size)
-_SELECT_HEAD = sa.select(_head)
-_UPDATE_HEAD = _head.update()
-_INSERT_BUNDLE = _bundles.insert()
-_INSERT_NODE = _nodes.insert()
-_INSERT_CHECKPOINT = _checkpoints.insert()
-_INSERT_TERM = _terms.insert()
-_SELECT_STREAM = sa.select(_streams.c.next, _streams.c.time).where(_streams.c.stream == sa.bindparam("name"))
-_stream_insert = upsert(_streams)
-_UPSERT_STREAM = _stream_insert.on_conflict_do_update(
-    index_elements=["stream"],
-    set_={"next": _stream_insert.excluded.next, "time": _stream_insert.excluded.time},
+_first: sa.BindParameter[int] = sa.bindparam("first")
+_stop: sa.BindParameter[int] = sa.bindparam("stop")
+_level: sa.BindParameter[int] = sa.bindparam("level")
+_number: sa.BindParameter[int] = sa.bindparam("number")
+_STATE = ("size", "time", "note", "frontier", "kept_size", "kept_time")
+
+_SELECT_SIZE = Statement(sa.select(_head.c.size))
+_SELECT_HEAD = Statement(sa.select(_head))
+_INSERT_HEAD = Statement(_head.insert())
+_UPDATE_HEAD = Statement(_head.update(), _STATE)
+_INSERT_BUNDLE = Statement(_bundles.insert())
+_SELECT_START = Statement(sa.select(sa.func.max(_bundles.c.first)).where(_bundles.c.first <= _first))
+_SELECT_LEAVES = Statement(
+    sa.select(_bundles.c.hashes).where(_bundles.c.first >= _first, _bundles.c.first < _stop).order_by(_bundles.c.first)
 )
+_INSERT_NODE = Statement(_nodes.insert())
+_SELECT_NODE = Statement(sa.select(_nodes.c.hash).where(_nodes.c.level == _level, _nodes.c.number == _number))
+_SELECT_NODES = Statement(
+    sa.select(_nodes.c.hash)
+    .where(_nodes.c.level == _level, _nodes.c.number >= _first, _nodes.c.number < _stop)
+    .order_by(_nodes.c.number)
+)
+_COUNT_NODES = Statement(sa.select(sa.func.count()).select_from(_nodes))
+_INSERT_CHECKPOINT = Statement(_checkpoints.insert())
+_SELECT_CHECKPOINTS = Statement(sa.select(_checkpoints.c.size, _checkpoints.c.note).order_by(_checkpoints.c.size))
+_INSERT_TERM = Statement(_terms.insert())
+_SELECT_TERMS = Statement(sa.select(_terms))
+_SELECT_STREAM = Statement(
+    sa.select(_streams.c.next, _streams.c.time).where(_streams.c.stream == sa.bindparam("stream"))
+)
+_SELECT_STREAMS = Statement(sa.select(_streams))
+_stream_insert = upsert(_streams)
+_UPSERT_STREAM = Statement(
+    _stream_insert.on_conflict_do_update(
+        index_elements=["stream"],
+        set_={"next": _stream_insert.excluded.next, "time": _stream_insert.excluded.time},
+    )
+)
+_SELECT_OPEN = Statement(sa.select(_open_runs))
+_INSERT_OPEN = Statement(upsert(_open_runs).on_conflict_do_nothing())
+_DELETE_OPEN = Statement(_open_runs.delete().where(_open_runs.c.run == sa.bindparam("run")))
+_CLEAR_DERIVED = tuple(Statement(table.delete()) for table in (_streams, _terms, _open_runs))
+
+
+@lru_cache(maxsize=8)
+def _select_bundles(terms: int, *, limited: bool) -> Statement:
+    """The rows of a range, only those that hold so many terms."""
+    query = sa.select(_bundles).where(_bundles.c.first >= _first, _bundles.c.first < _stop)
+    for number in range(terms):
+        having = sa.select(_terms.c.first).where(_terms.c.term == sa.bindparam(f"term{number}"))
+        query = query.where(_bundles.c.first.in_(having))
+    query = query.order_by(_bundles.c.first)
+    if limited:  # the offset is said outright, because the dialect would add one without a name
+        query = query.limit(sa.bindparam("most", type_=sa.Integer)).offset(sa.bindparam("skip", type_=sa.Integer))
+    return Statement(query)
 
 
 @dataclass(frozen=True)
@@ -188,81 +223,11 @@ def unpack_entries(data: bytes, count: int) -> list[bytes]:
     return entries
 
 
-_FREE = "Free some space, then open the trail again."
-_ALLOW = "Make the file and its folder writable, or name another folder with trail=."
-_RESTORE = "Restore it from a copy; `rlhf-audit verify` tells what holds."
-# What SQLite says, the machine-readable reason, what that means, and what to do.
-_ADVICE = (
-    ("full", "disk-full", "the disk is full", _FREE),
-    ("readonly", "read-only", "it cannot be written", _ALLOW),
-    ("unable to open", "unreadable", "it cannot be opened", "Check that it exists and that you may read and write it."),
-    ("locked", "locked", "another process kept it locked", "Wait for that process, then open the trail again."),
-    ("malformed", "malformed", "the file is damaged", _RESTORE),
-    ("codec can't decode", "malformed", "the file is damaged", _RESTORE),
-    ("Could not decode", "malformed", "the file is damaged", _RESTORE),
-    ("no such", "malformed", "a part of it is missing", _RESTORE),
-    ("not a database", "malformed", "it is not a trail's database", "Name the folder that holds the trail."),
-    ("disk I/O", "io", "the disk gave an error", "Check the disk, then open the trail again."),
-)
-
-
-def _advice(path: Path, error: BaseException) -> StoreError:
-    text = str(getattr(error, "orig", None) or error)
-    for mark, code, what, step in _ADVICE:
-        if mark in text:
-            return StoreError(f"The store {path}: {what} ({text}).", next_step=step, code=code)
-    return StoreError(f"The store {path} failed: {text}.", next_step="Check the file and its disk, then open it again.")
-
-
-@contextmanager
-def store_errors(path: Path) -> Iterator[None]:
-    """Turn database and file errors on ``path`` into one `StoreError` that says what to do."""
-    try:
-        yield
-    except (DBAPIError, sqlite3.Error, UnicodeDecodeError) as error:
-        raise _advice(path, error) from error
-
-
-def connect(path: Path, *, write: bool, secure_delete: bool = False) -> sa.Engine:
-    """An engine on one SQLite file; each connection is a fresh one, and a writing one begins by taking the lock."""
-
-    def create() -> sqlite3.Connection:
-        uri = f"file:{quote(str(path))}?{'mode=rwc' if write else _reading_mode(path)}"
-        raw = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-        if write:
-            raw.execute("PRAGMA journal_mode=WAL")
-            raw.execute("PRAGMA synchronous=FULL")
-            raw.execute(f"PRAGMA secure_delete={'ON' if secure_delete else 'OFF'}")
-            raw.execute("PRAGMA cache_size=-8000")
-        raw.execute("PRAGMA cell_size_check=ON")
-        return raw
-
-    engine = sa.create_engine("sqlite://", creator=create, poolclass=NullPool)
-    begin = "BEGIN IMMEDIATE" if write else "BEGIN"
-    event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(begin))
-    return engine
-
-
-@lru_cache(maxsize=16)
-def _reading_engine(path: Path) -> sa.Engine:
-    # Holds no connection, only the compiled statements, which cost more than a short read.
-    return connect(path, write=False)
-
-
-def _reading_mode(path: Path) -> str:
-    # SQLite cannot make the shared-memory file of a WAL database in a folder that cannot be written. Without a
-    # log to read, the file itself is all there is, and it may be read as one that nobody changes.
-    log = path.with_name(path.name + "-wal")
-    if not os.access(path.parent, os.W_OK) and (not log.exists() or log.stat().st_size == 0):
-        return "mode=ro&immutable=1"
-    return "mode=ro"
-
-
 class StoreHashes:
     """The complete subtrees of a store, as a `HashReader`: at most three range reads for a proof at 1 M entries."""
 
-    def __init__(self, connection: sa.Connection) -> None:
-        self._connection = connection
+    def __init__(self, session: Session) -> None:
+        self._session = session
         self._tiles: dict[tuple[int, int], list[bytes]] = {}
 
     def node(self, level: int, index: int) -> bytes:
@@ -287,22 +252,12 @@ class StoreHashes:
         return self._tiles[key]
 
     def _leaves(self, number: int) -> list[bytes]:
-        first = number * BUNDLE
-        query = (
-            sa.select(_bundles.c.hashes)
-            .where(_bundles.c.first >= first, _bundles.c.first < first + BUNDLE)
-            .order_by(_bundles.c.first)
-        )
-        return _cut(b"".join(self._connection.scalars(query)))
+        rows = self._session.execute(_SELECT_LEAVES, {"first": number * BUNDLE, "stop": (number + 1) * BUNDLE})
+        return _cut(b"".join([hashes for (hashes,) in rows]))
 
     def _inner(self, level: int, number: int) -> list[bytes]:
-        first = number * BUNDLE
-        query = (
-            sa.select(_nodes.c.hash)
-            .where(_nodes.c.level == level, _nodes.c.number >= first, _nodes.c.number < first + BUNDLE)
-            .order_by(_nodes.c.number)
-        )
-        return list(self._connection.scalars(query))
+        values = {"level": level, "first": number * BUNDLE, "stop": (number + 1) * BUNDLE}
+        return [node for (node,) in self._session.execute(_SELECT_NODES, values)]
 
 
 def _typed(row: Sequence[Any], *types: type) -> tuple[Any, ...]:
@@ -320,23 +275,28 @@ def _cut(joined: bytes) -> list[bytes]:
 class Transaction:
     """One transaction, or one reading connection: typed reads, and the writes of an append."""
 
-    def __init__(self, connection: sa.Connection) -> None:
-        self._connection = connection
-        self.hashes = StoreHashes(connection)
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.hashes = StoreHashes(session)
 
     def layout(self) -> tuple[int, int]:
         """The file's application id and layout version."""
-        application = self._connection.exec_driver_sql("PRAGMA application_id").scalar()
-        version = self._connection.exec_driver_sql("PRAGMA user_version").scalar()
-        return int(application or 0), int(version or 0)
+        return self._session.pragma("application_id"), self._session.pragma("user_version")
 
     def has_head(self) -> bool:
         """Whether the trail was made completely."""
-        return self._connection.execute(_SELECT_SIZE).first() is not None
+        return self._session.execute(_SELECT_SIZE).fetchone() is not None
 
     def size(self) -> int:
-        """How many entries the head covers."""
-        return int(_typed(self._connection.execute(_SELECT_SIZE).one(), int)[0])
+        """How many entries the head covers.
+
+        Raises:
+            StoreError: there is no head.
+        """
+        row = self._session.execute(_SELECT_SIZE).fetchone()
+        if row is None:
+            raise StoreError("The store has no head.", code="malformed")
+        return int(_typed(row, int)[0])
 
     def head(self) -> Head:
         """The newest state.
@@ -344,7 +304,7 @@ class Transaction:
         Raises:
             StoreError: there is none, or not exactly one.
         """
-        rows = self._connection.execute(_SELECT_HEAD).all()
+        rows = self._session.execute(_SELECT_HEAD).fetchall()
         if len(rows) != 1:
             raise StoreError(f"The store has {len(rows)} heads, not one.", code="malformed")
         _, origin, size, time, note, frontier, *kept = _typed(rows[0], int, str, int, int, str, bytes, int, int)
@@ -352,114 +312,96 @@ class Transaction:
 
     def stream(self, name: str) -> StreamState:
         """Where a stream stands."""
-        row = self._connection.execute(_SELECT_STREAM, {"name": name}).first()
+        row = self._session.execute(_SELECT_STREAM, {"stream": name}).fetchone()
         return StreamState() if row is None else StreamState(*_typed(row, int, int))
 
     def streams(self) -> dict[str, StreamState]:
         """Where every stream stands."""
-        rows = (_typed(row, str, int, int) for row in self._connection.execute(sa.select(_streams)))
+        rows = (_typed(row, str, int, int) for row in self._session.execute(_SELECT_STREAMS))
         return {name: StreamState(following, time) for name, following, time in rows}
 
     def open_runs(self) -> dict[str, str]:
         """Runs that were started and not ended, with the writer that started them."""
-        return {row.run: row.writer for row in self._connection.execute(sa.select(_open_runs))}
+        return dict(_typed(row, str, str) for row in self._session.execute(_SELECT_OPEN))
 
     def checkpoints(self) -> Iterator[tuple[int, str]]:
         """The history: size and signed note, the smallest first."""
-        query = sa.select(_checkpoints.c.size, _checkpoints.c.note).order_by(_checkpoints.c.size)
-        for row in self._connection.execute(query):
+        for row in self._session.execute(_SELECT_CHECKPOINTS):
             size, note = _typed(row, int, str)
             yield size, note
 
     def node(self, level: int, number: int) -> bytes | None:
         """One stored subtree."""
-        query = sa.select(_nodes.c.hash).where(_nodes.c.level == level, _nodes.c.number == number)
-        return self._connection.scalar(query)
+        row = self._session.execute(_SELECT_NODE, {"level": level, "number": number}).fetchone()
+        return None if row is None else bytes(_typed(row, bytes)[0])
 
     def count_nodes(self) -> int:
         """How many subtrees are stored."""
-        return int(self._connection.scalar(sa.select(sa.func.count()).select_from(_nodes)) or 0)
+        return int(self._session.execute(_COUNT_NODES).fetchone()[0])
 
     def terms(self) -> Iterator[tuple[str, int]]:
         """The whole query index."""
-        for row in self._connection.execute(sa.select(_terms)):
+        for row in self._session.execute(_SELECT_TERMS):
             term, first = _typed(row, str, int)
             yield term, first
 
     def bundles(self, start: int, stop: int, terms: Sequence[str] = (), limit: int | None = None) -> Iterator[Bundle]:
         """The rows that begin in ``[start, stop)``, in order; with ``terms`` only rows that hold all of them."""
-        query = sa.select(_bundles).where(_bundles.c.first >= start, _bundles.c.first < stop)
-        for term in terms:
-            having = sa.select(_terms.c.first).where(_terms.c.term == term)
-            query = query.where(_bundles.c.first.in_(having))
-        for row in self._connection.execute(query.order_by(_bundles.c.first).limit(limit)):
+        values: dict[str, int | str | None] = {"first": start, "stop": stop, "most": limit, "skip": 0}
+        values |= {f"term{number}": term for number, term in enumerate(terms)}
+        for row in self._session.execute(_select_bundles(len(terms), limited=limit is not None), values):
             first, count, hashes, data = _typed(row, int, int, bytes, bytes)
             yield Bundle(first, count, hashes, data)
 
     def bundle_start(self, index: int) -> int:
         """Where the row begins that holds the entry ``index``."""
-        query = sa.select(sa.func.max(_bundles.c.first)).where(_bundles.c.first <= index)
-        return int(self._connection.scalar(query) or 0)
+        return int(self._session.execute(_SELECT_START, {"first": index}).fetchone()[0] or 0)
 
-    def add_bundles(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def add_bundles(self, rows: Iterable[Bundle]) -> None:
         """Insert rows of entries."""
-        self._connection.execute(_INSERT_BUNDLE, rows)
+        self._session.execute_many(_INSERT_BUNDLE, [vars(row) for row in rows])
 
     def add_nodes(self, nodes: Sequence[tuple[int, int, bytes]]) -> None:
         """Insert complete subtrees."""
         if nodes:
-            self._connection.execute(_INSERT_NODE, [{"level": a, "number": b, "hash": c} for a, b, c in nodes])
+            self._session.execute_many(_INSERT_NODE, [{"level": a, "number": b, "hash": c} for a, b, c in nodes])
 
     def add_terms(self, terms: Iterable[tuple[str, int]]) -> None:
         """Insert into the query index."""
-        rows = [{"term": term, "first": first} for term, first in terms]
-        if rows:
-            self._connection.execute(_INSERT_TERM, rows)
+        self._session.execute_many(_INSERT_TERM, [{"term": term, "first": first} for term, first in terms])
 
     def put_streams(self, states: Mapping[str, StreamState]) -> None:
         """Write where streams stand now."""
         rows = [{"stream": name, "next": state.next, "time": state.time} for name, state in states.items()]
-        self._connection.execute(_UPSERT_STREAM, rows)
+        self._session.execute_many(_UPSERT_STREAM, rows)
 
     def start_run(self, run: str, writer: str) -> None:
         """Note that a run is open."""
-        self._connection.execute(upsert(_open_runs).on_conflict_do_nothing(), {"run": run, "writer": writer})
+        self._session.execute(_INSERT_OPEN, {"run": run, "writer": writer})
 
     def end_run(self, run: str) -> None:
         """Note that a run has ended."""
-        self._connection.execute(_open_runs.delete().where(_open_runs.c.run == run))
+        self._session.execute(_DELETE_OPEN, {"run": run})
 
     def put_head(self, head: Head) -> None:
         """Write the new state."""
-        values = {
-            "size": head.size,
-            "time": head.time,
-            "note": head.note,
-            "frontier": b"".join(head.frontier),
-            "kept_size": head.kept_size,
-            "kept_time": head.kept_time,
-        }
-        self._connection.execute(_UPDATE_HEAD, values)
+        self._session.execute(_UPDATE_HEAD, {**vars(head), "frontier": b"".join(head.frontier)})
 
     def add_head(self, head: Head) -> None:
         """Write the first state of a new trail."""
-        values = {"id": 1, "origin": head.origin, "frontier": b"".join(head.frontier)}
-        for name in ("size", "time", "note", "kept_size", "kept_time"):
-            values[name] = getattr(head, name)
-        self._connection.execute(_head.insert(), values)
+        self._session.execute(_INSERT_HEAD, {**vars(head), "id": 1, "frontier": b"".join(head.frontier)})
 
     def keep_checkpoint(self, size: int, time: int, note: str) -> None:
         """Add a checkpoint to the history."""
-        self._connection.execute(_INSERT_CHECKPOINT, {"size": size, "time": time, "note": note})
+        self._session.execute(_INSERT_CHECKPOINT, {"size": size, "time": time, "note": note})
 
     def replace_derived(
         self, streams: Mapping[str, StreamState], terms: Iterable[tuple[str, int]], open_runs: Mapping[str, str]
     ) -> None:
         """Write the derived tables anew."""
-        for table in (_streams, _terms, _open_runs):
-            self._connection.execute(table.delete())
-        if streams:
-            self.put_streams(streams)
+        for clear in _CLEAR_DERIVED:
+            self._session.execute(clear)
+        self.put_streams(streams)
         self.add_terms(terms)
         for run, writer in open_runs.items():
             self.start_run(run, writer)
@@ -471,8 +413,7 @@ class Store:
     def __init__(self, path: Path, *, write: bool) -> None:
         self.path = path
         self._write = write
-        self._engine: sa.Engine | None = None
-        self._connection: sa.Connection | None = None
+        self._database = Database(path)
         self._checked = False
 
     def exists(self) -> bool:
@@ -487,15 +428,14 @@ class Store:
 
     def create_tables(self) -> None:
         """Make the tables where they are missing; an existing trail of another layout is refused."""
-        with store_errors(self.path), self._connected().begin():
-            connection = self._connected()
-            version = connection.exec_driver_sql("PRAGMA user_version").scalar()
+        with self._database.transaction() as session:
+            version = session.pragma("user_version")
             if version == 0:
-                if connection.exec_driver_sql("SELECT count(*) FROM sqlite_master").scalar():
+                if not session.is_empty():
                     raise StoreError(f"The store {self.path} is a database, but not a trail's.", code="malformed")
-                _metadata.create_all(connection)
-                connection.exec_driver_sql(f"PRAGMA application_id={APPLICATION_ID}")
-                connection.exec_driver_sql(f"PRAGMA user_version={SCHEMA_VERSION}")
+                session.create(_metadata)
+                session.set_pragma("application_id", APPLICATION_ID)
+                session.set_pragma("user_version", SCHEMA_VERSION)
             elif version != SCHEMA_VERSION:
                 raise self._unknown_layout(version)
 
@@ -516,20 +456,14 @@ class Store:
             code="unknown-layout",
         )
 
-    def _connected(self) -> sa.Connection:
-        if self._connection is None:
-            self._engine = connect(self.path, write=self._write)
-            self._connection = self._engine.connect()
-        return self._connection
-
     @contextmanager
     def reading(self) -> Iterator[Transaction]:
         """One consistent state of the store, on a connection of its own: safe from any thread.
 
         Refuses a file that is no trail, or one of another layout.
         """
-        with store_errors(self.path), _reading_engine(self.path).connect() as connection, connection.begin():
-            transaction = Transaction(connection)
+        with reading(self.path) as session:
+            transaction = Transaction(session)
             if not self._checked:
                 self._check_layout(*transaction.layout())
                 self._checked = True
@@ -537,24 +471,20 @@ class Store:
 
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:
-        """One transaction: committed at the end, rolled back on any exception. Not for two threads at once."""
-        with store_errors(self.path):
-            connection = self._connected()
-            with connection.begin():
-                yield Transaction(connection)
+        """One transaction: committed at the end, rolled back on any exception. Not for two threads at once.
+
+        Raises:
+            ValueError: the store was opened for reading.
+        """
+        if not self._write:
+            raise ValueError(f"{self.path} was opened for reading only")
+        with self._database.transaction() as session:
+            yield Transaction(session)
 
     def abandon(self) -> object:
         """Forget the connection without closing it: after a fork it is the parent's. Returns what must stay alive."""
-        kept = (self._engine, self._connection)
-        self._engine = self._connection = None
-        return kept
+        return self._database.abandon()
 
     def close(self) -> None:
         """Close the connection."""
-        connection, engine = self._connection, self._engine
-        self._connection = self._engine = None
-        with store_errors(self.path):
-            if connection is not None:
-                connection.close()
-            if engine is not None:
-                engine.dispose()
+        self._database.close()

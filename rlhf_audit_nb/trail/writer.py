@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -37,7 +37,7 @@ from rlhf_audit_nb.trail.entry import ENVELOPE_VERSION, MAX_ENTRY, Entry, Envelo
 from rlhf_audit_nb.trail.liveness import WriterLock
 from rlhf_audit_nb.trail.merkle import Frontier
 from rlhf_audit_nb.trail.note import Signer, parse_note, sign_note, verify_note
-from rlhf_audit_nb.trail.store import BUNDLE, Head, Store, StreamState, Transaction, pack_entries
+from rlhf_audit_nb.trail.store import BUNDLE, Bundle, Head, Store, StreamState, Transaction, pack_entries
 from rlhf_audit_nb.trail.vault import Opening, Sealed, Vault, commitment_of
 
 if TYPE_CHECKING:
@@ -318,7 +318,7 @@ def too_large(kind: str, size: int) -> EntryError:
     )
 
 
-def _rows(group: _Group) -> tuple[list[dict[str, Any]], list[tuple[str, int]]]:
+def _rows(group: _Group) -> tuple[list[Bundle], list[tuple[str, int]]]:
     """The rows of entries (none across a multiple of 256, none much over 1 MiB) and their index terms."""
     rows, terms = [], []
     start, total = 0, len(group.data)
@@ -332,9 +332,7 @@ def _rows(group: _Group) -> tuple[list[dict[str, Any]], list[tuple[str, int]]]:
                 break
         first = group.first + start
         hashes = b"".join(group.leaves[start:stop])
-        rows.append(
-            {"first": first, "count": stop - start, "hashes": hashes, "data": pack_entries(group.data[start:stop])}
-        )
+        rows.append(Bundle(first, stop - start, hashes, pack_entries(group.data[start:stop])))
         found = {"t:" + item.type for item in group.items[start:stop]}
         found |= {"r:" + item.run for item in group.items[start:stop] if item.run is not None}
         terms += [(term, first) for term in sorted(found)]

@@ -125,7 +125,7 @@ def test_a_full_disk_is_one_clear_sentence_and_the_trail_goes_on_after_it(folder
     trail = Trail.open(folder)
     append(trail, 0, 5)
     trail.flush()
-    raw = trail._store._connection.connection.dbapi_connection
+    raw = trail._store._database.opened()
     pages = raw.execute("PRAGMA page_count").fetchone()[0]
     raw.execute(f"PRAGMA max_page_count={pages}")
     handles = [trail.append("a.b", b'{"n":5,"x":"%s"}' % (b"y" * 30_000), run="r") for _ in range(3)]
@@ -286,7 +286,7 @@ def test_another_programs_database_is_not_touched(folder):
 
 def test_a_locked_store_is_said_after_the_wait(folder, monkeypatch):
     trail = Trail.open(folder)
-    trail._store._connection.connection.dbapi_connection.execute("PRAGMA busy_timeout=50")
+    trail._store._database.opened().execute("PRAGMA busy_timeout=50")
     other = sqlite3.connect(folder / "trail.sqlite")
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(StoreError) as caught:

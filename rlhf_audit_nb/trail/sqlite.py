@@ -1,0 +1,244 @@
+"""One SQLite file: a connection's life, its transactions, its statements, and what its errors mean. Floor 0.
+
+Write-ahead log, ``synchronous=FULL``: a transaction is on the disk (the log is fdatasynced) before ``COMMIT`` returns,
+and a transaction that writes takes the file's only write lock with its first statement (``BEGIN IMMEDIATE``).
+
+Statements are defined in SQLAlchemy Core, so that another database can be served, and each is compiled once into the
+dialect's SQL. They run on the driver's own cursor: SQLAlchemy's way of running a statement costs several times what
+SQLite needs for an append. An error becomes one `StoreError` that names the file and says what to do.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import NullPool
+from sqlalchemy.schema import CreateIndex, CreateTable
+
+from rlhf_audit_nb.errors import StoreError
+
+__all__ = ["Database", "Session", "Statement", "connect", "reading", "store_errors"]
+
+BUSY_SECONDS = 60.0
+
+_DIALECT = SQLiteDialect_pysqlite(paramstyle="named")
+_NOTHING: Mapping[str, Any] = {}
+
+_FREE = "Free some space, then open the trail again."
+_ALLOW = "Make the file and its folder writable, or name another folder with trail=."
+_RESTORE = "Restore it from a copy; `rlhf-audit verify` tells what holds."
+# What SQLite says, the machine-readable reason, what that means, and what to do.
+_ADVICE = (
+    ("full", "disk-full", "the disk is full", _FREE),
+    ("readonly", "read-only", "it cannot be written", _ALLOW),
+    ("unable to open", "unreadable", "it cannot be opened", "Check that it exists and that you may read and write it."),
+    ("locked", "locked", "another process kept it locked", "Wait for that process, then open the trail again."),
+    ("malformed", "malformed", "the file is damaged", _RESTORE),
+    ("codec can't decode", "malformed", "the file is damaged", _RESTORE),
+    ("Could not decode", "malformed", "the file is damaged", _RESTORE),
+    ("no such", "malformed", "a part of it is missing", _RESTORE),
+    ("not a database", "malformed", "it is not a trail's database", "Name the folder that holds the trail."),
+    ("disk I/O", "io", "the disk gave an error", "Check the disk, then open the trail again."),
+)
+
+
+def _advice(path: Path, error: BaseException) -> StoreError:
+    text = str(getattr(error, "orig", None) or error)
+    for mark, code, what, step in _ADVICE:
+        if mark in text:
+            return StoreError(f"The store {path}: {what} ({text}).", next_step=step, code=code)
+    return StoreError(f"The store {path} failed: {text}.", next_step="Check the file and its disk, then open it again.")
+
+
+@contextmanager
+def store_errors(path: Path) -> Iterator[None]:
+    """Turn database and file errors on ``path`` into one `StoreError` that says what to do."""
+    try:
+        yield
+    except (DBAPIError, sqlite3.Error, UnicodeDecodeError) as error:
+        raise _advice(path, error) from error
+
+
+class Statement:
+    """A statement of SQLAlchemy Core, compiled once; its values are handed in by name.
+
+    Args:
+        clause: the statement. What varies in it is a ``bindparam`` without a value, or a column that is written.
+        columns: the columns that an insert or update writes; ``None`` for all.
+    """
+
+    def __init__(self, clause: sa.ClauseElement, columns: Sequence[str] | None = None) -> None:
+        self._clause = clause
+        self._columns = columns
+
+    @cached_property
+    def sql(self) -> str:
+        """Its SQL in the dialect of the database."""
+        return str(self._clause.compile(dialect=_DIALECT, column_keys=self._columns))
+
+
+class Session:
+    """An open transaction, or a reading connection: runs statements and gives their rows."""
+
+    __slots__ = ("raw",)
+
+    def __init__(self, raw: sqlite3.Connection) -> None:
+        self.raw = raw
+
+    def execute(self, statement: Statement, values: Mapping[str, Any] = _NOTHING) -> sqlite3.Cursor:
+        """Run one statement; the cursor gives its rows."""
+        return self.raw.execute(statement.sql, values)
+
+    def execute_many(self, statement: Statement, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Run one statement for each of ``rows``."""
+        self.raw.executemany(statement.sql, rows)
+
+    def select(self, clause: sa.Select[Any]) -> sqlite3.Cursor:
+        """Run a query that was made for this one time, with its values in it."""
+        compiled = clause.compile(dialect=_DIALECT)
+        return self.raw.execute(str(compiled), compiled.params)
+
+    def pragma(self, name: str) -> int:
+        """A number that SQLite keeps about the file."""
+        return int(self.raw.execute(f"PRAGMA {name}").fetchone()[0])
+
+    def set_pragma(self, name: str, value: int) -> None:
+        """Set such a number."""
+        self.raw.execute(f"PRAGMA {name}={value:d}")
+
+    def create(self, metadata: sa.MetaData) -> None:
+        """Make the tables and indexes that are missing."""
+        for table in metadata.tables.values():
+            self.raw.execute(str(CreateTable(table, if_not_exists=True).compile(dialect=_DIALECT)))
+            for index in sorted(table.indexes, key=lambda item: str(item.name)):
+                self.raw.execute(str(CreateIndex(index, if_not_exists=True).compile(dialect=_DIALECT)))
+
+    def is_empty(self) -> bool:
+        """Whether the database has no table, index or view at all."""
+        return not self.raw.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+
+
+class Database:
+    """The writing connection to one file: made at its first use, for one thread at a time, given up at a fork.
+
+    Args:
+        path: the file; it is made where it is missing.
+        secure_delete: overwrite with zeros what is deleted.
+    """
+
+    def __init__(self, path: Path, *, secure_delete: bool = False) -> None:
+        self.path = path
+        self._secure_delete = secure_delete
+        self._raw: sqlite3.Connection | None = None
+
+    def opened(self) -> sqlite3.Connection:
+        """The connection, in autocommit mode; errors on it are the caller's to translate (`store_errors`)."""
+        if self._raw is None:
+            raw = _connect(self.path, "mode=rwc")
+            try:
+                raw.execute("PRAGMA journal_mode=WAL")
+                raw.execute("PRAGMA synchronous=FULL")
+                raw.execute(f"PRAGMA secure_delete={'ON' if self._secure_delete else 'OFF'}")
+                raw.execute("PRAGMA cache_size=-8000")
+            except BaseException:
+                raw.close()
+                raise
+            self._raw = raw
+        return self._raw
+
+    @contextmanager
+    def transaction(self) -> Iterator[Session]:
+        """One writing transaction: durable at the end, rolled back on any exception. Not within another.
+
+        Raises:
+            StoreError: the file cannot be opened, locked, read or written.
+        """
+        with store_errors(self.path):
+            raw = self.opened()
+            if raw.in_transaction:  # an interrupt came between a rollback's cause and the rollback
+                raw.execute("ROLLBACK")
+            try:
+                raw.execute("BEGIN IMMEDIATE")
+                yield Session(raw)
+                raw.execute("COMMIT")
+            except BaseException:
+                if raw.in_transaction:  # SQLite itself rolls back after some errors
+                    with suppress(sqlite3.Error):
+                        raw.execute("ROLLBACK")
+                raise
+
+    def fold(self) -> None:
+        """Move what the write-ahead log holds into the file, and cut the log to nothing.
+
+        Raises:
+            StoreError: ``locked`` where another process reads or writes; nothing is lost, and it can be tried again.
+        """
+        with store_errors(self.path):
+            busy, _, _ = self.opened().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if busy:
+                raise sqlite3.OperationalError("database is locked")
+
+    def abandon(self) -> object:
+        """Forget the connection without closing it: after a fork it is the parent's. Returns what must stay alive."""
+        kept, self._raw = self._raw, None
+        return kept
+
+    def close(self) -> None:
+        """Close the connection; it is made anew where it is used again."""
+        raw, self._raw = self._raw, None
+        if raw is not None:
+            with store_errors(self.path):
+                raw.close()
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[Session]:
+    """One consistent state of the file, on a connection of its own: safe from any thread.
+
+    Raises:
+        StoreError: the file cannot be read.
+    """
+    with store_errors(path), closing(_connect(path, _reading_mode(path))) as raw:
+        raw.execute("BEGIN")
+        yield Session(raw)
+
+
+def connect(path: Path, *, write: bool, secure_delete: bool = False) -> sa.Engine:
+    """An engine on one SQLite file; each connection is a fresh one, and a writing one begins by taking the lock."""
+
+    def create() -> sqlite3.Connection:
+        if write:
+            return Database(path, secure_delete=secure_delete).opened()
+        return _connect(path, _reading_mode(path))
+
+    engine = sa.create_engine("sqlite://", creator=create, poolclass=NullPool)
+    begin = "BEGIN IMMEDIATE" if write else "BEGIN"
+    event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(begin))
+    return engine
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    uri = f"file:{quote(str(path))}?{mode}"
+    raw = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+    raw.execute("PRAGMA cell_size_check=ON")
+    return raw
+
+
+def _reading_mode(path: Path) -> str:
+    # SQLite cannot make the shared-memory file of a WAL database in a folder that cannot be written. Without a
+    # log to read, the file itself is all there is, and it may be read as one that nobody changes.
+    log = path.with_name(path.name + "-wal")
+    if not os.access(path.parent, os.W_OK) and (not log.exists() or log.stat().st_size == 0):
+        return "mode=ro&immutable=1"
+    return "mode=ro"
