@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 from rlhf_audit_nb import __version__
-from rlhf_audit_nb.cli import checking, publishing, recording, saying
+from rlhf_audit_nb.cli import checking, publishing, reading, recording, saying
 from rlhf_audit_nb.cli.shared import PROGRAM, WIDTH, Parser, Section, note
 from rlhf_audit_nb.errors import AuditError, ConfigError
 
@@ -26,7 +26,7 @@ __all__ = ["main"]
 INTERRUPTED = 130
 RAISED_LINES = 10
 
-COMMANDS = (*recording.COMMANDS, *checking.COMMANDS, *saying.COMMANDS, *publishing.COMMANDS)
+COMMANDS = (*recording.COMMANDS, *checking.COMMANDS, *reading.COMMANDS, *saying.COMMANDS, *publishing.COMMANDS)
 
 
 def _overview() -> str:
