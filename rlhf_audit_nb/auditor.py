@@ -13,7 +13,7 @@ import json
 import math
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from html import escape
@@ -33,6 +33,7 @@ from rlhf_audit_nb.events import (
 )
 
 if TYPE_CHECKING:
+    from rlhf_audit_nb.capture.annotations import AnnotationImport, Headers, ImportSummary, OpenedAnnotation
     from rlhf_audit_nb.capture.run import Run, RunObserver
     from rlhf_audit_nb.capture.state import PrivacyView
     from rlhf_audit_nb.privacy.accountant import Mechanism
@@ -44,6 +45,8 @@ __all__ = ["AuditableRLHF", "Budget", "Status"]
 
 RACES = 8
 """How often a reservation is planned anew when other runs reserve at the same time."""
+
+_NOT_SAID: Any = object()
 
 
 class AuditableRLHF:
@@ -82,6 +85,7 @@ class AuditableRLHF:
         self.privacy_config = privacy_config
         self.compliance_mode = _known_mode(compliance_mode)
         self.audit_config = audit_config or AuditConfig()
+        self._headers: Headers = {}
 
     # --- training ----------------------------------------------------------------------------------------------------
 
@@ -123,6 +127,127 @@ class AuditableRLHF:
             cell_digest=cell_digest,
             show_progress=show_progress,
         )
+
+    # --- annotations -------------------------------------------------------------------------------------------------
+
+    def log_annotations(
+        self,
+        data: Any = None,
+        *,
+        annotator_ids: Any = _NOT_SAID,
+        prompts: Any = None,
+        responses: Any = None,
+        chosen: Any = None,
+        rejected: Any = None,
+        choices: Any = None,
+        rewards: Any = None,
+        shown: Any = None,
+        made_at: Any = None,
+        guideline: Any = None,
+        guideline_file: Path | str | None = None,
+        extra: Any = None,
+        columns: Mapping[str, str | None] | None = None,
+        words: Mapping[Any, str] | None = None,
+        drawn_from: Any = None,
+        public_digest: bool = False,
+    ) -> AnnotationImport:
+        """Record what people said of responses: one annotation, lists of them, or a whole source. Durable on return.
+
+        All of an annotation is private: the trail gets a commitment, the vault the content, under the annotator's own
+        key. Inside an open run on this trail the entries are the run's, else the trail's own. Every row is checked
+        first; where one is bad, nothing is written. What is not known is recorded as unknown, never guessed::
+
+            auditor.log_annotations(
+                prompts=["…"], responses=[("a", "b")], choices=["first"], annotator_ids=["w1"], guideline="v3"
+            )
+            auditor.log_annotations("votes.csv", columns={"annotator_id": "worker"}, guideline="v3")
+
+        Args:
+            data: a file (CSV, JSON lines, a JSON array, also with ``.gz``; parquet), a `datasets.Dataset`, or dicts.
+                Its columns are then what `columns` calls them, and none of the lists below may be given.
+            annotator_ids: who said so, one id a row; ``None`` says that nobody knows.
+            prompts: what the responses answer; text, or conversations as lists of messages.
+            responses: the pair of each row as ``(a, b)``, or one response each with its reward.
+            chosen: with `rejected`: the pairs where the preferred response is told apart.
+            rejected: see `chosen`.
+            choices: ``first``, ``second``, ``tie``, ``undecided``, or the response's place from 0.
+            rewards: a number for each row, or one for each response of a row.
+            shown: the order in which the responses were shown: ``first`` or ``second`` (where the first response, or
+                the chosen one, stood), or places such as ``[1, 0]``; one word for all rows, or one a row.
+            made_at: when each was made, as the source has it.
+            guideline: the guideline's version that annotators were shown; one for all rows, or one a row.
+            guideline_file: the guideline itself: its digest stands in the open.
+            extra: what else to keep, private as well: lists by name, or with `data` the names of columns.
+            columns: what our fields are called in `data`, such as ``{"prompt": "question"}``; ``None`` for a field
+                that is not to be taken, ``{"annotator_id": None}`` where nobody knows.
+            words: what the source's words for `choices` and `shown` mean, such as ``{"A": "first", "same": "tie"}``.
+            drawn_from: the file or files that a program took the lists from; their digests are recorded.
+            public_digest: whether the source's digest stands in the open; only for a source that is public anyway.
+
+        Raises:
+            DataError: the source cannot be read, or a row cannot stand; it names the row, and nothing was written.
+            ConfigError: arguments that do not go together.
+            StoreError: a commit failed; what was committed before shows as an import that is not complete.
+        """
+        from rlhf_audit_nb.capture.annotation_rows import prepare_rows, prepare_values
+        from rlhf_audit_nb.capture.annotations import append_annotations
+        from rlhf_audit_nb.capture.run import current_run
+
+        if public_digest and self.privacy_config is not None:
+            raise ConfigError(
+                "public_digest puts a function of private data into the open, and this auditor keeps data private.",
+                next_step="Leave public_digest out; the digest is in the vault.",
+                code="public_digest",
+            )
+        lists = {
+            "prompts": prompts,
+            "responses": responses,
+            "chosen": chosen,
+            "rejected": rejected,
+            "choices": choices,
+            "rewards": rewards,
+            "made_at": made_at,
+            "drawn_from": drawn_from,
+        }
+        said: dict[str, Any] = {
+            "shown": shown,
+            "guideline": guideline,
+            "guideline_file": guideline_file,
+            "words": words,
+            "public_digest": public_digest,
+        }
+        if data is not None:
+            _refuse_lists(lists, annotator_ids)
+            names = {"annotator_id": None, **(columns or {})} if annotator_ids is None else columns
+            prepared = prepare_rows(data, columns=names, extra=tuple(extra or ()), **said)
+        else:
+            _refuse_columns(columns, annotator_ids)
+            prepared = prepare_values(annotator_ids=annotator_ids, extra=extra, **lists, **said)
+        run, trail = current_run(), self.trail
+        inside = run.id if run is not None and run.trail is trail else None
+        return append_annotations(trail, prepared, run=inside, headers=self._headers)
+
+    def annotations(self, import_id: str | None = None, *, run: str | None = None) -> Iterator[OpenedAnnotation]:
+        """The recorded annotations, opened, in the trail's order: for whoever holds the vault's key.
+
+        Those of an erased annotator come as ``erased``, those whose opening is lost as ``missing``.
+
+        Args:
+            import_id: only those of one import.
+            run: only those of one run, by its id.
+
+        Raises:
+            VaultError: the vault does not open with this trail's key, or an opening is not its commitment's.
+        """
+        from rlhf_audit_nb.capture.annotations import read_annotations
+
+        return read_annotations(self.trail.reader(), self.trail.vault, import_id=import_id, run=run)
+
+    def annotation_imports(self) -> tuple[ImportSummary, ...]:
+        """Every import of annotations with how many it has, from what stands in the open."""
+        from rlhf_audit_nb.capture.annotations import summarize_annotations
+
+        return summarize_annotations(self.trail.reader())
 
     # --- the trail ---------------------------------------------------------------------------------------------------
 
@@ -271,6 +396,33 @@ class AuditableRLHF:
             "trail": self.audit_config.trail_location().name,  # a notebook is passed on; whose folder it was is not
         }
         return _table("AuditableRLHF", rows)
+
+
+def _refuse_lists(lists: dict[str, Any], annotator_ids: Any) -> None:
+    given = [name for name, value in lists.items() if value is not None]
+    if annotator_ids is not _NOT_SAID and annotator_ids is not None:
+        given.append("annotator_ids")
+    if given:
+        raise ConfigError(
+            f"{given[0]} is given beside a source of rows.",
+            next_step="Say with columns= what it is called in the source.",
+            code="annotations",
+        )
+
+
+def _refuse_columns(columns: Mapping[str, str | None] | None, annotator_ids: Any) -> None:
+    if columns is not None:
+        raise ConfigError(
+            "columns is given, and no source that has columns.",
+            next_step="Hand in the file, the data set or the dicts first.",
+            code="annotations",
+        )
+    if annotator_ids is _NOT_SAID:
+        raise ConfigError(
+            "annotator_ids is missing.",
+            next_step="Give one id for each row, or annotator_ids=None where nobody knows.",
+            code="annotations",
+        )
 
 
 # --- privacy, wired --------------------------------------------------------------------------------------------------
