@@ -3,23 +3,53 @@
 from __future__ import annotations
 
 import argparse
+import time
+from dataclasses import asdict
 
-from rlhf_audit_nb.cli.shared import Command, Parser, add_trail, finish, trail_folder
+from rlhf_audit_nb.cli.shared import Command, Parser, add_trail, finish, note, trail_folder
 
 __all__ = ["COMMANDS"]
+
+_PATIENCE = 2.0
+
+
+class _Telling:
+    """Progress of what takes long, a line now and then."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def __call__(self, what: str, done: int, size: int) -> None:
+        now = time.monotonic()
+        if now - self._last >= _PATIENCE:
+            self._last = now
+            note(f"{what} {done:,} of {size:,} entries")
 
 
 def _do_publish(args: argparse.Namespace) -> int:
     from rlhf_audit_nb.trail.tiles import publish_tiles
 
-    done = publish_tiles(trail_folder(args), args.target)
-    answer = {"target": str(done.folder), "size": done.size, "written": done.written}
-    return finish(args, answer, [f"published   {done.folder}: {done.size} entries, {done.written} files written"])
+    done = publish_tiles(trail_folder(args), args.target, progress=_Telling(), everything=args.all)
+    new = done.size - done.before
+    if done.written or done.removed:
+        words = [
+            f"published   {done.target}: {done.size:,} entries, {new:,} of them new; {done.written:,} files written"
+        ]
+    else:
+        words = [f"published   {done.target}: {done.size:,} entries; nothing was new"]
+    return finish(args, asdict(done), words)
 
 
 def _add_publish(parser: Parser) -> None:
     parser.set_defaults(do=_do_publish)
-    parser.add_argument("target", metavar="FOLDER", help="where the files go; what is there already is not rewritten")
+    parser.add_argument(
+        "target",
+        metavar="TARGET",
+        help="a folder, or an address like s3://BUCKET/FOLDER; tiles that are there already are never rewritten",
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="look at every file there, not only at what is new, and add what is missing"
+    )
     add_trail(parser)
 
 

@@ -2,42 +2,111 @@
 
 ::
 
-    checkpoint                     the newest signed checkpoint, written last
+    checkpoint                     the newest signed checkpoint, with cosignatures where there are some
     tile/L/N[.p/W]                 up to 256 hashes of tile level L; level 0 holds leaf hashes, only full tiles roll up
     tile/entries/N[.p/W]           up to 256 entries, each after its length in two bytes
+    anchors/                       what others have said of the trail (`anchors`); ``anchors/index`` names the files
 
 ``N`` is written in groups of three digits, all but the last after an ``x`` (1234067 is ``x001/x234/067``). A partial
-tile of ``W`` hashes stands under ``.p/W``, and none of width 0 exists. Everything but ``checkpoint`` never changes:
-what is there is compared and never overwritten, and a folder that was published from more entries, or from others, is
-refused. The hashes are made anew from the entries, and the root is compared with the checkpoint before anything is
-written: a wrong tile could not be taken back.
+tile of ``W`` hashes stands under ``.p/W``, and none of width 0 exists. A tile never changes.
+
+Publishing again costs what is new. The checkpoint that is there already must be of this history: the store's own
+subtrees, with the last partial tile hashed from its bytes, must give its root. What comes after it is hashed from the
+bytes and must give the root of the trail's own checkpoint *before* anything is written: a wrong tile could not be taken
+back. Then, in this order: entries and tiles; the checkpoint, once these are durable; anchors, of which none may be
+larger than the checkpoint beside it; then partial tiles that have become full are dropped, which no reader of the new
+checkpoint asks for. So the files hold together at every moment, and a publish that was cut off is run again.
 """
 
 from __future__ import annotations
 
-import os
-import secrets
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 
-from rlhf_audit_nb.errors import StoreError
-from rlhf_audit_nb.trail.checkpoint import checkpoint_of
-from rlhf_audit_nb.trail.durable import sync_folder
-from rlhf_audit_nb.trail.merkle import Frontier, leaf_hash, node_hash
-from rlhf_audit_nb.trail.store import BUNDLE, Bundle, Head, Store, Transaction, unpack_entries
+from rlhf_audit_nb.errors import FormatError, StoreError
+from rlhf_audit_nb.trail.anchors import FOLDER as ANCHORS
+from rlhf_audit_nb.trail.anchors import AnchorFolder
+from rlhf_audit_nb.trail.checkpoint import Checkpoint, checkpoint_of
+from rlhf_audit_nb.trail.merkle import Frontier, leaf_hash
+from rlhf_audit_nb.trail.note import Note, parse_note
+from rlhf_audit_nb.trail.store import BUNDLE, Bundle, Head, Store, Transaction, pack_entries, unpack_entries
+from rlhf_audit_nb.trail.targets import Target, open_target, put_all
 from rlhf_audit_nb.trail.verify import store_path
 
-__all__ = ["Published", "publish_tiles", "tile_path"]
+__all__ = [
+    "ANCHOR_INDEX",
+    "CHECKPOINT",
+    "ENTRIES",
+    "MAX_CHECKPOINT_BYTES",
+    "MAX_TILE_BYTES",
+    "TILES",
+    "Progress",
+    "Published",
+    "TileName",
+    "parse_tile_path",
+    "publish_tiles",
+    "tile_path",
+]
+
+CHECKPOINT = "checkpoint"
+TILES = "tile"
+ENTRIES = "entries"
+ANCHOR_INDEX = f"{ANCHORS}/index"
+MAX_CHECKPOINT_BYTES = 1 << 20
+MAX_TILE_BYTES = BUNDLE * (2 + 65_535)
+
+_PORTION = 16 * BUNDLE
+_TILE_PATH = re.compile(r"tile/(entries|0|[1-9][0-9]?)/((?:x[0-9]{3}/){0,6}[0-9]{3})(?:\.p/([1-9][0-9]{0,2}))?")
+_MAX_LEVEL = 63
+
+Progress = Callable[[str, int, int], None]
+"""Called as a publish goes on: ``checked`` or ``written``, how many entries, of how many."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """What was published: the folder, the trail's size, and how many files had to be written."""
+    """What a publish did.
 
-    folder: Path
+    Attributes:
+        target: the folder or address, without secrets.
+        size: how many entries are published now, and
+        before: how many were before.
+        written: how many files had to be written, and
+        removed: how many partial tiles were dropped because their full ones are there.
+    """
+
+    target: str
     size: int
+    before: int
     written: int
+    removed: int
+
+
+@dataclass(frozen=True)
+class TileName:
+    """One tile: its level (or ``entries``), its number and how many items it holds."""
+
+    level: int | str
+    number: int
+    width: int = BUNDLE
+
+    @property
+    def first(self) -> int:
+        """The index of its first item among all of its level."""
+        return self.number * BUNDLE
+
+    @property
+    def path(self) -> str:
+        """Where it stands."""
+        return tile_path(self.level, self.number, self.width)
+
+    def available(self, size: int) -> int:
+        """How many items the whole tile of this number has in a trail of ``size`` entries (0 to 256)."""
+        total = size if self.level == ENTRIES else size // BUNDLE ** int(self.level)
+        return min(max(total - self.first, 0), BUNDLE)
 
 
 def tile_path(level: int | str, number: int, width: int = BUNDLE) -> str:
@@ -45,177 +114,278 @@ def tile_path(level: int | str, number: int, width: int = BUNDLE) -> str:
     groups = [f"{number % 1000:03d}"]
     while number := number // 1000:
         groups.insert(0, f"x{number % 1000:03d}")
-    path = f"tile/{level}/" + "/".join(groups)
+    path = f"{TILES}/{level}/" + "/".join(groups)
     return path if width == BUNDLE else f"{path}.p/{width}"
 
 
-@dataclass
-class _Target:
-    """The folder that is published into."""
-
-    folder: Path
-    written: int = 0
-    touched: set[Path] = field(default_factory=set)
-
-    def put(self, name: str, data: bytes) -> None:
-        """Write a file that never changes; one that is there must be the same."""
-        path = self.folder / name
-        if path.is_symlink():
-            raise StoreError(
-                f"{path} is a symbolic link.", next_step="Publish into a folder without links.", code="link"
-            )
-        if path.exists():
-            if path.read_bytes() != data:
-                raise self._other(f"{name} there has another content")
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._write(path, data)
-
-    def replace(self, name: str, data: bytes) -> None:
-        """Write a file that may change, after everything else is durable."""
-        for folder in sorted(self.touched):
-            sync_folder(folder)
-        self._write(self.folder / name, data)
-        sync_folder(self.folder)
-
-    def _write(self, path: Path, data: bytes) -> None:
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-        try:
-            with temporary.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        self.written += 1
-        folder = path.parent
-        while folder != self.folder.parent:
-            self.touched.add(folder)
-            folder = folder.parent
-
-    def seen(self) -> tuple[int, bytes] | None:
-        """Size and root of what was published here before."""
-        path = self.folder / "checkpoint"
-        if not path.exists():
-            return None
-        head = checkpoint_of(path.read_bytes())
-        return head.size, head.root
-
-    def _other(self, what: str) -> StoreError:
-        return StoreError(
-            f"The folder {self.folder} was published from another history: {what}.",
-            next_step="Keep it as evidence and publish into another folder, after `rlhf-audit verify`.",
-            code="diverged",
-        )
-
-    def check_continues(self, seen: tuple[int, bytes] | None, frontier: Frontier) -> None:
-        """Compare the tree so far with what was published before, where that is of this size."""
-        if seen is not None and seen[0] == frontier.size and seen[1] != frontier.root():
-            raise self._other(f"its root at size {seen[0]} is not this trail's")
-
-    def check_not_larger(self, seen: tuple[int, bytes] | None, size: int) -> int:
-        """The size that was published before; refused where it is more than ``size``."""
-        if seen is not None and seen[0] > size:
-            raise self._other(f"it has {seen[0]} entries and the trail {size}")
-        return seen[0] if seen is not None else 0
+def parse_tile_path(path: str) -> TileName | None:
+    """The tile that stands at ``path``; ``None`` where no tile may stand there. The inverse of `tile_path`."""
+    match = _TILE_PATH.fullmatch(path)
+    if match is None:
+        return None
+    level = match[1] if match[1] == ENTRIES else int(match[1])
+    number = int(match[2].replace("x", "").replace("/", ""))
+    found = TileName(level, number, int(match[3] or BUNDLE))
+    whole = match[3] is None or found.width < BUNDLE
+    return found if whole and (level == ENTRIES or int(level) <= _MAX_LEVEL) and found.path == path else None
 
 
-def publish_tiles(location: Path | str, target: Path | str) -> Published:
-    """Publish the trail in the folder ``location`` into the folder ``target``, or bring that up to date.
+def publish_tiles(
+    location: Path | str, target: Path | str, *, progress: Progress | None = None, everything: bool = False
+) -> Published:
+    """Publish the trail in the folder ``location`` to ``target``, or bring that up to date.
+
+    Args:
+        location: the trail's folder.
+        target: a folder, or an address that fsspec can write to (``s3://BUCKET/FOLDER``).
+        progress: called as it goes on.
+        everything: look at every file that is there, not only at the checkpoint, and write what is missing.
 
     Raises:
-        StoreError: the trail cannot be read or does not hang together (``damaged``), or the folder cannot be written,
-            holds a link, or was published from another history (``diverged``).
+        StoreError: the trail cannot be read or does not hang together (``damaged``); the target cannot be written
+            (``disk-full``, ``read-only``, ``unreachable``), holds a link (``link``), is being published to by somebody
+            else (``in-use``), or was published from another history or a longer one (``diverged``). What was published
+            before still holds.
     """
     store = Store(store_path(location), write=False)
     if not store.exists():
         raise StoreError(f"There is no trail at {store.path}.", next_step="Name its folder.", code="no-trail")
-    folder = Path(target).expanduser().absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with store.reading() as transaction:
-            return _publish(transaction, _Target(folder))
-    except OSError as error:
-        raise StoreError(
-            f"The folder {folder} cannot be written: {error.strerror or error}.",
-            next_step="Make it writable, free some space, or name another one.",
-            code="publish",
-        ) from error
+    opened = open_target(target)
+    with opened.publishing(store.path.parent.absolute()) as cut_off:
+        return _Publish(store, opened, progress or _silent, everything).run(cut_off=cut_off)
 
 
-def _publish(transaction: Transaction, target: _Target) -> Published:
-    head = transaction.head()
-    _check(transaction, head, target)
-    levels: list[list[bytes]] = []
-    for number, entries, packed in _tiles(transaction, head.size):
-        leaves = [leaf_hash(entry) for entry in entries]
-        target.put(tile_path("entries", number, len(leaves)), packed)
-        _roll_up(target, levels, leaves, number)
-    for level, hashes in enumerate(levels[1:], 1):
-        if len(hashes) % BUNDLE:
-            start = len(hashes) - len(hashes) % BUNDLE
-            target.put(tile_path(level, start // BUNDLE, len(hashes) - start), b"".join(hashes[start:]))
-    target.replace("checkpoint", head.note.encode())
-    return Published(target.folder, head.size, target.written)
+def _silent(_what: str, _done: int, _all: int) -> None:
+    """No progress is told."""
 
 
-def _check(transaction: Transaction, head: Head, target: _Target) -> None:
-    """Refuse entries that are not the checkpoint's, and a target that holds another history."""
-    seen = target.seen()
-    before = target.check_not_larger(seen, head.size)
-    frontier = Frontier()
-    for _number, entries, _packed in _tiles(transaction, head.size):
-        leaves = [leaf_hash(entry) for entry in entries]
-        split = min(max(before - frontier.size, 0), len(leaves))
-        frontier.extend(leaves[:split])
-        target.check_continues(seen, frontier)
-        frontier.extend(leaves[split:])
-    checkpoint = checkpoint_of(head.note)
-    if (checkpoint.size, checkpoint.root) != (frontier.size, frontier.root()):
-        raise StoreError(
-            "The trail's entries are not those of its newest checkpoint; it was not published.",
-            next_step="Run `rlhf-audit verify` on it to see what is wrong.",
-            code="damaged",
+def _damaged(what: str) -> StoreError:
+    return StoreError(
+        f"The trail does not hang together: {what}. Nothing was published.",
+        next_step="Run `rlhf-audit verify` on it to see what is wrong.",
+        code="damaged",
+    )
+
+
+@dataclass
+class _Publish:
+    """One publish."""
+
+    store: Store
+    target: Target
+    progress: Progress
+    everything: bool
+    written: int = 0
+    seen: Checkpoint | None = None
+    start: int = 0
+    rows: dict[int, list[bytes]] = field(default_factory=dict)
+    digests: list[bytes] = field(default_factory=list)
+
+    def run(self, *, cut_off: bool) -> Published:
+        there = self.target.read(CHECKPOINT, MAX_CHECKPOINT_BYTES)
+        self.seen = None if there is None else self._parse(there)
+        with self.store.reading() as transaction:
+            head = transaction.head()
+            before = self._before(head)
+            frontier = self._begin(transaction, before)
+        self._check(head, frontier)
+        if self.everything or head.size > before:
+            self.written += put_all(self.target, self._tiles(head, 0 if self.everything else before))
+        note = self._checkpoint(head)
+        if there is None or not _holds(there, note):
+            self._put_checkpoint(there, note)
+        self._put_anchors(head.size)
+        removed = self._drop(before, head.size, sweep=cut_off or self.everything)
+        return Published(self.target.name, head.size, before, self.written, removed)
+
+    def _parse(self, note: bytes) -> Checkpoint:
+        try:
+            return checkpoint_of(note)
+        except FormatError as error:
+            raise self._other(f"its checkpoint cannot be read ({error.message.rstrip('.')})") from error
+
+    def _other(self, what: str) -> StoreError:
+        return StoreError(
+            f"{self.target.name} was published from another history: {what}.",
+            next_step="Keep it as evidence and publish elsewhere, after `rlhf-audit verify` of both.",
+            code="diverged",
+        )
+
+    def _before(self, head: Head) -> int:
+        """How many entries are published; refused where they cannot be this trail's first ones."""
+        if self.seen is None:
+            return 0
+        if self.seen.origin != head.origin:
+            raise self._other(f"it is of {self.seen.origin}, this trail is {head.origin}")
+        if self.seen.size > head.size:
+            raise self._other(f"it has {self.seen.size} entries and the trail {head.size}")
+        return self.seen.size
+
+    def _begin(self, transaction: Transaction, before: int) -> Frontier:
+        """The tree up to the last full tile that is published, from the stored subtrees; its right edge is kept."""
+        self.start = 0 if self.everything else before - before % BUNDLE
+        try:
+            level = 1
+            while count := self.start // BUNDLE**level:
+                width = count % BUNDLE
+                self.rows[level] = transaction.hashes.tile(level, count // BUNDLE)[:width] if width else []
+                level += 1
+            bits = [bit for bit in range(self.start.bit_length() - 1, -1, -1) if self.start >> bit & 1]
+            nodes = [transaction.hashes.node(bit, (self.start >> bit) - 1) for bit in bits]
+            return Frontier(self.start, nodes)
+        except (StoreError, ValueError) as error:
+            raise _damaged("subtrees of it are missing or cut") from error
+
+    def _check(self, head: Head, frontier: Frontier) -> None:
+        """Refuse entries that are not the checkpoint's, and a target that holds another history."""
+        seen = self.seen
+        differs = seen is not None and seen.size == frontier.size and seen.root != frontier.root()
+        for number, entries, _ in self._bundles(head.size):
+            leaves = [leaf_hash(entry) for entry in entries]
+            self.digests.append(sha256(b"".join(leaves)).digest())
+            split = 0 if seen is None else min(max(seen.size - frontier.size, 0), len(leaves))
+            self._grow(frontier, leaves[:split])
+            differs |= seen is not None and seen.size == frontier.size and seen.root != frontier.root()
+            self._grow(frontier, leaves[split:])
+            self.progress("checked", number * BUNDLE + len(entries), head.size)
+        checkpoint = checkpoint_of(head.note)
+        if (checkpoint.size, checkpoint.root) != (frontier.size, frontier.root()):
+            raise _damaged("its entries are not those of its newest checkpoint")
+        if differs:
+            assert seen is not None
+            raise self._other(f"its root at size {seen.size} is not this trail's")
+
+    def _grow(self, frontier: Frontier, leaves: Sequence[bytes]) -> None:
+        for level, _, node in frontier.extend(leaves):
+            self.rows.setdefault(level, []).append(node)
+
+    def _tiles(self, head: Head, before: int) -> Iterator[tuple[str, bytes]]:
+        """Every file that a trail of ``before`` entries does not have."""
+        for digest, (number, entries, packed) in zip(self.digests, self._bundles(head.size), strict=True):
+            joined = b"".join([leaf_hash(entry) for entry in entries])
+            if sha256(joined).digest() != digest:
+                raise _damaged(f"entries from {number * BUNDLE} on changed while they were read")
+            yield tile_path(ENTRIES, number, len(entries)), packed
+            yield tile_path(0, number, len(entries)), joined
+            self.progress("written", number * BUNDLE + len(entries), head.size)
+        for level, row in sorted(self.rows.items()):
+            if head.size // BUNDLE**level == before // BUNDLE**level:
+                continue
+            first = self.start // BUNDLE**level // BUNDLE
+            for at in range(0, len(row), BUNDLE):
+                tile = row[at : at + BUNDLE]
+                yield tile_path(level, first + at // BUNDLE, len(tile)), b"".join(tile)
+
+    def _bundles(self, size: int) -> Iterator[tuple[int, list[bytes], bytes]]:
+        """Each tile's number, entries and entry bundle, read in portions: a long publish must not hold an old state."""
+        for first in range(self.start, size, _PORTION):
+            stop = min(first + _PORTION, size)
+            with self.store.reading() as transaction:
+                rows = list(transaction.bundles(first, stop))
+            for at in range(first, stop, BUNDLE):
+                number, width = at // BUNDLE, min(BUNDLE, size - at)
+                yield (number, *_join([row for row in rows if row.first // BUNDLE == number], at, width))
+
+    def _checkpoint(self, head: Head) -> str:
+        """The note to publish: the trail's newest, with the cosignatures that are kept for this very size."""
+        own = parse_note(head.note)
+        try:
+            cosigned = AnchorFolder(self.store.path.parent).cosigned(head.size)
+            said = own if cosigned is None else parse_note(cosigned)
+        except FormatError:  # whoever wrote that file, the trail's own note is good
+            said = own
+        return _joined(own, said) if own.text == said.text else head.note
+
+    def _put_checkpoint(self, there: bytes | None, note: str) -> None:
+        self.target.settle()
+        if self.target.read(CHECKPOINT, MAX_CHECKPOINT_BYTES) != there:
+            raise StoreError(
+                f"Somebody else has published to {self.target.name} meanwhile.",
+                next_step="Publish again: it goes on from what is there now.",
+                code="in-use",
+            )
+        self.target.replace(CHECKPOINT, note.encode())
+        self.written += 1
+
+    def _put_anchors(self, size: int) -> None:
+        """Copy what others have said, only of what is published; their index last."""
+        folder = AnchorFolder(self.store.path.parent)
+        names = []
+        # The checkpoint of a size before the tokens over it.
+        for name in sorted(folder.names(), key=lambda name: (name.endswith(".tsr"), name)):
+            data = folder.read(name)
+            if data is None or int(name.partition(".")[0]) > size:
+                continue
+            names.append(name)
+            self._update(f"{ANCHORS}/{name}", data)
+        if names:
+            self._update(ANCHOR_INDEX, "".join(f"{name}\n" for name in sorted(names)).encode())
+
+    def _update(self, name: str, data: bytes) -> None:
+        if self.target.read(name, MAX_CHECKPOINT_BYTES) != data:
+            self.target.replace(name, data)
+            self.written += 1
+
+    def _drop(self, before: int, size: int, *, sweep: bool) -> int:
+        """Remove partial tiles whose full ones are published; how many."""
+        if sweep:
+            found = list(self.target.files(TILES))
+        else:
+            found = [name for edge in _edges(before) for name in self._partials(edge, size)]
+        removed = 0
+        for name in found:
+            tile = parse_tile_path(name)
+            if tile is not None and tile.width < BUNDLE and tile.available(size) == BUNDLE:
+                self.target.remove(name)
+                removed += 1
+        return removed
+
+    def _partials(self, edge: TileName, size: int) -> Iterator[str]:
+        return (
+            self.target.files(f"{tile_path(edge.level, edge.number)}.p") if edge.available(size) == BUNDLE else iter(())
         )
 
 
-def _roll_up(target: _Target, levels: list[list[bytes]], leaves: list[bytes], number: int) -> None:
-    """Write one tile of leaf hashes, and each tile above it that became full."""
-    target.put(tile_path(0, number, len(leaves)), b"".join(leaves))
-    if not levels:
-        levels.append([])
-    tile, level = leaves, 0
-    while len(tile) == BUNDLE:
-        level += 1
-        if level == len(levels):
-            levels.append([])
-        levels[level].append(_root(tile))
-        if len(levels[level]) % BUNDLE:
-            return
-        tile = levels[level][-BUNDLE:]
-        target.put(tile_path(level, len(levels[level]) // BUNDLE - 1), b"".join(tile))
+def _edges(size: int) -> Iterator[TileName]:
+    """The partial tiles of a trail of ``size`` entries."""
+    level, count = 0, size
+    if count % BUNDLE:
+        yield TileName(ENTRIES, count // BUNDLE, count % BUNDLE)
+    while count:
+        if count % BUNDLE:
+            yield TileName(level, count // BUNDLE, count % BUNDLE)
+        level, count = level + 1, count // BUNDLE
 
 
-def _root(row: list[bytes]) -> bytes:
-    while len(row) > 1:
-        row = [node_hash(row[i], row[i + 1]) for i in range(0, len(row), 2)]
-    return row[0]
+def _join(rows: Sequence[Bundle], first: int, width: int) -> tuple[list[bytes], bytes]:
+    """The entries of one tile from its rows, and their bundle."""
+    entries: list[bytes] = []
+    try:
+        for row in rows:
+            if row.first != first + len(entries):
+                raise FormatError(f"entries from {first + len(entries)} on are missing", code="bundle")
+            entries += unpack_entries(row.data, row.count)
+    except FormatError as error:
+        raise _damaged(f"the tile of entries from {first} on: {error.message.rstrip('.')}") from error
+    if len(entries) < width:
+        raise _damaged(f"entries from {first + len(entries)} on are missing")
+    if len(entries) == width:
+        return entries, b"".join([row.data for row in rows])
+    return entries[:width], pack_entries(entries[:width])
 
 
-def _tiles(transaction: Transaction, size: int) -> Iterator[tuple[int, list[bytes], bytes]]:
-    """Each tile's number, its entries and its entry bundle: the rows between two multiples of 256, joined."""
-    rows: list[Bundle] = []
-    for row in transaction.bundles(0, size):
-        if rows and row.first // BUNDLE != rows[0].first // BUNDLE:
-            yield _join(rows)
-            rows = []
-        rows.append(row)
-    if rows:
-        yield _join(rows)
+def _joined(own: Note, said: Note) -> str:
+    """One note with the lines of both; of one key the first."""
+    known = {(line.name, line.key_id) for line in own.signatures}
+    more = tuple(line for line in said.signatures if (line.name, line.key_id) not in known)
+    return Note(own.text, (*own.signatures, *more)).format()
 
 
-def _join(rows: list[Bundle]) -> tuple[int, list[bytes], bytes]:
-    packed = b"".join(row.data for row in rows)
-    return rows[0].first // BUNDLE, unpack_entries(packed, sum(row.count for row in rows)), packed
+def _holds(there: bytes, note: str) -> bool:
+    """Whether a published checkpoint says all that ``note`` does; then it is left as it is."""
+    try:
+        published = parse_note(there)
+    except FormatError:
+        return False
+    given = parse_note(note)
+    return published.text == given.text and set(given.signatures) <= set(published.signatures)
