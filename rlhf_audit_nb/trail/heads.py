@@ -19,7 +19,9 @@ from rlhf_audit_nb.trail.checkpoint import Checkpoint, checkpoint_of
 from rlhf_audit_nb.trail.durable import write_durably
 from rlhf_audit_nb.trail.keys import folder_name
 
-__all__ = ["Heads"]
+__all__ = ["MAX_EVIDENCE", "Heads"]
+
+MAX_EVIDENCE = 100
 
 
 class Heads:
@@ -81,15 +83,20 @@ class Heads:
             ) from error
 
     def keep_evidence(self, origin: str, seen: str, found: str) -> Path:
-        """Keep both notes of a divergence; the folder that holds them."""
+        """Keep both notes of a divergence, where they are not kept yet; the folder that holds them.
+
+        At most `MAX_EVIDENCE` notes of one origin are kept, the first ones: two prove a divergence, and nobody should
+        be able to fill a disk.
+        """
         folder = self._folder / f"{folder_name(origin)}.diverged"
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            kept = {path.read_text(encoding="utf-8") for path in folder.glob("*.checkpoint")}
-            for name, note in (("seen", seen), ("found", found)):
-                if note not in kept:
-                    write_durably(folder / f"{stamp}.{name}.checkpoint", note.encode())
+            kept = {path.read_bytes() for path in folder.glob("*.checkpoint")}
+            for name, note in (("seen", seen.encode()), ("found", found.encode())):
+                if note not in kept and len(kept) < MAX_EVIDENCE:
+                    write_durably(folder / f"{stamp}.{name}.checkpoint", note)
+                    kept.add(note)
         except OSError as error:
             raise StoreError(
                 f"The evidence of a divergence cannot be written to {folder}: {error.strerror or error}.",
