@@ -6,7 +6,7 @@ A trail's keys lie outside its folder, in ``HOME/keys/ORIGIN/`` (the origin perc
 ``log.pem``    Ed25519, signs checkpoints (PKCS #8, encrypted where a passphrase was given)
 ``record.pem`` Ed25519, signs records
 ``model.pem``  P-256, signs model folders (OpenSSF model signing takes no Ed25519)
-``vault.key``  the 32-byte master key of the vault: JSON, ``{"version":1,"key":...}``, or sealed by scrypt + AES-256-GCM
+``vault.key``  the master key of the vault, in its newest generation (`vault_key`)
 ``log.vkey``   the public half of the log key as a C2SP verifier key, so that checking needs no passphrase
 =============  ======================================================================================
 
@@ -16,8 +16,6 @@ is named.
 
 from __future__ import annotations
 
-import base64
-import json
 import os
 import secrets
 import shutil
@@ -26,11 +24,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 import platformdirs
-from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
@@ -44,8 +39,9 @@ from cryptography.hazmat.primitives.serialization import (
 from rlhf_audit_nb.config import ENV_HOME, ENV_PASSPHRASE
 from rlhf_audit_nb.errors import FormatError, KeyFileError
 from rlhf_audit_nb.trail.durable import sync_folder, write_durably
-from rlhf_audit_nb.trail.note import Signer, check_name, decode_base64, format_vkey
+from rlhf_audit_nb.trail.note import Signer, check_name, format_vkey
 from rlhf_audit_nb.trail.policy import TrustPolicy
+from rlhf_audit_nb.trail.vault_key import MasterKey, locked_keys, unusable_keys, wrong_passphrase
 
 __all__ = [
     "KeyRing",
@@ -57,8 +53,7 @@ __all__ = [
     "local_policy",
 ]
 
-_SCRYPT = {"n": 1 << 15, "r": 8, "p": 1}
-_MASTER_BYTES = 32
+VAULT_KEY = "vault.key"
 _NAME_BYTES = 180
 
 
@@ -84,7 +79,7 @@ class KeyRing:
     log: Ed25519PrivateKey = field(repr=False)
     record: Ed25519PrivateKey = field(repr=False)
     model: ec.EllipticCurvePrivateKey = field(repr=False)
-    master: bytes = field(repr=False)
+    master: MasterKey = field(repr=False)
 
     @property
     def signer(self) -> Signer:
@@ -121,78 +116,21 @@ def have_keys(home: Path, origin: str) -> bool:
     return _keys_folder(home, origin).is_dir()
 
 
-def _seal_master(master: bytes, passphrase: bytes | None) -> bytes:
-    fields: dict[str, object] = {"version": 1}
-    if passphrase is None:
-        fields["key"] = base64.b64encode(master).decode()
-    else:
-        salt, nonce = secrets.token_bytes(16), secrets.token_bytes(12)
-        sealed = AESGCM(_stretch(passphrase, salt)).encrypt(nonce, master, b"rlhf-audit/master/v1")
-        fields["scrypt"] = {"salt": base64.b64encode(salt).decode(), **_SCRYPT}
-        fields["sealed"] = base64.b64encode(nonce + sealed).decode()
-    return json.dumps(fields).encode() + b"\n"
-
-
-def _stretch(passphrase: bytes, salt: bytes) -> bytes:
-    return Scrypt(salt=salt, length=32, **_SCRYPT).derive(passphrase)
-
-
-def _open_master(path: Path, passphrase: bytes | None) -> bytes:
-    fields = json.loads(path.read_bytes())
-    if "key" in fields:
-        master = decode_base64(fields["key"], "master key")
-    else:
-        if passphrase is None:
-            raise _locked(path.parent)
-        raw = decode_base64(fields["sealed"], "master key")
-        salt = decode_base64(fields["scrypt"]["salt"], "salt of the master key")
-        try:
-            master = AESGCM(_stretch(passphrase, salt)).decrypt(raw[:12], raw[12:], b"rlhf-audit/master/v1")
-        except InvalidTag as error:
-            raise _wrong_passphrase(path.parent) from error
-    if len(master) != _MASTER_BYTES:
-        raise ValueError("the master key is not 32 bytes")
-    return master
-
-
-def _locked(folder: Path) -> KeyFileError:
-    return KeyFileError(
-        f"The keys in {folder} are encrypted and no passphrase was given.",
-        next_step=f"Set {ENV_PASSPHRASE}, or pass passphrase=.",
-        code="passphrase",
-    )
-
-
-def _wrong_passphrase(folder: Path) -> KeyFileError:
-    return KeyFileError(
-        f"The passphrase does not open the keys in {folder}.",
-        next_step=f"Check {ENV_PASSPHRASE} or passphrase=; nothing was changed.",
-        code="passphrase",
-    )
-
-
-def _unusable(folder: Path, error: Exception) -> KeyFileError:
-    return KeyFileError(
-        f"The keys in {folder} cannot be used: {error}.",
-        next_step="Restore the folder from a backup, or point RLHF_AUDIT_HOME at the one that has the keys.",
-    )
-
-
 def create_keys(home: Path, origin: str, passphrase: str | None = None) -> KeyRing:
     """Make the keys of a new origin; they are on the disk, all or none, before this returns.
 
     Raises:
         KeyFileError: the folder cannot be written, or the origin has keys already.
     """
+    secret = _passphrase(passphrase)
+    folder = _keys_folder(home, origin)
     ring = KeyRing(
         origin,
         Ed25519PrivateKey.generate(),
         Ed25519PrivateKey.generate(),
         ec.generate_private_key(ec.SECP256R1()),
-        secrets.token_bytes(_MASTER_BYTES),
+        MasterKey.create(folder / VAULT_KEY, secret),
     )
-    secret = _passphrase(passphrase)
-    folder = _keys_folder(home, origin)
     making = folder.with_name(f".{secrets.token_hex(8)}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -213,7 +151,7 @@ def _write_ring(folder: Path, ring: KeyRing, secret: bytes | None) -> None:
     sealing: KeySerializationEncryption = BestAvailableEncryption(secret) if secret else NoEncryption()
     for name, key in (("log", ring.log), ("record", ring.record), ("model", ring.model)):
         write_durably(folder / f"{name}.pem", key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, sealing))
-    write_durably(folder / "vault.key", _seal_master(ring.master, secret))
+    write_durably(folder / VAULT_KEY, ring.master.encode())
     write_durably(folder / "log.vkey", ring.log_vkey.encode() + b"\n")
 
 
@@ -234,16 +172,16 @@ def load_keys(home: Path, origin: str, passphrase: str | None = None) -> KeyRing
     log, record = (_load_pem(folder, name, secret) for name in ("log", "record"))
     model = _load_pem(folder, "model", secret)
     if not isinstance(log, Ed25519PrivateKey) or not isinstance(record, Ed25519PrivateKey):
-        raise _unusable(folder, ValueError("log.pem and record.pem must hold Ed25519 keys"))
+        raise unusable_keys(folder, ValueError("log.pem and record.pem must hold Ed25519 keys"))
     if not isinstance(model, ec.EllipticCurvePrivateKey):
-        raise _unusable(folder, ValueError("model.pem must hold a P-256 key"))
+        raise unusable_keys(folder, ValueError("model.pem must hold a P-256 key"))
     try:
-        master = _open_master(folder / "vault.key", secret)
+        master = MasterKey.load(folder / VAULT_KEY, secret)
         ring = KeyRing(origin, log, record, model, master)
         if (folder / "log.vkey").read_text().strip() != ring.log_vkey:
             raise ValueError("log.vkey is not the public half of log.pem")
     except (OSError, ValueError, KeyError, TypeError, FormatError) as error:
-        raise _unusable(folder, error) from error
+        raise unusable_keys(folder, error) from error
     return ring
 
 
@@ -252,14 +190,14 @@ def _load_pem(folder: Path, name: str, secret: bytes | None) -> object:
         data = (folder / f"{name}.pem").read_bytes()
         encrypted = b"ENCRYPTED" in data
         if encrypted and secret is None:
-            raise _locked(folder)
+            raise locked_keys(folder)
         return load_pem_private_key(data, secret if encrypted else None)
     except ValueError as error:
         if b"BEGIN ENCRYPTED PRIVATE KEY" in data:
-            raise _wrong_passphrase(folder) from error
-        raise _unusable(folder, error) from error
+            raise wrong_passphrase(folder) from error
+        raise unusable_keys(folder, error) from error
     except OSError as error:
-        raise _unusable(folder, error) from error
+        raise unusable_keys(folder, error) from error
 
 
 def local_policy(home: Path, origin: str) -> TrustPolicy:
@@ -279,4 +217,4 @@ def local_policy(home: Path, origin: str) -> TrustPolicy:
             code="no-key",
         ) from error
     except (OSError, UnicodeDecodeError, FormatError) as error:
-        raise _unusable(path.parent, error) from error
+        raise unusable_keys(path.parent, error) from error

@@ -11,10 +11,9 @@ import threading
 import metamorphic_log
 import pytest
 
-from rlhf_audit_nb.errors import EntryError, KeyFileError, StoreError, VaultError
-from rlhf_audit_nb.trail import Level, Opening, Trail, TrailReader, check_opening, verify_trail
+from rlhf_audit_nb.errors import EntryError, KeyFileError, StoreError
+from rlhf_audit_nb.trail import Level, Trail, TrailReader, verify_trail
 from rlhf_audit_nb.trail.merkle import Frontier, check_consistency, check_inclusion, leaf_hash
-from rlhf_audit_nb.trail.vault import Vault, commitment_of
 
 
 def fill(trail: Trail, count: int, run: str = "r") -> None:
@@ -274,72 +273,6 @@ def test_a_closed_trail_refuses_and_opens_again_where_it_was(folder):
         assert again.append("a.b", b"{}", run="r").wait() == 2
         assert [entry.seq for entry in again.reader().entries(run="r")] == [0, 1]
     assert not list((folder / "writers").glob("*.lock"))
-
-
-# --- vault ---
-
-
-def test_the_commitment_has_its_golden_value(vectors):
-    golden = vectors("commitment")
-    opening = Opening(bytes.fromhex(golden["key"]), golden["payload"].encode())
-    found = commitment_of(golden["type"], golden["stream"], golden["seq"], opening)
-    assert found.hex() == golden["commitment"]
-    assert check_opening(found, "train.step", "run-1", 7, opening)
-    assert not check_opening(found, "train.step", "run-1", 8, opening)
-    assert not check_opening(found, "train.other", "run-1", 7, opening)
-    assert not check_opening(found, "train.step", "run-1", 7, Opening(opening.key, opening.payload + b"\0"))
-
-
-def test_private_payloads_stand_only_in_the_vault_and_open_under_the_key(folder, home):
-    secret = b'{"loss":0.123456789,"annotator":"Zsofia"}'
-    with Trail.open(folder) as trail:
-        index = trail.append("train.step", b"{}", run="r", private=secret, owner="Zsofia").wait()
-        (entry,) = trail.reader().entries(index)
-        commitment = base64.b64decode(entry.envelope.sealed)
-        assert trail.vault.open_payload("r", 0, commitment) == secret
-        assert check_opening(commitment, "train.step", "r", 0, trail.vault.opening("train.step", "r", 0, commitment))
-        with pytest.raises(VaultError) as caught:
-            trail.vault.open_payload("r", 1, commitment)
-        assert caught.value.reason == "opening-wrong"
-        with pytest.raises(VaultError) as caught:
-            trail.vault.open_payload("r", 0, bytes(32))
-        assert caught.value.reason == "opening-missing"
-    for path in folder.iterdir():
-        if path.is_file():
-            assert b"Zsofia" not in path.read_bytes()
-            assert b"0.123456789" not in path.read_bytes()
-    assert (folder / "vault.sqlite").stat().st_mode & 0o077 == 0
-    with pytest.raises(VaultError) as caught:
-        Vault(folder / "vault.sqlite", bytes(32)).open_payload("r", 0, commitment)
-    assert caught.value.reason == "vault-key"
-
-
-def test_equal_payloads_have_different_commitments(folder):
-    with Trail.open(folder) as trail:
-        for _ in range(2):
-            trail.append("a.b", b"{}", run="r", private=b"same")
-        sealed = {entry.envelope.sealed for entry in trail.reader().entries(run="r")}
-    assert len(sealed) == 2
-
-
-def test_an_erased_owner_is_gone_and_the_others_stay(folder):
-    with Trail.open(folder) as trail:
-        for owner in ("ann", "ben", None):
-            trail.append("a.b", b"{}", run="r", private=b"payload of someone", owner=owner)
-        entries = list(trail.reader().entries(run="r"))
-        sealed = [base64.b64decode(entry.envelope.sealed) for entry in entries]
-        before = (folder / "vault.sqlite").read_bytes() + (folder / "vault.sqlite-wal").read_bytes()
-        assert trail.vault.erase("ann") == 1
-        with pytest.raises(VaultError) as caught:
-            trail.vault.open_payload("r", 0, sealed[0])
-        assert caught.value.reason == "erased"
-        assert trail.vault.open_payload("r", 1, sealed[1]) == b"payload of someone"
-        assert trail.vault.open_payload("r", 2, sealed[2]) == b"payload of someone"
-        assert (folder / "vault.sqlite-wal").stat().st_size == 0
-        assert before
-        index = trail.append("a.b", b"{}", run="r", private=b"anew", owner="ann").wait()
-        assert index == 4
-    assert verify_trail(folder).level is Level.UNANCHORED
 
 
 # --- keys and opening ---
