@@ -22,7 +22,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import msgspec
-import sqlalchemy as sa
 
 from rlhf_audit_nb.errors import FormatError, StoreError
 from rlhf_audit_nb.trail.anchors import AnchorFolder
@@ -30,7 +29,8 @@ from rlhf_audit_nb.trail.checkpoint import checkpoint_of
 from rlhf_audit_nb.trail.entry import Entry
 from rlhf_audit_nb.trail.merkle import leaf_hash, prove_inclusion
 from rlhf_audit_nb.trail.proof import InclusionProof
-from rlhf_audit_nb.trail.store import Bundle, Store, connect, store_errors, unpack_entries
+from rlhf_audit_nb.trail.sqlite import reading
+from rlhf_audit_nb.trail.store import Bundle, Store, unpack_entries
 from rlhf_audit_nb.trail.verify import store_path
 from rlhf_audit_nb.trail.writer import RUN_STARTED
 
@@ -173,13 +173,13 @@ class Look:
 
     def _terms(self, start: str, stop: str) -> list[str]:
         # A step for each term, not a row: each search begins behind the last one found.
-        query = sa.text("SELECT min(term) FROM terms WHERE term > :after AND term < :stop")
+        query = "SELECT min(term) FROM terms WHERE term > :after AND term < :stop"
         found: list[str] = []
-        with store_errors(self._store.path), connect(self._store.path, write=False).connect() as connection:
+        with reading(self._store.path) as session:
             at = start
-            while (term := connection.scalar(query, {"after": at, "stop": stop})) is not None:
-                found.append(term)
-                at = term
+            while (term := session.raw.execute(query, {"after": at, "stop": stop}).fetchone()[0]) is not None:
+                at = str(term)
+                found.append(at)
         return found
 
     def run_named(self, given: str) -> str:
@@ -293,9 +293,10 @@ class Look:
 
     def _before(self, since: int) -> int:
         """A place before which every entry is older than ``since``: the last checkpoint that was committed before."""
-        query = sa.text("SELECT max(size) FROM checkpoints WHERE time < :since")
-        with store_errors(self._store.path), connect(self._store.path, write=False).connect() as connection:
-            return int(connection.scalar(query, {"since": since - CLOCK_SLACK_US}) or 0)
+        query = "SELECT max(size) FROM checkpoints WHERE time < :since"
+        with reading(self._store.path) as session:
+            (size,) = session.raw.execute(query, {"since": since - CLOCK_SLACK_US}).fetchone()
+        return int(size or 0)
 
     def _scan(self, start: int, stop: int, terms: list[str], test: _Test | None) -> Iterator[Item]:
         return self._look(self._rows(start, stop, terms), start, stop, test)
