@@ -34,7 +34,6 @@ __all__ = [
     "Verified",
     "Verifier",
     "check_name",
-    "check_signature",
     "cosign_note",
     "decode_base64",
     "format_vkey",
@@ -87,11 +86,6 @@ def sign_note(text: str, signers: Sequence[NoteSigner]) -> str:
     """The note of ``text`` with one signature line by each signer, in their order."""
     check_text(text)
     return Note(text, tuple(signer.sign_line(text) for signer in signers)).format()
-
-
-def check_signature(verifier: Verifier, text: str, data: bytes) -> int | None:
-    """`Verifier.check`: the time that a signature which holds says (0 where none); ``None`` where it does not."""
-    return verifier.check(text, data)
 
 
 def verify_note(note: Note, verifiers: Iterable[Verifier]) -> tuple[Verified, ...]:
