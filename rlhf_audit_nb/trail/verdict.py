@@ -23,7 +23,19 @@ from typing import Any
 
 __all__ = ["ADVISORY", "DIVERGING", "Anchor", "Level", "Reason", "RunSummary", "Verdict", "level_of"]
 
-ADVISORY = frozenset({"anchor", "anchor-time", "anchor-unknown", "last-seen", "quorum", "run-open", "tsa-unknown"})
+ADVISORY = frozenset(
+    {
+        "anchor",
+        "anchor-time",
+        "anchor-unknown",
+        "erasure-unfinished",
+        "last-seen",
+        "quorum",
+        "run-open",
+        "tsa-unknown",
+        "vault-old",
+    }
+)
 """Codes of reasons that are worth knowing and leave the level as it is."""
 
 DIVERGING = frozenset({"anchor-fork", "fork", "rollback"})

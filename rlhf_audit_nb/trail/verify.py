@@ -9,15 +9,15 @@ history that was seen before. Every fault is a `Reason` that names its place; th
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from heapq import merge
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -26,12 +26,13 @@ from rlhf_audit_nb.trail.anchors import COSIGNATURE_ANCHOR, AnchorFolder, anchor
 from rlhf_audit_nb.trail.checkpoint import Checkpoint, checkpoint_of
 from rlhf_audit_nb.trail.entry import Entry
 from rlhf_audit_nb.trail.heads import Heads
-from rlhf_audit_nb.trail.keys import home_folder, local_policy
+from rlhf_audit_nb.trail.keys import home_folder, load_keys, local_policy
 from rlhf_audit_nb.trail.liveness import is_alive
 from rlhf_audit_nb.trail.merkle import HASH_BYTES, Frontier
 from rlhf_audit_nb.trail.store import Bundle, Head, Store, StreamState, Transaction, unpack_entries
 from rlhf_audit_nb.trail.succession import KEY_TYPES, KeySuccession, known_limits
 from rlhf_audit_nb.trail.timestamp import trusted_authorities
+from rlhf_audit_nb.trail.vault import VAULT_ERASED, OpeningsCheck
 from rlhf_audit_nb.trail.verdict import Level, Reason, RunSummary, Verdict, level_of
 from rlhf_audit_nb.trail.writer import RUN_FINISHED, RUN_INTERRUPTED, RUN_STARTED
 
@@ -51,6 +52,7 @@ __all__ = [
 ]
 
 MAX_REASONS = 100
+TRIES = 3
 OPEN = "open"
 NEWEST = "newest checkpoint"
 LAST_SEEN = "last-seen head"
@@ -238,6 +240,7 @@ class _Audit:
     seen: Checkpoint | None
     claimed: Sequence[Anchor] = ()
     progress: Progress | None = None
+    openings: OpeningsCheck | None = None
     reasons: list[Reason] = field(default_factory=list)
     frontier: Frontier = field(default_factory=Frontier)
     checker: EntryChecker = field(default_factory=EntryChecker)
@@ -250,6 +253,7 @@ class _Audit:
     good: int = 0
     wrong_root: bool = False
     unsaid: int = 0
+    summary: Mapping[str, Any] | None = None
     _expected: Iterator[_Expected] = field(default_factory=lambda: iter(()))
     _next: _Expected | None = None
 
@@ -337,7 +341,7 @@ class _Audit:
         """Look at the entries of a row; the index terms that it should have."""
         types: set[str] = set()
         runs: set[str | None] = set()
-        decode, check = Entry.decode, self.checker.add
+        decode, check, openings = Entry.decode, self.checker.add, self.openings
         for index, data in enumerate(entries, first):
             try:
                 entry = decode(index, data)
@@ -349,6 +353,8 @@ class _Audit:
             envelope = entry.envelope
             types.add(envelope.type)
             runs.add(envelope.run)
+            if openings is not None and (envelope.sealed is not None or envelope.type == VAULT_ERASED):
+                openings.add(entry)
         return {"t:" + kind for kind in types} | {"r:" + run for run in runs if run is not None}
 
     def _broken_bundle(self, bundle: Bundle, stored: list[bytes], where: str, error: FormatError) -> None:
@@ -412,7 +418,10 @@ class _Audit:
             self.fault("frontier", "head", "The stored frontier is not that of the entries.")
         if self.transaction.count_nodes() != self.nodes:
             self.fault("node", "nodes", f"The store holds {self.transaction.count_nodes()} subtrees, not {self.nodes}.")
-        for reason in (*self.keys.reasons, *self.checker.reasons):
+        summary = None if self.openings is None else self.openings.finish()
+        self.summary = summary.to_dict() if summary is not None and (summary.checked or summary.commitments) else None
+        found = () if self.openings is None else self.openings.reasons
+        for reason in (*self.keys.reasons, *self.checker.reasons, *found):
             self.fault(reason.code, reason.where, reason.message)
         if self.legible:
             self._derived()
@@ -488,6 +497,7 @@ def verify_trail(
     policy: TrustPolicy | None = None,
     home: Path | None = None,
     tsa_roots: Sequence[bytes] | None = None,
+    openings: bool = False,
     progress: Progress | None = None,
 ) -> Verdict:
     """Verify the trail in the folder ``location``.
@@ -500,11 +510,13 @@ def verify_trail(
         policy: whose signatures count; ``None`` trusts the user's own key for the trail's origin.
         home: the folder of keys and last-seen heads; ``None`` takes ``RLHF_AUDIT_HOME`` or the user's own.
         tsa_roots: certificates (PEM) of the timestamping authorities that are trusted; ``None`` takes ``HOME/tsa``.
+        openings: decrypt every private half with the user's own keys too, and compare it with its commitment.
         progress: called now and then with how many entries were checked, and how many there are.
 
     Raises:
         StoreError: there is no trail there, or it cannot be read.
-        KeyFileError: no policy was given and the user has no key for this origin.
+        KeyFileError: no policy was given and the user has no key for this origin, or none to open the vault with.
+        VaultError: the vault is of another layout, or (with ``openings``) does not open with the user's key.
     """
     store = Store(store_path(location), write=False)
     home = home_folder(home)
@@ -515,7 +527,7 @@ def verify_trail(
             code="no-trail",
         )
     roots = trusted_authorities(home) if tsa_roots is None else tsa_roots
-    job = _Job(store, home, policy, roots, progress)
+    job = _Job(store, home, policy, roots, openings, progress)
     try:
         return job.verdict()
     except StoreError as error:
@@ -532,10 +544,23 @@ class _Job:
     home: Path
     policy: TrustPolicy | None
     tsa_roots: Sequence[bytes]
+    openings: bool
     progress: Progress | None
     origin: str = ""
 
     def verdict(self) -> Verdict:
+        """The verdict; looked at again where an erasure may have come between the trail's state and the vault's."""
+        for _ in range(TRIES - 1):
+            verdict = self._once()
+            if "opening-missing" not in {reason.code for reason in verdict.reasons} or not self._went_on(verdict.size):
+                return verdict
+        return self._once()
+
+    def _went_on(self, size: int) -> bool:
+        with self.store.reading() as transaction:
+            return transaction.size() != size
+
+    def _once(self) -> Verdict:
         # What lies beside the store is read before it: another process may be appending, and whatever was seen or
         # anchored before must be in what is read afterwards.
         with self.store.reading() as transaction:
@@ -548,8 +573,11 @@ class _Job:
         with self.store.reading() as transaction:
             head = transaction.head()
             before = None if seen is None else checkpoint_of(seen)
-            audit = _Audit(transaction, head, policy, self._keys(transaction), before, claimed, self.progress)
-            checked, newest = audit.run()
+            with closing(self._openings()) as check:
+                audit = _Audit(
+                    transaction, head, policy, self._keys(transaction), before, claimed, self.progress, check
+                )
+                checked, newest = audit.run()
         reasons = audit.reasons
         if checked is not None and not reasons:
             reasons += self._forks(audit, heads)
@@ -558,8 +586,12 @@ class _Job:
         size = newest.size if newest else audit.frontier.size
         root = base64.b64encode(newest.root if newest else audit.frontier.root()).decode()
         signers = checked.signers if checked else ()
-        runs = audit.checker.runs()
-        return Verdict(level, head.origin, size, root, signers, runs, tuple(reasons), tuple(audit.anchors))
+        runs, anchors = audit.checker.runs(), tuple(audit.anchors)
+        return Verdict(level, head.origin, size, root, signers, runs, tuple(reasons), anchors, audit.summary)
+
+    def _openings(self) -> OpeningsCheck:
+        master = load_keys(self.home, self.origin, None).master if self.openings else None
+        return OpeningsCheck(self.store.path.parent / "vault.sqlite", master, most=MAX_REASONS)
 
     def _keys(self, transaction: Transaction) -> KeySuccession:
         """The keys over time, from the rows that the type index names; the index itself is checked at the end."""
