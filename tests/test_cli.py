@@ -34,7 +34,7 @@ def test_help_lists_every_command_under_its_section(run):
     assert code == 0
     for command in cli.COMMANDS:
         assert f"{command.section}:" in out
-        assert f"{command.name:<9} {command.help}" in out
+        assert f"{command.name:<11} {command.help}" in out
     assert run()[1] == out
 
 

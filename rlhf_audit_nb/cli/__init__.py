@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 from rlhf_audit_nb import __version__
-from rlhf_audit_nb.cli import checking, publishing, reading, recording, saying
+from rlhf_audit_nb.cli import annotating, checking, publishing, reading, recording, saying
 from rlhf_audit_nb.cli.shared import PROGRAM, WIDTH, Parser, Section, note
 from rlhf_audit_nb.errors import AuditError, ConfigError
 
@@ -26,7 +26,14 @@ __all__ = ["main"]
 INTERRUPTED = 130
 RAISED_LINES = 10
 
-COMMANDS = (*recording.COMMANDS, *checking.COMMANDS, *reading.COMMANDS, *saying.COMMANDS, *publishing.COMMANDS)
+COMMANDS = (
+    *recording.COMMANDS,
+    *annotating.COMMANDS,
+    *checking.COMMANDS,
+    *reading.COMMANDS,
+    *saying.COMMANDS,
+    *publishing.COMMANDS,
+)
 
 
 def _overview() -> str:
@@ -34,7 +41,7 @@ def _overview() -> str:
     for title in get_args(Section):
         found = [command for command in COMMANDS if command.section == title]
         if found:
-            lines += [f"{title}:", *(f"  {command.name:<9} {command.help}" for command in found), ""]
+            lines += [f"{title}:", *(f"  {command.name:<11} {command.help}" for command in found), ""]
     lines += [
         f"{PROGRAM} COMMAND --help tells what a command takes. Exit codes: 0 done, 1 a notebook failed,",
         "2 usage or bad input, 3 refused (budget, policy); verdicts: 10 below what was required, 30 DIVERGED,",
