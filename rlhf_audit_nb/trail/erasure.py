@@ -92,16 +92,23 @@ def erase(trail: Trail, owner: str, *, reason: str) -> ErasureDone:
 def finish_erasures(trail: Trail) -> tuple[ErasureDone, ...]:
     """Bring to their end the erasures that were begun, and do those again that an old copy of the vault undid.
 
+    Where another process reads the vault, its old pages are left to the next opening.
+
     Raises:
-        VaultError: ``vault-old`` or ``key-old`` where vault and key do not belong together; ``vault-busy``.
+        VaultError: ``vault-old`` or ``key-old`` where vault and key do not belong together.
         StoreError: vault or trail cannot be read or written.
         KeyFileError: the key file cannot be used.
     """
     with _vault(trail) as vault:
         if not vault.exists() or (vault.settled() and not _undone(vault, trail.reader())):
             return ()
-        with trail.keys.master.exclusive():
-            return tuple(_finish(trail, vault))
+        try:
+            with trail.keys.master.exclusive():
+                return tuple(_finish(trail, vault))
+        except VaultError as error:
+            if error.reason != "vault-busy":
+                raise
+            return ()
 
 
 @contextmanager

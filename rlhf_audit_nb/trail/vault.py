@@ -155,7 +155,7 @@ _ERASURES = Statement(
         _erasures.c.salt,
     ).order_by(_erasures.c.id)
 )
-_UNLOGGED = Statement(sa.select(_erasures.c.id).where(_erasures.c.logged.is_(sa.false())).limit(1))
+_UNLOGGED = Statement(sa.select(_erasures.c.id).where(_erasures.c.logged.is_(sa.false())))
 _LOGGED = Statement(_erasures.update().where(_erasures.c.name == sa.bindparam("of")).values(logged=sa.true()))
 # Overwritten where it stands, with zeros of the same length, before the row shrinks: no page that is rearranged then
 # can keep a copy of what is to go.
