@@ -145,8 +145,10 @@ class AuditConfig:
         trail: folder (or database URL) of the trail; ``None`` takes ``RLHF_AUDIT_TRAIL``, else ``audit``.
         origin: the trail's name, a schemaless URL such as ``example.com/alignment``; ``None`` keeps the trail's own,
             or makes a random local one for a new trail.
-        durability: ``"batched"`` (at most 50 ms or 1,000 entries unsynced) or ``"always"`` (each append waits for its
-            commit).
+        durability: ``"batched"`` (entries are committed in groups: at most 50 ms or 1,000 of them are not on the disk
+            yet) or ``"always"`` (each is committed at once).
+        asynchronous: whether recording an entry returns before it is on the disk; ``None``: where entries are batched
+            it does, else it does not.
         every_steps: audit frequency: one step entry every so many optimizer steps (>= 1).
         weights_every: digest of the trainable weights every so many steps; 0 leaves it to the end of the run.
     """
@@ -154,6 +156,7 @@ class AuditConfig:
     trail: str | None = None
     origin: str | None = None
     durability: Durability = "batched"
+    asynchronous: bool | None = None
     every_steps: int = 1
     weights_every: int = 0
 
@@ -164,6 +167,12 @@ class AuditConfig:
                 next_step='Write durability="batched" or durability="always".',
                 code="durability",
             )
+        if self.asynchronous not in (None, True, False):
+            raise ConfigError(
+                f"asynchronous is {self.asynchronous!r}, which is not known.",
+                next_step="Leave it out, or write asynchronous=True or asynchronous=False.",
+                code="asynchronous",
+            )
         for name, least in (("every_steps", 1), ("weights_every", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -172,6 +181,11 @@ class AuditConfig:
                     next_step=f"Write {name}={max(least, 1)}.",
                     code=name,
                 )
+
+    @property
+    def waits(self) -> bool:
+        """Whether recording an entry waits until it is on the disk."""
+        return self.durability == "always" if self.asynchronous is None else not self.asynchronous
 
     def trail_location(self) -> Path:
         """The folder that holds the trail, from the setting, the environment or the default."""

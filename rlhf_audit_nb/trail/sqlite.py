@@ -74,7 +74,8 @@ class Statement:
     """A statement of SQLAlchemy Core, compiled once; its values are handed in by name.
 
     Args:
-        clause: the statement. What varies in it is a ``bindparam`` without a value, or a column that is written.
+        clause: the statement. What varies in it is a ``bindparam`` without a value, or a column that is written; a
+            value that stands in it stays as it is.
         columns: the columns that an insert or update writes; ``None`` for all.
     """
 
@@ -83,9 +84,19 @@ class Statement:
         self._columns = columns
 
     @cached_property
+    def _compiled(self) -> tuple[str, dict[str, Any]]:
+        compiled = self._clause.compile(dialect=_DIALECT, column_keys=self._columns)
+        return str(compiled), {name: value for name, value in compiled.params.items() if value is not None}
+
+    @cached_property
     def sql(self) -> str:
         """Its SQL in the dialect of the database."""
-        return str(self._clause.compile(dialect=_DIALECT, column_keys=self._columns))
+        return self._compiled[0]
+
+    @cached_property
+    def fixed(self) -> dict[str, Any]:
+        """The values that stand in the statement itself."""
+        return self._compiled[1]
 
 
 class Session:
@@ -98,11 +109,12 @@ class Session:
 
     def execute(self, statement: Statement, values: Mapping[str, Any] = _NOTHING) -> sqlite3.Cursor:
         """Run one statement; the cursor gives its rows."""
-        return self.raw.execute(statement.sql, values)
+        return self.raw.execute(statement.sql, {**statement.fixed, **values} if statement.fixed else values)
 
     def execute_many(self, statement: Statement, rows: Iterable[Mapping[str, Any]]) -> None:
         """Run one statement for each of ``rows``."""
-        self.raw.executemany(statement.sql, rows)
+        fixed = statement.fixed
+        self.raw.executemany(statement.sql, [{**fixed, **row} for row in rows] if fixed else rows)
 
     def select(self, clause: sa.Select[Any]) -> sqlite3.Cursor:
         """Run a query that was made for this one time, with its values in it."""

@@ -161,9 +161,7 @@ def _select_bundles(terms: int, *, limited: bool) -> Statement:
         having = sa.select(_terms.c.first).where(_terms.c.term == sa.bindparam(f"term{number}"))
         query = query.where(_bundles.c.first.in_(having))
     query = query.order_by(_bundles.c.first)
-    if limited:  # the offset is said outright, because the dialect would add one without a name
-        query = query.limit(sa.bindparam("most", type_=sa.Integer)).offset(sa.bindparam("skip", type_=sa.Integer))
-    return Statement(query)
+    return Statement(query.limit(sa.bindparam("most", type_=sa.Integer)) if limited else query)
 
 
 @dataclass(frozen=True)
@@ -335,6 +333,11 @@ class Transaction:
         row = self._session.execute(_SELECT_NODE, {"level": level, "number": number}).fetchone()
         return None if row is None else bytes(_typed(row, bytes)[0])
 
+    def leaf(self, index: int) -> bytes | None:
+        """One leaf hash."""
+        row = self.hashes.tile(0, index // BUNDLE)[index % BUNDLE :]
+        return row[0] if row else None
+
     def count_nodes(self) -> int:
         """How many subtrees are stored."""
         return int(self._session.execute(_COUNT_NODES).fetchone()[0])
@@ -347,7 +350,7 @@ class Transaction:
 
     def bundles(self, start: int, stop: int, terms: Sequence[str] = (), limit: int | None = None) -> Iterator[Bundle]:
         """The rows that begin in ``[start, stop)``, in order; with ``terms`` only rows that hold all of them."""
-        values: dict[str, int | str | None] = {"first": start, "stop": stop, "most": limit, "skip": 0}
+        values: dict[str, int | str | None] = {"first": start, "stop": stop, "most": limit}
         values |= {f"term{number}": term for number, term in enumerate(terms)}
         for row in self._session.execute(_select_bundles(len(terms), limited=limit is not None), values):
             first, count, hashes, data = _typed(row, int, int, bytes, bytes)

@@ -28,15 +28,16 @@ from rlhf_audit_nb.config import DEFAULT_TRAIL, ENV_TRAIL, Durability
 from rlhf_audit_nb.errors import FormatError, StoreError
 from rlhf_audit_nb.trail.checkpoint import checkpoint_of
 from rlhf_audit_nb.trail.entry import MAX_ENTRY, Entry, check_body, check_run, check_type
+from rlhf_audit_nb.trail.erasure import finish_erasures
 from rlhf_audit_nb.trail.heads import Heads
 from rlhf_audit_nb.trail.keys import KeyRing, create_keys, have_keys, home_folder, load_keys
 from rlhf_audit_nb.trail.liveness import is_alive, living_writers, sweep
 from rlhf_audit_nb.trail.merkle import prove_consistency, prove_inclusion, tree_root
-from rlhf_audit_nb.trail.note import Signer, format_vkey
+from rlhf_audit_nb.trail.note import NoteSigner, format_vkey
 from rlhf_audit_nb.trail.store import Bundle, Head, Store, Transaction, store_errors, unpack_entries
 from rlhf_audit_nb.trail.vault import Vault
 from rlhf_audit_nb.trail.verify import compare_with_seen, store_path
-from rlhf_audit_nb.trail.writer import RUN_INTERRUPTED, Draft, Pending, Writer, new_head, too_large
+from rlhf_audit_nb.trail.writer import RUN_INTERRUPTED, Draft, Pace, Pending, Writer, new_head, too_large
 
 __all__ = ["Draft", "InterruptedRun", "Recovery", "Trail", "TrailReader", "TrailStatus"]
 
@@ -225,15 +226,7 @@ class Trail:
     """An opened trail, to append to. Made by `Trail.open`; use it as a context manager, or call `close`."""
 
     def __init__(
-        self,
-        location: Path,
-        home: Path,
-        store: Store,
-        writer: Writer,
-        keys: KeyRing,
-        recovery: Recovery,
-        *,
-        always: bool,
+        self, location: Path, home: Path, store: Store, writer: Writer, keys: KeyRing, recovery: Recovery
     ) -> None:
         self._location = location
         self._home = home
@@ -242,7 +235,7 @@ class Trail:
         self._keys = keys
         self._vkey = keys.log_vkey
         self._recovery = recovery
-        self._always = always
+        self._waits = writer.pace.waits
         _OPEN.add(self)
 
     @classmethod
@@ -252,6 +245,7 @@ class Trail:
         *,
         origin: str | None = None,
         durability: Durability = "batched",
+        asynchronous: bool | None = None,
         passphrase: str | None = None,
         create: bool = True,
         home: Path | None = None,
@@ -261,7 +255,8 @@ class Trail:
         Args:
             location: the folder; ``None`` takes ``RLHF_AUDIT_TRAIL``, else ``audit``.
             origin: the trail's name; ``None`` keeps the trail's own, or makes a random local one.
-            durability: ``"always"``: each append waits for its commit; ``"batched"``: within 50 ms or 1,000 entries.
+            durability: ``"always"``: each entry is committed at once; ``"batched"``: within 50 ms or 1,000 entries.
+            asynchronous: whether `append` returns before the commit; ``None``: only where entries are batched.
             passphrase: of the keys; ``None`` takes ``RLHF_AUDIT_PASSPHRASE``, else new keys are not encrypted.
             create: make the trail where there is none.
             home: the folder of keys and last-seen heads; ``None`` takes ``RLHF_AUDIT_HOME`` or the user's own.
@@ -272,12 +267,14 @@ class Trail:
         """
         folder = _folder(location)
         home = home_folder(home)
+        always = durability == "always"
+        pace = Pace(always, waits=always if asynchronous is None else not asynchronous)
         store = Store(folder / "trail.sqlite", write=True)
         if not store.exists() and not create:
             raise _no_trail(store.path)
         try:
             with _opening(folder):
-                return cls._open(folder, store, home, origin, passphrase, always=durability == "always")
+                return _settled(cls._open(folder, store, home, origin, passphrase, pace))
         except OSError as error:
             raise StoreError(
                 f"The trail's folder {folder} cannot be used: {error.strerror or error}.",
@@ -287,7 +284,7 @@ class Trail:
 
     @classmethod
     def _open(
-        cls, folder: Path, store: Store, home: Path, origin: str | None, passphrase: str | None, *, always: bool
+        cls, folder: Path, store: Store, home: Path, origin: str | None, passphrase: str | None, pace: Pace
     ) -> Trail:
         heads = Heads(home)
         with ExitStack() as undo:
@@ -302,13 +299,13 @@ class Trail:
                 keys = load_keys(home, head.origin, passphrase)
                 _check_seen(store, head.origin, heads)
             vault = Vault(folder / "vault.sqlite", keys.master)
-            writer = Writer(folder, store, vault, [keys.signer], heads, always=always)
+            writer = Writer(folder, store, vault, [keys.signer], heads, pace)
             undo.callback(writer.abort)
             if head is None:
                 writer.create(new_head(keys.origin, [keys.signer]), _created_body(keys))
             recovery = _recover(folder, writer)
             undo.pop_all()
-        return cls(folder, home, store, writer, keys, recovery, always=always)
+        return cls(folder, home, store, writer, keys, recovery)
 
     def __enter__(self) -> Self:
         return self
@@ -344,11 +341,11 @@ class Trail:
         return self._home
 
     @property
-    def signers(self) -> tuple[Signer, ...]:
+    def signers(self) -> tuple[NoteSigner, ...]:
         """What signs the checkpoints of the next commits."""
         return self._writer.signers
 
-    def use_signers(self, signers: Sequence[Signer]) -> None:
+    def use_signers(self, signers: Sequence[NoteSigner]) -> None:
         """Sign the next commits with these keys; what was appended before is committed under the old ones first.
 
         `log_vkey` is that of the first from then on. Other processes that write to this trail meanwhile are refused
@@ -410,7 +407,7 @@ class Trail:
         owner: str | None = None,
         resolution_us: int = 1,
     ) -> Pending:
-        """Queue an entry; it is durable within the window, or before this returns under ``durability="always"``.
+        """Queue an entry; it is durable within the window, or before this returns where the trail is not asynchronous.
 
         Args:
             type: the event's type.
@@ -436,7 +433,9 @@ class Trail:
             raise too_large(type, size)
         item = Pending(self._writer, type, body, run, private, owner, resolution_us, time.time_ns() // 1000)
         self._writer.submit(item)
-        if self._always or size > MAX_ENTRY - _ENVELOPE_ROOM:
+        if self._waits:
+            self._writer.settle(item)
+        elif size > MAX_ENTRY - _ENVELOPE_ROOM:
             item.wait()
         return item
 
@@ -619,6 +618,15 @@ def _recover(folder: Path, writer: Writer) -> Recovery:
     writer.remember()
     sweep(folder)
     return Recovery(tuple(found), size)
+
+
+def _settled(trail: Trail) -> Trail:
+    """The trail, where an erasure that was begun has been brought to its end."""
+    with ExitStack() as undo:
+        undo.callback(trail.close)
+        finish_erasures(trail)
+        undo.pop_all()
+    return trail
 
 
 _OPEN: weakref.WeakSet[Trail] = weakref.WeakSet()

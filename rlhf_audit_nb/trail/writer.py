@@ -1,15 +1,18 @@
-"""The writer: a queue, a thread that commits it in groups, and appends that must be atomic. Floor 0.
+"""The writer: a queue, whoever commits it in groups, and appends that must be atomic. Floor 0.
 
-``submit`` takes the time, puts the entry into a queue and returns; one thread takes all that is there after at most
-20 ms or 500 entries, gives sequence numbers, hashes, signs one checkpoint and commits all in one transaction. At most
-1,000 entries are ever without a commit: then ``submit`` waits (it never drops). Several processes may write to one
-trail: each transaction takes SQLite's only write lock first and reloads the tree where another process moved it.
+``submit`` takes the time, puts the entry into a queue and returns. Where entries are batched, one thread takes all that
+is there after at most 20 ms or 500 entries, gives sequence numbers, hashes, signs one checkpoint and commits all in
+one transaction; where each append waits for its own commit, the caller's thread does the same at once, and with its
+entry commits what other threads have queued meanwhile. At most 1,000 entries are ever without a commit: then
+``submit`` waits (it never drops). Several processes may write to one trail: each transaction takes SQLite's only write
+lock first and reloads the tree where another process moved it.
 
 Order of a commit: take the lock; seal the private payloads in the vault and commit that; insert the entries, the tree
 and the signed checkpoint; commit. Where any of it fails, nothing of the group is in the trail as far as is known; the
 error goes to each that waits, to the next ``submit`` and to ``close``, and this writer takes no more: whether a failed
 commit reached the disk is only known by reading it again, so nothing is ever tried twice. Opening the trail anew does
-read it again.
+read it again. An interrupt (Ctrl-C, a signal's handler that raises) in the middle of a commit is no failure: its
+entries stay queued, and the next commit first looks whether they are in the trail already.
 
 After ``fork`` the child has a writer id, a queue and connections of its own, made when it first appends.
 """
@@ -26,6 +29,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +40,7 @@ from rlhf_audit_nb.trail.checkpoint import Checkpoint, checkpoint_of
 from rlhf_audit_nb.trail.entry import ENVELOPE_VERSION, MAX_ENTRY, Entry, Envelope, encode_envelope, stream_name
 from rlhf_audit_nb.trail.liveness import WriterLock
 from rlhf_audit_nb.trail.merkle import Frontier
-from rlhf_audit_nb.trail.note import Signer, parse_note, sign_note, verify_note
+from rlhf_audit_nb.trail.note import NoteSigner, parse_note, sign_note, verify_note
 from rlhf_audit_nb.trail.store import BUNDLE, Bundle, Head, Store, StreamState, Transaction, pack_entries
 from rlhf_audit_nb.trail.vault import Opening, Sealed, Vault, commitment_of
 
@@ -49,6 +53,7 @@ __all__ = [
     "RUN_STARTED",
     "Committed",
     "Draft",
+    "Pace",
     "Pending",
     "Writer",
     "append_in",
@@ -90,6 +95,19 @@ class Draft(msgspec.Struct, frozen=True):
     private: bytes | None = None
     owner: str | None = None
     resolution_us: int = 1
+
+
+@dataclass(frozen=True)
+class Pace:
+    """When entries are committed.
+
+    Attributes:
+        always: at once; else a group is waited for.
+        waits: whether who appends waits for the commit. With ``always``, who appends also makes it.
+    """
+
+    always: bool
+    waits: bool
 
 
 class Pending:
@@ -178,7 +196,7 @@ class Committed:
 class _Tree:
     """The state that one transaction hands to the next."""
 
-    head: Head
+    state: Committed
     frontier: Frontier
     streams: dict[str, StreamState] = field(default_factory=dict)
 
@@ -223,20 +241,21 @@ def _shielded(prepare: _Prepare) -> _Prepare:
     return call
 
 
-def new_head(origin: str, signers: Sequence[Signer]) -> Head:
+def new_head(origin: str, signers: Sequence[NoteSigner]) -> Head:
     """The head of a trail without entries."""
-    return _signed_head(origin, Frontier(), signers, 0, None)
+    return _signed(origin, Frontier(), signers, 0, None).head
 
 
-def _signed_head(origin: str, frontier: Frontier, signers: Sequence[Signer], now: int, before: Head | None) -> Head:
-    note = sign_note(Checkpoint(origin, frontier.size, frontier.root()).format(), signers)
+def _signed(origin: str, frontier: Frontier, signers: Sequence[NoteSigner], now: int, before: Head | None) -> Committed:
+    checkpoint = Checkpoint(origin, frontier.size, frontier.root())
+    note = sign_note(checkpoint.format(), signers)
     kept_size, kept_time = (before.kept_size, before.kept_time) if before else (0, 0)
     if frontier.size // BUNDLE != kept_size // BUNDLE or kept_size == 0 or now - kept_time >= KEEP_CHECKPOINT_US:
         kept_size, kept_time = frontier.size, now
-    return Head(origin, frontier.size, now, note, frontier.nodes, kept_size, kept_time)
+    return Committed(Head(origin, frontier.size, now, note, frontier.nodes, kept_size, kept_time), checkpoint)
 
 
-def _load(transaction: Transaction, signers: Sequence[Signer]) -> _Tree:
+def _load(transaction: Transaction, signers: Sequence[NoteSigner]) -> _Tree:
     """The state in the store, which must hang together before anything is built on it."""
     head = transaction.head()
     try:
@@ -250,7 +269,7 @@ def _load(transaction: Transaction, signers: Sequence[Signer]) -> _Tree:
         raise _damaged(str(error)) from error
     if not holds:
         raise _damaged("the newest checkpoint is not of the newest state")
-    return _Tree(head, frontier)
+    return _Tree(Committed(head, checkpoint), frontier)
 
 
 def _rotated() -> StoreError:
@@ -298,8 +317,7 @@ def _build(transaction: Transaction, tree: _Tree, items: Sequence[Pending], writ
             item.settle(-1, too_large(item.type, len(data)))
             continue
         if commitment is not None:
-            owner = item.owner if item.owner is not None else stream
-            group.sealed.append(Sealed(commitment, owner, item.type, stream, state.next, opening))
+            group.sealed.append(Sealed(commitment, item.owner, item.type, stream, state.next, opening))
         state.next += 1
         state.time = now
         group.touched.add(stream)
@@ -345,7 +363,7 @@ def append_in(
     tree: _Tree,
     items: Sequence[Pending],
     writer: str,
-    signers: Sequence[Signer],
+    signers: Sequence[NoteSigner],
     vault: Vault | None,
 ) -> _Group:
     """Append ``items`` within an open transaction; ``tree`` becomes the new state."""
@@ -366,11 +384,12 @@ def append_in(
             transaction.end_run(item.run)
         elif item.type == RUN_INTERRUPTED:
             transaction.end_run(_interrupted.decode(item.body).run)
-    before, now = tree.head, time.time_ns() // 1000
-    tree.head = _signed_head(before.origin, tree.frontier, signers, max(now, before.time), before)
-    transaction.put_head(tree.head)
-    if tree.head.kept_size == tree.head.size:
-        transaction.keep_checkpoint(tree.head.size, tree.head.time, tree.head.note)
+    before, now = tree.state.head, time.time_ns() // 1000
+    tree.state = _signed(before.origin, tree.frontier, signers, max(now, before.time), before)
+    head = tree.state.head
+    transaction.put_head(head)
+    if head.kept_size == head.size:
+        transaction.keep_checkpoint(head.size, head.time, head.note)
     return group
 
 
@@ -383,18 +402,25 @@ class Writer:
         vault: where private payloads go.
         signers: the keys that sign checkpoints, all of them each time; `use` replaces them.
         heads: the last-seen heads, advanced as the trail grows.
-        always: whether each `submit` waits for its commit.
+        pace: when to commit, and who waits for it.
     """
 
     def __init__(
-        self, folder: Path, store: Store, vault: Vault, signers: Sequence[Signer], heads: Heads, *, always: bool
+        self,
+        folder: Path,
+        store: Store,
+        vault: Vault,
+        signers: Sequence[NoteSigner],
+        heads: Heads,
+        pace: Pace,
     ) -> None:
         self._folder = folder
         self._store = store
         self._vault = vault
         self._signers = tuple(signers)
         self._heads = heads
-        self._always = always
+        self.pace = pace
+        self._leads = pace.always and pace.waits
         self._tree: _Tree | None = None
         self._committed: Committed | None = None
         self._reset()
@@ -407,15 +433,14 @@ class Writer:
         self._work = threading.Condition(self._state)
         self._settled = threading.Condition(self._state)
         self._queue: deque[Pending] = deque()
-        self._submitted = 0
-        self._finished = 0
+        self._doubt: _Group | None = None
         self._waiting = 0
         self._closing = False
         self._closed = False
         self._failure: AuditError | None = None
         self._thread: threading.Thread | None = None
         self._lock: WriterLock | None = None
-        self._guarding = False
+        self._inside = False
         self._remembered = (0, 0.0)
 
     @property
@@ -424,11 +449,11 @@ class Writer:
         return self._vault
 
     @property
-    def signers(self) -> tuple[Signer, ...]:
+    def signers(self) -> tuple[NoteSigner, ...]:
         """The keys that sign checkpoints."""
         return self._signers
 
-    def use(self, signers: Sequence[Signer]) -> None:
+    def use(self, signers: Sequence[NoteSigner]) -> None:
         """Sign the next commits with these keys; what was handed in before is committed under the old ones first.
 
         Raises:
@@ -449,7 +474,7 @@ class Writer:
     @property
     def unsynced(self) -> int:
         """How many entries were handed in and are not durable yet."""
-        return self._submitted - self._finished
+        return len(self._queue)
 
     def submit(self, item: Pending) -> None:
         """Queue an entry; waits only while 1,000 are not durable yet.
@@ -458,17 +483,30 @@ class Writer:
             StoreError: an earlier commit failed, or the trail is closed.
         """
         with self._state:
-            if self._thread is None or self._failure is not None or self._closing or self._guarding:
+            if self._thread is None or self._failure is not None or self._closing or self._inside:
                 self._prepare()
-            while self._submitted - self._finished >= MAX_UNSYNCED:
+            while len(self._queue) >= MAX_UNSYNCED:
                 self._work.notify()
                 self._settled.wait()
                 self._check()
             self._queue.append(item)
-            self._submitted += 1
             queued = len(self._queue)
             if queued == 1 or queued == GROUP:  # noqa: PLR1714 (half the cost of a tuple's test, on the caller's thread)
                 self._work.notify()
+
+    def settle(self, item: Pending) -> int:
+        """See a submitted item through to its commit without hurrying a group along; its place in the trail.
+
+        Raises:
+            StoreError, EntryError: as `Pending.wait`.
+        """
+        if self._leads:
+            self._lead(item)
+        else:
+            with self._state:
+                while not item.done:
+                    self._settled.wait()
+        return item.wait()
 
     def _check(self) -> None:
         if self._failure is not None:
@@ -479,24 +517,21 @@ class Writer:
     def _prepare(self) -> None:
         self._check()
         self._refuse_nested()
-        if self._thread is None:
-            self._start()
+        self._take_lock()
+        if self._thread is None and not self._leads:
+            self._thread = threading.Thread(target=self._run, name="rlhf-audit-writer", daemon=True)
+            self._thread.start()
 
     def _refuse_nested(self) -> None:
-        if self._guarding and self._commit_lock.acquire(blocking=False):
-            held_here = self._guarding
+        if self._inside and self._commit_lock.acquire(blocking=False):
+            held_here = self._inside
             self._commit_lock.release()
             if held_here:
                 raise EntryError(
-                    "A guarded append may not append in its own body.",
+                    "An append may not begin within another one: in a guarded append's body, or in a signal's handler.",
                     next_step="Append before it or after it.",
                     code="nested-append",
                 )
-
-    def _start(self) -> None:
-        self._take_lock()
-        self._thread = threading.Thread(target=self._run, name="rlhf-audit-writer", daemon=True)
-        self._thread.start()
 
     def _take_lock(self) -> None:
         if self._lock is None:
@@ -511,6 +546,8 @@ class Writer:
 
     def wait_for(self, item: Pending, timeout: float | None) -> None:
         """Wait until ``item`` is settled."""
+        if self._leads:
+            self._lead(item)
         with self._state:
             self._wait(lambda: item.done, timeout)
 
@@ -522,10 +559,11 @@ class Writer:
         """
         with self._state:
             self._refuse_nested()
-            target = self._submitted
-            self._wait(lambda: self._finished >= target, None)
-            if self._failure is not None:
-                raise self._failure
+            last = self._queue[-1] if self._queue else None
+        if last is not None:
+            self.wait_for(last, None)
+        if self._failure is not None:
+            raise self._failure
 
     def _wait(self, ready: Callable[[], bool], timeout: float | None) -> None:
         if ready():
@@ -548,7 +586,7 @@ class Writer:
         self._take_lock()
         with self._commit_lock, self._store.transaction() as transaction:
             transaction.add_head(head)
-            tree = _Tree(head, Frontier())
+            tree = _Tree(Committed(head, checkpoint_of(head.note)), Frontier())
             append_in(transaction, tree, [item], self.id, self._signers, None)
 
     def guarded(self, prepare: _Prepare) -> list[Entry]:
@@ -562,22 +600,19 @@ class Writer:
             self._take_lock()
         self.flush()
         group = self._commit_guarded(_shielded(prepare))
-        entries = []
-        for offset, (item, data) in enumerate(zip(group.items, group.data, strict=True)):
-            item.settle(group.first + offset)
-            entries.append(Entry.decode(group.first + offset, data))
-        return entries
+        _settle(group)
+        return [Entry.decode(index, data) for index, data in enumerate(group.data, group.first)]
 
     def _commit_guarded(self, prepare: _Prepare) -> _Group:
         with self._commit_lock:
             self._check()
-            self._guarding = True
+            self._inside = True
             try:
                 return self._commit(prepare, whole=True)
             except _Refused as refused:
                 raise refused.error from refused.error.__cause__
             finally:
-                self._guarding = False
+                self._inside = False
 
     def append_many(self, drafts: Iterable[Draft]) -> Sequence[int]:
         """Append many entries in large groups; they are durable when this returns.
@@ -624,26 +659,42 @@ class Writer:
 
     def _commit(self, prepare: Callable[[Transaction, Head], Sequence[Pending]], *, whole: bool) -> _Group:
         # Forgotten first: whatever goes wrong, the next transaction reads the state from the disk.
-        known, self._tree = self._tree, None
+        tree, self._tree = self._tree, None
         with self._store.transaction() as transaction:
-            if known is None or transaction.size() != known.head.size:
-                known = _load(transaction, self._signers)
-            items = prepare(transaction, known.head)
-            group = append_in(transaction, known, items, self.id, self._signers, self._vault)
+            if tree is None or transaction.size() != tree.frontier.size:
+                tree = _load(transaction, self._signers)
+            if self._doubt is not None:
+                self._resolve(self._doubt, transaction)
+            items = prepare(transaction, tree.state.head)
+            group = append_in(transaction, tree, items, self.id, self._signers, self._vault)
             if whole and len(group.items) != len(items):
                 raise next(item.refusal for item in items if item.refusal is not None)
-        self._tree = known
-        checkpoint = Checkpoint(known.head.origin, known.head.size, known.frontier.root())
-        self._committed = Committed(known.head, checkpoint)
+            self._doubt = group
+        self._tree = tree
+        self._committed = tree.state
         return group
+
+    def _resolve(self, group: _Group, transaction: Transaction) -> None:
+        """Settle what an interrupted commit did write; what it did not is still in the queue."""
+        if group.items and transaction.leaf(group.first) == group.leaves[0]:
+            _settle(group)
+        self._doubt = None
 
     def _run(self) -> None:
         while self._await_work():
             with self._commit_lock:
-                with self._state:
-                    batch = [self._queue.popleft() for _ in range(min(len(self._queue), MAX_UNSYNCED))]
-                if batch:
-                    self._commit_batch(batch)
+                self._commit_queue()
+
+    def _lead(self, item: Pending) -> None:
+        """Commit in the caller's own thread until ``item`` is settled."""
+        with self._commit_lock:
+            while not item.done:
+                self._refuse_nested()
+                self._inside = True
+                try:
+                    self._commit_queue()
+                finally:
+                    self._inside = False
 
     def _await_work(self) -> bool:
         """Wait for a group worth committing; ``False`` when the writer is closed and nothing is left."""
@@ -651,37 +702,45 @@ class Writer:
             while not self._queue and not self._closing:
                 self._work.wait()
             deadline = time.monotonic() + LINGER_SECONDS
-            while len(self._queue) < GROUP and not self._closing and not self._waiting and not self._always:
+            while len(self._queue) < GROUP and not self._closing and not self._waiting and not self.pace.always:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     break
                 self._work.wait(left)
             return bool(self._queue)
 
-    def _commit_batch(self, batch: list[Pending]) -> None:
-        failure: AuditError | None = None
+    def _commit_queue(self) -> None:
+        """Commit what is queued. An item leaves the queue when it is settled, so that no interrupt can lose it."""
+        with self._state:
+            batch = list(islice(self._queue, MAX_UNSYNCED))
         try:
-            group = self._commit(lambda _transaction, _head: batch, whole=False)
+            group = self._commit(lambda _transaction, _head: [item for item in batch if not item.done], whole=False)
         except AuditError as error:
-            failure = error
+            self._fail(error)
         except BaseException as error:
+            if self._leads and not isinstance(error, Exception):
+                raise
             failure = StoreError(f"The commit failed: {type(error).__name__}: {error}.", code="commit")
             failure.__cause__ = error
-        with self._state:
-            if failure is None:
-                for offset, item in enumerate(group.items):
-                    item.settle(group.first + offset)
-            else:
-                batch += self._queue
-                self._queue.clear()
-                self._failure = _lost(failure, sum(not item.done for item in batch))
-                for item in batch:
-                    if not item.done:
-                        item.settle(-1, self._failure)
-            self._finished += len(batch)
-            self._settled.notify_all()
-        if failure is None:
+            self._fail(failure)
+        else:
+            _settle(group)
+            self._doubt = None
+            with self._state:
+                while self._queue and self._queue[0].done:
+                    self._queue.popleft()
+                self._settled.notify_all()
             self._remember_sometimes()
+
+    def _fail(self, error: AuditError) -> None:
+        with self._state:
+            lost = [item for item in self._queue if not item.done]
+            self._failure = _lost(error, len(lost))
+            for item in lost:
+                item.settle(-1, self._failure)
+            self._queue.clear()
+            self._doubt = None
+            self._settled.notify_all()
 
     def _remember_sometimes(self) -> None:
         if time.monotonic() - self._remembered[1] >= REMEMBER_HEAD_SECONDS:
@@ -703,10 +762,14 @@ class Writer:
         with self._state:
             if self._closed:
                 return
+            self._refuse_nested()
             self._closing = True
             self._work.notify()
+            last = self._queue[-1] if self._queue else None
         if self._thread is not None:
             self._thread.join()
+        elif last is not None:
+            self._lead(last)
         with self._commit_lock:
             self._closed = True
             _LIVE.discard(self)
@@ -747,10 +810,12 @@ class Writer:
         _ABANDONED.append((self._store.abandon(), self._vault.abandon()))
         if self._lock is not None:
             self._lock.leave()
-        closed = self._closed
+        closed, inherited = self._closed, self._queue
         self._tree = None
         self._reset()
         self._closed = self._closing = closed
+        for item in inherited:
+            item.settle(-1, _parents())
 
 
 def _bulks(drafts: Iterable[Draft]) -> Iterator[list[Draft]]:
@@ -773,6 +838,19 @@ def _partly(error: AuditError, pieces: Sequence[range]) -> AuditError:
     done = sum(map(len, pieces))
     said = f"{done:,} entries before it are in the trail." if done else "None of the entries is in the trail."
     return type(error)(f"{error.message} {said}", next_step=error.next_step, code=error.reason)
+
+
+def _settle(group: _Group) -> None:
+    for index, item in enumerate(group.items, group.first):
+        item.settle(index)
+
+
+def _parents() -> StoreError:
+    return StoreError(
+        "The entry was appended before the process forked; the parent process writes it.",
+        next_step="Wait for it there.",
+        code="forked",
+    )
 
 
 def _lost(error: AuditError, count: int) -> AuditError:

@@ -74,7 +74,8 @@ def test_a_writer_stopped_at_a_system_call_loses_nothing_that_it_promised(tmp_pa
         assert "AuditError" in done.stderr or "StoreError" in done.stderr or "KeyFileError" in done.stderr, done.stderr
 
     before = verify_trail(folder, home=home)
-    assert (before.level, before.reasons) == (Level.UNANCHORED, ())
+    assert before.level is Level.UNANCHORED
+    assert {reason.code for reason in before.reasons} <= {"run-open"}
     assert before.size > max(promised, default=START - 1)
     with Trail.open(folder, home=home) as trail:
         found = [json.loads(entry.body)["n"] for entry in trail.reader().entries(type="a.b")]
