@@ -54,7 +54,7 @@ def verdict(entries, level="UNANCHORED", reasons=(), origin="example.com/rlhf-au
     root = base64.b64encode(leaf_hash(b"".join(entry.data for entry in entries))).decode()
     made = SimpleNamespace(
         level=SimpleNamespace(name=level), origin=origin, size=len(entries), root=root,
-        signers=(f"{origin}+1c2b3a4d+AQ==",), runs=(), reasons=tuple(reasons),
+        signers=(f"{origin}+1c2b3a4d+AQ==",), runs=(), reasons=tuple(reasons), anchors=(),
     )  # fmt: skip
     made.to_dict = lambda: {
         "level": level, "origin": origin, "size": len(entries), "root": root, "signers": list(made.signers),

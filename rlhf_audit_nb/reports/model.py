@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from rlhf_audit_nb.compliance import words
 from rlhf_audit_nb.compliance.assess import Assessment, Line, State, assess
 from rlhf_audit_nb.compliance.evidence import Cite, cite
-from rlhf_audit_nb.compliance.facts import composed_privacy, origin_of, run_facts
+from rlhf_audit_nb.compliance.facts import composed_privacy, run_facts
 from rlhf_audit_nb.compliance.framework import load_framework
-from rlhf_audit_nb.events import RecordSealed, RecordStarted
+from rlhf_audit_nb.events import RecordSealed
 from rlhf_audit_nb.reports import figures
 from rlhf_audit_nb.reports.cells import Cell, cells_of
+from rlhf_audit_nb.reports.integrity import integrity_facts
 from rlhf_audit_nb.reports.parts import Cites, EvidenceRow, Fact, Group, PrivacyPart, RunPart, Tile
 from rlhf_audit_nb.reports.privacy import THREATS, THREATS_WITHOUT, composed_state, composed_words, privacy_part
 from rlhf_audit_nb.reports.runs import lineage_group, run_part, run_sentence
@@ -145,7 +146,7 @@ class _Builder:
             shows=self.level.shows,
             not_shown=self.level.not_shown,
             reasons=tuple(Fact(str(r.where), str(r.message), note=str(r.code)) for r in verdict.reasons),
-            integrity=self._integrity(),
+            integrity=integrity_facts(evidence),
             tiles=self._tiles(),
             summary=self._summary(),
             privacy_words=composed_words(self.composed, trusted=evidence.trusted),
@@ -183,33 +184,6 @@ class _Builder:
             parts.append(f"sealed sha256 {words.short(sealed[-1][1].digest)}")
         framework = self.assessment.framework
         return " · ".join([*parts, f"{framework.title} as of {framework.text_date}"])
-
-    def _integrity(self) -> tuple[Fact, ...]:
-        verdict = self.evidence.verdict
-        created = origin_of(self.evidence)
-        facts = [
-            Fact("Origin", verdict.origin or "not stated", cite([created[0].index]) if created else ()),
-            Fact("Size", words.plural(verdict.size, "entry", "entries")),
-            Fact("Root", verdict.root or "none", mono=True),
-        ]
-        own = created[1].log_key if created else ""
-        others = [signer for signer in verdict.signers if signer != own]
-        by = (["the trail's own log key"] if len(others) < len(verdict.signers) else []) + others
-        facts.append(Fact("Signed by", ", ".join(by) or "nobody whose key is trusted here", mono=bool(others)))
-        if created:
-            facts.append(Fact("Log key", own, cite([created[0].index]), mono=True))
-        facts += [Fact("Worth knowing", str(note.message), note=str(note.where)) for note in self.evidence.notes]
-        started = self.evidence.of(RecordStarted)
-        facts += [
-            Fact("Record", event.record, cite([item.index]), mono=True, note=f"made with {event.tool}")
-            for item, event in started
-        ]
-        for item, event in self.evidence.of(RecordSealed):
-            note = f"{event.status}; {words.plural(event.cells, 'cell')}" + (
-                f"; {event.reason}" if event.reason else ""
-            )
-            facts.append(Fact("Record sealed", f"sha256 {event.digest}", cite([item.index]), mono=True, note=note))
-        return tuple(facts)
 
     def _tiles(self) -> tuple[Tile, ...]:
         counts = self.assessment
