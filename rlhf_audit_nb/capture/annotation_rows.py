@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date, datetime
-from itertools import repeat
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -441,7 +441,8 @@ def _called(value: object) -> str:
 def _responses(fields: _Fields) -> Column:
     column = fields.responses
     assert column is not None  # for the type checker: `_responses_of` gave it
-    for row, found in enumerate(column):
+    quick = set(map(type, column)) <= {list, tuple} and all(column)
+    for row, found in () if quick else enumerate(column):
         if not isinstance(found, list | tuple) or not found:
             fields.refuse(
                 row,
@@ -449,8 +450,7 @@ def _responses(fields: _Fields) -> Column:
                 "Give (first, second), or one text with its reward.",
                 "wrong-type",
             )
-    flat = [text for found in column for text in found]
-    if set(map(type, flat)) != {str}:
+    if set(map(type, chain.from_iterable(column))) != {str}:
         for row, found in enumerate(column):
             for text in found:
                 if not _is_text(text):
@@ -477,6 +477,10 @@ def _choices(fields: _Fields, words: Words | None) -> Column | None:
         return None
     table = _choice_table(fields, words)
     assert fields.responses is not None  # for the type checker
+    if set(map(type, column)) == {str} and min(map(len, fields.responses)) >= _PAIR:
+        quick = [table.get(value, _ABSENT) for value in column]
+        if _ABSENT not in quick:
+            return quick
     found: Column = []
     for row, (value, responses) in enumerate(zip(column, fields.responses, strict=True)):
         choice = _looked_up(table, value)
@@ -631,8 +635,8 @@ def _guidelines(fields: _Fields) -> Iterable[Any]:
 
 def _times(fields: _Fields) -> Column | None:
     column = fields.made_at
-    if column is None:
-        return None
+    if column is None or (set(map(type, column)) == {str} and "" not in column):
+        return column
     found: Column = []
     for row, value in enumerate(column):
         if value is None or value == "":
