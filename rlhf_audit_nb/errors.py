@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 __all__ = [
+    "AnchorError",
     "AuditError",
     "BudgetExceededError",
     "ConfigError",
@@ -97,6 +98,13 @@ class VaultError(TrailError):
     """A private payload cannot be sealed or opened."""
 
     code = "vault"
+
+
+class AnchorError(TrailError):
+    """A witness or a timestamping authority has not given what was asked of it."""
+
+    code = "anchor"
+    exit_code = 3
 
 
 class DataError(AuditError):

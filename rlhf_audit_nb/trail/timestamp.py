@@ -26,7 +26,7 @@ from rfc3161_client import (
 )
 from rfc3161_client import decode_timestamp_response as decode
 
-from rlhf_audit_nb.errors import ConfigError, FormatError, StoreError
+from rlhf_audit_nb.errors import AnchorError, ConfigError, FormatError
 from rlhf_audit_nb.trail.web import TIMEOUT, Answer, post
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def ask_authority(
     """A fresh timestamp of ``message`` from the authority at ``url``, verified.
 
     Raises:
-        StoreError: ``unreachable`` where it gives no answer, ``timestamp`` where it gives another one than asked for,
+        AnchorError: ``unreachable`` where it gives no answer, ``timestamp`` where it gives another one than asked for,
             ``tsa-unknown`` where it is not trusted here.
     """
     builder = TimestampRequestBuilder().data(message).hash_algorithm(HashAlgorithm.SHA256)
@@ -189,7 +189,7 @@ def ask_authority(
             raise _refused("It is dated in the future by this machine's clock.")
     except FormatError as error:
         unknown = error.reason == "tsa-unknown"
-        raise StoreError(
+        raise AnchorError(
             f"The timestamping authority at {url}: {error.message}",
             next_step=f"Put its root certificate into {FOLDER}/ in the keys' home, or name it with --tsa-ca FILE."
             if unknown

@@ -10,9 +10,9 @@ from email.message import Message
 from typing import IO
 from urllib.parse import urlsplit
 
-from rlhf_audit_nb.errors import StoreError
+from rlhf_audit_nb.errors import AnchorError, ConfigError
 
-__all__ = ["TIMEOUT", "Answer", "check_url", "post"]
+__all__ = ["TIMEOUT", "Answer", "check_url", "get", "post"]
 
 TIMEOUT = 30.0
 _MAX_ANSWER = 1 << 20
@@ -40,7 +40,7 @@ def check_url(url: str) -> str:
     """``url`` if it is one of http or https with a host.
 
     Raises:
-        StoreError: it is not.
+        ConfigError: it is not.
     """
     try:
         parts = urlsplit(url)
@@ -48,7 +48,7 @@ def check_url(url: str) -> str:
     except ValueError:
         named = False
     if not named or any(char <= " " for char in url):
-        raise StoreError(
+        raise ConfigError(
             f"{url[:100]!r} is not the address of a service.",
             next_step="Write it with http:// or https://, as its operator gave it.",
             code="url",
@@ -60,9 +60,20 @@ def post(url: str, body: bytes, kind: str, *, timeout: float = TIMEOUT) -> Answe
     """The answer to ``body`` of content type ``kind``, whatever its status.
 
     Raises:
-        StoreError: ``unreachable`` where there is no answer in time, or one that is too large; ``url``.
+        AnchorError: there is no answer in time (``unreachable``), or one that is too large.
+        ConfigError: ``url`` is no address.
     """
-    request = urllib.request.Request(check_url(url), body, {"Content-Type": kind, "User-Agent": "rlhf-audit"})  # noqa: S310 (http or https: checked)
+    return _ask(url, body, {"Content-Type": kind}, timeout)
+
+
+def get(url: str, *, timeout: float = TIMEOUT) -> Answer:
+    """What there is at ``url``; raises like `post`."""
+    return _ask(url, None, {}, timeout)
+
+
+def _ask(url: str, body: bytes | None, headers: dict[str, str], timeout: float) -> Answer:
+    headers = {**headers, "User-Agent": "rlhf-audit"}
+    request = urllib.request.Request(check_url(url), body, headers)  # noqa: S310 (http or https: checked)
     try:
         with urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout) as reply:
             return _answer(url, reply.status, reply)
@@ -81,8 +92,8 @@ def _answer(url: str, status: int, reply: http.client.HTTPResponse | urllib.erro
     return Answer(status, reply.headers.get_content_type(), data)
 
 
-def _unreachable(url: str, what: str) -> StoreError:
-    return StoreError(
+def _unreachable(url: str, what: str) -> AnchorError:
+    return AnchorError(
         f"{url} {what}.",
         next_step="Check the address and the network, then run the same command again; nothing is lost.",
         code="unreachable",
