@@ -29,6 +29,7 @@ it, `Vault.settle` does the rest.
 
 from __future__ import annotations
 
+import errno
 import hmac
 import os
 import struct
@@ -365,8 +366,15 @@ class Vault:
         self._ready = True
 
     def _make_file(self) -> None:
+        # An existing file is never opened here: closing it again would drop the locks that SQLite holds on it elsewhere
+        # in this process.
         try:
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600))
+            if self.path.is_symlink():
+                raise OSError(errno.ELOOP, "it is a symbolic link")
+            if not self.path.exists():
+                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        except FileExistsError:
+            return  # another process was first
         except OSError as error:
             raise VaultError(
                 f"The vault {self.path} cannot be written: {error.strerror or error}.",
