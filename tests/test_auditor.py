@@ -270,6 +270,44 @@ def test_a_second_private_training_of_a_run_is_paid_for_apart(tmp_path):
     assert budget.spent == pytest.approx(second.epsilon_planned)
 
 
+# --- annotations -----------------------------------------------------------------------------------------------------
+
+
+def test_a_report_names_the_annotations_and_tells_nothing_of_them(tmp_path):
+    held = AuditableRLHF(audit_config=AuditConfig(trail=str(tmp_path / "audit")))
+    before = held.generate_compliance_report().to_dict()
+    pairs = [(row["chosen"], row["rejected"]) for row in PAIRS[:6]]
+    done = held.log_annotations(
+        responses=pairs,
+        choices=["first"] * 6,
+        annotator_ids=[f"person-{n}" for n in range(6)],
+        guideline="house rules 3",
+    )
+    report = held.generate_compliance_report()
+    lines = [{line["id"]: line for line in said["assessment"]["lines"]} for said in (before, report.to_dict())]
+    assert [found["AIA-10-2c"]["state"] for found in lines] == ["missing", "evidenced"]
+    line = lines[1]["AIA-10-2c"]
+    assert line["words"].startswith("6 annotations in 1 import")
+    assert "house rules 3" in line["words"]
+    assert "the order in which responses were shown" in line["not_shown"]
+    assert lines[1]["AIA-10-2d"]["state"] == "missing"  # a person still has to say what a preference means
+    page = report.save(tmp_path / "report.html").read_text()
+    assert f"#{done.last}" in page
+    for secret in ("person-3", *pairs[0]):
+        assert secret not in page
+    assert held.verify().level.name == "UNANCHORED"
+
+
+def test_annotations_can_be_given_within_a_private_run(tmp_path):
+    held = auditor(tmp_path)
+    with held.track_training("feedback") as run:
+        held.log_annotations(responses=[("a", "b")], choices=["tie"], annotator_ids=["person-3"])
+        dpo_trainer(PAIRS, tmp_path / "out", max_steps=1).train()
+    assert [item.annotation.annotator for item in held.annotations(run=run.id)] == ["person-3"]
+    assert b"person-3" not in b"".join(entry.data for entry in held.trail.reader().entries())
+    assert held.verify().level.name == "UNANCHORED"
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING
 
 from rlhf_audit_nb.compliance.facts import run_facts
 from rlhf_audit_nb.compliance.words import count, plural, short
-from rlhf_audit_nb.events import CardCreated, DataBound, RecordSealed, ReportCreated
+from rlhf_audit_nb.events import (
+    AnnotationRecorded,
+    AnnotationsImported,
+    CardCreated,
+    DataBound,
+    RecordSealed,
+    ReportCreated,
+)
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.compliance.evidence import Evidence, Item
@@ -197,6 +204,40 @@ def data_sets(evidence: Evidence) -> Finding | None:
     return Finding(_indices(found), f"Data sets with columns and fingerprints: {sources}.", "")
 
 
+def human_feedback(evidence: Evidence) -> Finding | None:
+    """Human feedback that was recorded, annotation by annotation, and what is known of how it was gathered."""
+    imports, found = evidence.of(AnnotationsImported), evidence.of(AnnotationRecorded)
+    if not found:
+        return None
+    guidelines = _names([_guideline(event) for _, event in imports if event.guideline or event.guideline_digest])
+    unknown = {name for _, event in imports for name, how in event.provenance.items() if how == "unknown"}
+    words = (
+        f"{plural(len(found), 'annotation')} in {plural(len(imports), 'import')}, each by a commitment of its own: "
+        "what was compared, what was chosen and by whom stands in the vault."
+    )
+    gaps = ", ".join(words for name, words in _UNKNOWN.items() if name in unknown)
+    return Finding(
+        _indices(imports, found),
+        words + (f" Guideline: {guidelines}." if guidelines else ""),
+        "Cleaning, updating and combining afterwards, and whether a model was trained on just these"
+        + (f"; not known of all of them: {gaps}." if gaps else "."),
+    )
+
+
+_UNKNOWN = {
+    "annotator": "who gave them",
+    "prompt": "the prompt",
+    "shown": "the order in which responses were shown",
+    "guideline": "the guideline",
+    "made_at": "when they were made",
+}
+
+
+def _guideline(event: AnnotationsImported) -> str:
+    digest = f"sha256 {short(event.guideline_digest)}" if event.guideline_digest else ""
+    return " ".join(part for part in (event.guideline or "", digest) if part)
+
+
 def configuration(evidence: Evidence) -> Finding | None:
     """Trainer, loss and settings."""
     found = tuple(pair for run in run_facts(evidence) for pair in run.trainers)
@@ -261,6 +302,7 @@ QUERIES: dict[str, Query] = {
         development_steps,
         documentation_current,
         hardware,
+        human_feedback,
         integrity,
         inventory,
         model_changes,
