@@ -11,9 +11,11 @@ import ast
 import hashlib
 from typing import TYPE_CHECKING, Any
 
+from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA44PublicKey
+
 from rlhf_audit_nb.errors import EntryError, FormatError, RecordError
 from rlhf_audit_nb.events import CellExecuted, RecordSealed, RecordStarted, RunInterrupted, RunStarted, decode_body
-from rlhf_audit_nb.records.dsse import check_signature, key_id, load_record_key
+from rlhf_audit_nb.records.dsse import check_signature, key_id
 from rlhf_audit_nb.records.normal_form import (
     SEAL_KEY,
     NormalFormError,
@@ -35,15 +37,19 @@ from rlhf_audit_nb.records.statement import (
     record_of,
 )
 from rlhf_audit_nb.trail import Reason
+from rlhf_audit_nb.trail.encoding import decode_base64
 from rlhf_audit_nb.trail.merkle import check_inclusion, leaf_hash
-from rlhf_audit_nb.trail.note import decode_base64
+from rlhf_audit_nb.trail.note import parse_vkey
+from rlhf_audit_nb.trail.signers import load_public, spki_of
+from rlhf_audit_nb.trail.succession import KEY_TYPES, KeySuccession
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from rlhf_audit_nb.records.seal import Seal
     from rlhf_audit_nb.trail import Entry
     from rlhf_audit_nb.trail.checkpoint import Checkpoint
+    from rlhf_audit_nb.trail.succession import KeySpan, Limit
 
 __all__ = [
     "SEAL",
@@ -58,6 +64,7 @@ __all__ = [
     "check_shape",
     "check_statement",
     "claims",
+    "succession",
 ]
 
 SEAL = f"metadata.{SEAL_KEY}"
@@ -215,7 +222,7 @@ def check_belonging(seal: Seal) -> list[Reason]:
         event = decode_body(entry.type, entry.body)
         of_record = record_of(entry) == seal.record
         of_run = entry.run in runs or (isinstance(event, RunInterrupted) and event.run in runs)
-        if entry.index == 0 or of_record or of_run:
+        if entry.index == 0 or entry.type in KEY_TYPES or of_record or of_run:
             continue
         message = f"Entry {entry.index} ({entry.type}) is no part of this record."
         found.append(Reason("foreign-entry", f"{SEAL}.entries[{i}]", message))
@@ -245,31 +252,90 @@ def _statement_difference(seal: Seal, expected: bytes, *, holds: bool) -> list[R
     return [Reason("statement", f"{SEAL}.statement.payload", message)]
 
 
-def check_statement(seal: Seal, entries: Sequence[Entry], record_key: str) -> list[Reason]:
-    """Whether the statement is the one that the entries imply, signed by the record key that the trail names.
+def succession(entries: Sequence[Entry], origin: str, limits: Mapping[str, Limit]) -> KeySuccession:
+    """The trail's keys over time, from a record's entries, all of them proven."""
+    keys = KeySuccession(origin, limits)
+    for entry in entries:
+        keys.add(entry)
+    return keys
+
+
+def check_statement(
+    seal: Seal, entries: Sequence[Entry], keys: KeySuccession, sealed_at: int
+) -> tuple[list[Reason], list[Reason]]:
+    """Whether the statement is the one that the entries imply, signed by the keys that the trail names for its time.
+
+    Where the trail names an ML-DSA-44 key, the statement must carry its signature as well.
 
     Args:
         seal: the seal.
         entries: its entries, all of them proven.
-        record_key: base64 of the key's DER SubjectPublicKeyInfo, from ``trail.created``.
+        keys: what they say of the trail's keys.
+        sealed_at: the index of ``record.sealed``.
+
+    Returns:
+        Reasons, and notes.
     """
-    where = f"{SEAL}.statement"
     try:
-        key = load_record_key(decode_base64(record_key, "record key"))
         expected = encode_statement(build_statement(seal.record, seal.checkpoint, entries))
     except (FormatError, RecordError, EntryError) as error:
-        return [Reason(error.reason, f"{SEAL}.entries", error.message)]
-    holds = check_signature(seal.envelope, seal.signature, seal.payload, key)
-    found = []
-    if seal.envelope.signatures[0].keyid != key_id(key):
-        message = "The key id of the statement's signature is not that of the trail's record key."
-        found.append(Reason("keyid", f"{where}.signatures[0].keyid", message))
+        return [Reason(error.reason, f"{SEAL}.entries", error.message)], []
+    spans = [span for span in (keys.key_at(role, sealed_at) for role in ("record", "mldsa")) if span is not None]
+    if len(spans) != len(seal.signatures):
+        return [_wrong_count(len(seal.signatures), spans)], []
+    found: list[Reason] = []
+    notes: list[Reason] = []
+    holds = True
+    for at, span in enumerate(spans):
+        reasons, held = _check_signed(seal, at, span)
+        found += reasons
+        holds = holds and held
+        if not keys.counts_at(span, sealed_at):
+            message = f"The {span.role} key that signed the record was revoked before entry {sealed_at}."
+            place = Reason("revoked-key", f"{SEAL}.statement.signatures[{at}]", message)
+            (found if span.role == "record" else notes).append(place)
     if seal.payload != expected:
         found += _statement_difference(seal, expected, holds=holds)
     elif not holds:
-        message = "The statement's signature does not hold under the trail's record key."
-        found.append(Reason("signature", f"{where}.signatures[0].sig", message))
-    return found
+        message = "The statement's signature does not hold under the {} key that the trail names."
+        found += [
+            Reason("signature", f"{SEAL}.statement.signatures[{at}].sig", message.format(span.role))
+            for at, span in enumerate(spans)
+            if not _check_signed(seal, at, span)[1]
+        ]
+    return found, notes
+
+
+def _wrong_count(found: int, spans: Sequence[KeySpan]) -> Reason:
+    where = f"{SEAL}.statement.signatures"
+    if found < len(spans):
+        message = (
+            f"The trail names an ML-DSA-44 key (entry {spans[-1].first}), and the statement lacks its second signature."
+        )
+        return Reason("second-signature", where, message)
+    message = f"The statement has {found} signatures; the trail names {len(spans)} key for records at that time."
+    return Reason("second-signature", where, message)
+
+
+def _spki(span: KeySpan) -> bytes:
+    """The key's DER SubjectPublicKeyInfo; raises `FormatError`."""
+    if span.role == "mldsa":
+        return spki_of(MLDSA44PublicKey.from_public_bytes(parse_vkey(span.key).public))
+    return decode_base64(span.key, "record key")
+
+
+def _check_signed(seal: Seal, at: int, span: KeySpan) -> tuple[list[Reason], bool]:
+    """What is wrong with a signature's key id, and whether the signature holds."""
+    try:
+        spki = _spki(span)
+        key = load_public(spki)
+    except FormatError as error:
+        return [Reason(error.reason, f"{SEAL}.entries", f"The {span.role} key: {error.message}")], False
+    found = []
+    if seal.envelope.signatures[at].keyid != key_id(spki):
+        message = f"The key id of the statement's signature is not that of the trail's {span.role} key."
+        found.append(Reason("keyid", f"{SEAL}.statement.signatures[{at}].keyid", message))
+    return found, check_signature(seal.envelope, seal.signatures[at], seal.payload, key)
 
 
 # -- the notebook -----------------------------------------------------------------------------------------------

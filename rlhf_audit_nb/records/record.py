@@ -1,9 +1,10 @@
 """Opening and verifying a record, with nothing but the file and a public key. Floor 3.
 
-The order of trust: the policy (or the user's own key for the origin) names the log key; the log key signs the
-checkpoint; the checkpoint covers the entries; the first entry names the record key; the record key signs the
-statement; the entry ``record.sealed`` and the statement name the notebook's digest. Each link is checked, and what
-does not hold is named by its place. Nothing in the file is trusted because it is in the file.
+The order of trust: the policy (or the user's own key for the origin) names the log key; the log key, or one that
+signed entries lead to from it, signs the checkpoint; the checkpoint covers the entries; the first entry and the
+``key.*`` entries name the record key of the record's time; the record key (and the ML-DSA-44 key, where the trail
+names one) signs the statement; the entry ``record.sealed`` and the statement name the notebook's digest. Each link is
+checked, and what does not hold is named by its place. Nothing in the file is trusted because it is in the file.
 
 A verdict is INVALID where anything does not hold, DIVERGED where a head of this trail that was seen on this machine
 contradicts the record's checkpoint, UNANCHORED where all holds and no one else has witnessed the checkpoint, COSIGNED
@@ -30,10 +31,14 @@ from rlhf_audit_nb.trail.checkpoint import Checkpoint, checkpoint_of
 from rlhf_audit_nb.trail.heads import Heads
 from rlhf_audit_nb.trail.keys import home_folder, local_policy
 from rlhf_audit_nb.trail.merkle import check_consistency
+from rlhf_audit_nb.trail.succession import known_limits
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rlhf_audit_nb.trail import Entry, RunSummary
     from rlhf_audit_nb.trail.policy import CheckedCheckpoint
+    from rlhf_audit_nb.trail.succession import KeySuccession, Limit
 
 __all__ = ["OpenedRecord", "open_record", "read_record", "verify_record"]
 
@@ -168,6 +173,7 @@ class _Verification:
         self._wanted = "none"
         self._started: RecordStarted | None = None
         self._sealed: RecordSealed | None = None
+        self._keys: KeySuccession | None = None
 
     def opened(self, policy: TrustPolicy | None) -> OpenedRecord:
         """Everything, in the order of trust; what rests on a broken link is left out rather than guessed."""
@@ -213,7 +219,7 @@ class _Verification:
             first = [entry for entry in self._entries if entry.index == 0]
             _, created = only(first, TrailCreated)
             _, started = only(self._entries, RecordStarted, self._seal.record)
-            _, sealed = only(self._entries, RecordSealed, self._seal.record)
+            sealed_at, sealed = only(self._entries, RecordSealed, self._seal.record)
         except (RecordError, EntryError) as error:
             where = "record" if self._of_another_record() else "entries"
             self._reasons.append(Reason(error.reason, f"{SEAL}.{where}", error.message))
@@ -221,9 +227,20 @@ class _Verification:
         self._started, self._sealed = started, sealed
         self._check_origin(created)
         self._reasons += checks.check_belonging(self._seal)
-        self._reasons += checks.check_statement(self._seal, self._entries, created.record_key)
+        self._check_keys(sealed_at.index)
         self._check_streams()
         self._check_notebook(started, sealed)
+
+    def _check_keys(self, sealed_at: int) -> None:
+        keys = self._keys = checks.succession(self._entries, self._head.origin, self._limits())
+        places = {f"entry {entry.index}": f"{SEAL}.entries[{i}]" for i, entry in enumerate(self._entries)}
+        self._reasons += [Reason(item.code, places.get(item.where, SEAL), item.message) for item in keys.reasons]
+        reasons, notes = checks.check_statement(self._seal, self._entries, keys, sealed_at)
+        self._reasons += reasons
+        self._notes += notes
+
+    def _limits(self) -> Mapping[str, Limit]:
+        return known_limits(self._home, self._head.origin)
 
     def _of_another_record(self) -> bool:
         records = {event_of(e, RecordStarted).record for e in self._entries if e.type == RecordStarted.TYPE}
@@ -254,7 +271,8 @@ class _Verification:
     def _check_trust(self, policy: TrustPolicy | None) -> CheckedCheckpoint | None:
         try:
             trusted = policy or local_policy(self._home, self._head.origin)
-            checked = trusted.check(self._seal.checkpoint)
+            keys = self._keys or checks.succession((), self._head.origin, self._limits())
+            checked = keys.check(trusted, self._seal.checkpoint)
         except KeyFileError:
             if not self._reasons:
                 raise

@@ -4,15 +4,15 @@
 
     {"version": 1,
      "record": ID,                                   32 hex digits
-     "statement": {"payloadType", "payload", "signatures": [{"keyid", "sig"}]},        DSSE, one signature
+     "statement": {"payloadType", "payload", "signatures": [{"keyid", "sig"}]},        DSSE, one signature or two
      "checkpoint": NOTE,                             C2SP signed tree head of the trail, as text
      "entries": [{"index": N, "data": BASE64, "proof": [BASE64, ...]}, ...],           ascending by index
      "manifest": {...}}                              digests of every part of the notebook (normal_form.py)
 
-The entries are ``trail.created``, those that name the record (``record.started``, ``record.cell``,
-``record.sealed``), every entry of the runs that were opened inside the record, and what the trail itself says of
-those runs (``run.interrupted``). Parsing is strict: no unknown key, no missing one, base64 and entries in
-their one form.
+The entries are ``trail.created``, those that changed the trail's keys since (``key.rotated``, ``key.revoked``), those
+that name the record (``record.started``, ``record.cell``, ``record.sealed``), every entry of the runs that were opened
+inside the record, and what the trail itself says of those runs (``run.interrupted``). Parsing is strict: no unknown
+key, no missing one, base64 and entries in their one form.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ SEAL_VERSION = 1
 
 _PLACE = re.compile(r" - at `\$(.*)`$", re.DOTALL)
 _RECORD_ID = re.compile("[0-9a-f]{32}")
-_ED25519_SIGNATURE = 64
+_MOST_SIGNATURES = 2
+_MOST_SIGNATURE_BYTES = 4096
 
 
 class SealError(RecordError):
@@ -99,7 +100,7 @@ class Seal(msgspec.Struct, frozen=True, kw_only=True):
     record: str
     envelope: DsseEnvelope
     payload: bytes
-    signature: bytes
+    signatures: tuple[bytes, ...]
     checkpoint: str
     entries: tuple[ProvenEntry, ...]
     manifest: dict[str, Any]
@@ -152,18 +153,23 @@ def _entry(item: SealedEntry, where: str) -> ProvenEntry:
         raise SealError(error.message, where=f"{where}.data", code=error.reason) from error
 
 
-def _statement(envelope: DsseEnvelope) -> tuple[bytes, bytes]:
+def _statement(envelope: DsseEnvelope) -> tuple[bytes, tuple[bytes, ...]]:
     if envelope.payloadType != PAYLOAD_TYPE:
         raise SealError(f"The payload type is not {PAYLOAD_TYPE}.", where="statement.payloadType")
-    if len(envelope.signatures) != 1:
+    if not 0 < len(envelope.signatures) <= _MOST_SIGNATURES:
         raise SealError(
-            f"The statement has {len(envelope.signatures)} signatures, not one.", where="statement.signatures"
+            f"The statement has {len(envelope.signatures)} signatures, not one or two.", where="statement.signatures"
         )
     payload = _decode(envelope.payload, "statement.payload")
-    signature = _decode(envelope.signatures[0].sig, "statement.signatures[0].sig")
-    if len(signature) != _ED25519_SIGNATURE:
-        raise SealError(f"The signature has {len(signature)} bytes, not 64.", where="statement.signatures[0].sig")
-    return payload, signature
+    return payload, tuple(_signature(item.sig, i) for i, item in enumerate(envelope.signatures))
+
+
+def _signature(text: str, at: int) -> bytes:
+    where = f"statement.signatures[{at}].sig"
+    signature = _decode(text, where)
+    if not 0 < len(signature) <= _MOST_SIGNATURE_BYTES:
+        raise SealError(f"The signature has {len(signature)} bytes.", where=where)
+    return signature
 
 
 def _malformed(error: msgspec.ValidationError, prefix: str) -> SealError:
@@ -205,12 +211,12 @@ def parse_seal(value: Any) -> Seal:
         raise SealError(f"The seal's version is {form.version}, which is not known.", where="version")
     if not _RECORD_ID.fullmatch(form.record):
         raise SealError("The record's id is not 32 hexadecimal digits.", where="record")
-    payload, signature = _statement(form.statement)
+    payload, signatures = _statement(form.statement)
     return Seal(
         record=form.record,
         envelope=form.statement,
         payload=payload,
-        signature=signature,
+        signatures=signatures,
         checkpoint=form.checkpoint,
         entries=tuple(_entry(item, f"entries[{i}]") for i, item in enumerate(form.entries)),
         manifest=form.manifest,

@@ -22,6 +22,8 @@ from rlhf_audit_nb.config import ENV_TRAIL
 from rlhf_audit_nb.events import (
     CellExecuted,
     Event,
+    KeyRevoked,
+    KeyRotated,
     RecordSealed,
     RecordStarted,
     RunFinished,
@@ -79,6 +81,8 @@ class Outcome:
 def record_entries(reader: TrailReader, record: str) -> list[Entry]:
     """The entries that a record carries (see `seal`), in their order."""
     found = {entry.index: entry for entry in reader.entries(0, 1)}
+    for change in (KeyRotated.TYPE, KeyRevoked.TYPE):
+        found.update({entry.index: entry for entry in reader.entries(type=change)})
     for kind in (RecordStarted, CellExecuted, RecordSealed):
         entries = reader.entries(type=kind.TYPE)
         found.update({entry.index: entry for entry in entries if record_of(entry) == record})
@@ -180,11 +184,12 @@ class RecordSession:
 
     def _sealed(self, manifest: dict[str, Any]) -> dict[str, Any]:
         reader = self._trail.reader()
-        checkpoint, entries = reader.checkpoint(), record_entries(reader, self.record)
+        keys = self._trail.keys
+        checkpoint, entries = keys.endorse(reader.checkpoint()), record_entries(reader, self.record)
         payload = encode_statement(build_statement(self.record, checkpoint, entries))
         proofs = prove_all(reader, [entry.index for entry in entries])
         proven = [ProvenEntry(entry, proof) for entry, proof in zip(entries, proofs, strict=True)]
-        envelope = sign_envelope(payload, self._trail.keys.record)
+        envelope = sign_envelope(payload, keys.record_signers)
         return format_seal(self.record, envelope, checkpoint, proven, manifest)
 
     def _settle_runs(self) -> None:

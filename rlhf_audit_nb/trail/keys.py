@@ -2,30 +2,37 @@
 
 A trail's keys lie outside its folder, in ``HOME/keys/ORIGIN/`` (the origin percent-encoded), all of mode 0600:
 
-=============  ======================================================================================
-``log.pem``    Ed25519, signs checkpoints (PKCS #8, encrypted where a passphrase was given)
-``record.pem`` Ed25519, signs records
-``model.pem``  P-256, signs model folders (OpenSSF model signing takes no Ed25519)
-``vault.key``  the master key of the vault, in its newest generation (`vault_key`)
-``log.vkey``   the public half of the log key as a C2SP verifier key, so that checking needs no passphrase
-=============  ======================================================================================
+=================  ==================================================================================
+``log.pem``        Ed25519, signs checkpoints (PKCS #8, encrypted where a passphrase was given)
+``record.pem``     Ed25519, signs records
+``model.pem``      P-256, signs model folders (OpenSSF model signing takes no Ed25519)
+``mldsa.pem``      ML-DSA-44, made on demand: a second signature on what is meant to last
+``ROLE.signer``    in the place of ``log.pem`` or ``record.pem``: where the private half is held (`signers`)
+``vault.key``      the master key of the vault, in its newest generation (`vault_key`)
+``log.vkey`` …     the public halves (``mldsa.vkey``, ``record.pub``, ``model.pub``): checking needs no passphrase
+``retired/``       the public halves of keys that were replaced
+``next…``          a change that is under way (`key_files`)
+=================  ==================================================================================
 
-Whose signatures count is said by a trust policy (`policy`); the user's own key is the one that is trusted where none
-is named.
+Whose signatures count is said by a trust policy (`policy`); the user's own keys are those that are trusted where none
+is named. Keys change by `rotation`; `key_care` encrypts and backs up a ring.
 """
 
 from __future__ import annotations
 
+import base64
 import os
 import secrets
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import unquote
 
-import platformdirs
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA44PrivateKey
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
@@ -33,58 +40,72 @@ from cryptography.hazmat.primitives.serialization import (
     NoEncryption,
     PrivateFormat,
     PublicFormat,
+    load_der_public_key,
     load_pem_private_key,
 )
 
-from rlhf_audit_nb.config import ENV_HOME, ENV_PASSPHRASE
+from rlhf_audit_nb.config import ENV_PASSPHRASE
 from rlhf_audit_nb.errors import FormatError, KeyFileError
+from rlhf_audit_nb.trail.cosignature import CosignerMLDSA44
 from rlhf_audit_nb.trail.durable import sync_folder, write_durably
-from rlhf_audit_nb.trail.note import Signer, check_name, format_vkey
+from rlhf_audit_nb.trail.home import folder_name, home_folder, keys_folder, retired_folder
+from rlhf_audit_nb.trail.key_files import Change, RingFolder, read_retired
+from rlhf_audit_nb.trail.note import NoteSigner, Signer, format_vkey, parse_note, parse_vkey
 from rlhf_audit_nb.trail.policy import TrustPolicy
+from rlhf_audit_nb.trail.signers import FileKey, HeldKey, LogSigner, SigningKey
+from rlhf_audit_nb.trail.succession import known_limits
 from rlhf_audit_nb.trail.vault_key import MasterKey, locked_keys, unusable_keys, wrong_passphrase
 
 __all__ = [
+    "VAULT_KEY",
     "KeyRing",
     "create_keys",
+    "encode_private",
     "folder_name",
     "have_keys",
     "home_folder",
     "load_keys",
     "local_policy",
+    "log_signer",
+    "no_ring",
+    "open_ring",
+    "private_files",
+    "public_files",
+    "ring_not_written",
+    "ring_origins",
 ]
 
 VAULT_KEY = "vault.key"
-_NAME_BYTES = 180
 
 
-def home_folder(home: Path | str | None = None) -> Path:
-    """The folder of keys and last-seen heads: the argument, ``RLHF_AUDIT_HOME``, or the user's own."""
-    chosen = home or os.environ.get(ENV_HOME) or platformdirs.user_config_dir("rlhf-audit", appauthor=False)
-    return Path(chosen).expanduser()
-
-
-def folder_name(origin: str) -> str:
-    """The file name that stands for an origin."""
-    name = quote(check_name(origin, "origin"), safe="")
-    if len(name) > _NAME_BYTES or set(name) == {"."}:
-        raise FormatError(f"The origin {origin[:60]!r} is too long or only dots.", code="name")
-    return name
-
-
-@dataclass(frozen=True)
+@dataclass
 class KeyRing:
-    """The private keys that act for one origin."""
+    """The private keys that act for one origin; a rotation changes them in place.
+
+    Attributes:
+        origin: the trail's name.
+        log: signs checkpoints, through `signer`.
+        record: signs records.
+        model: signs model folders; always a key in a file.
+        master: the vault's master key.
+        mldsa: the second signature on what is meant to last, ``None`` where the ring has none.
+        folder: the ring's files.
+        secret: what they are encrypted with, ``None`` where they are not.
+    """
 
     origin: str
-    log: Ed25519PrivateKey = field(repr=False)
-    record: Ed25519PrivateKey = field(repr=False)
+    log: SigningKey = field(repr=False)
+    record: SigningKey = field(repr=False)
     model: ec.EllipticCurvePrivateKey = field(repr=False)
     master: MasterKey = field(repr=False)
+    folder: RingFolder = field(repr=False)
+    mldsa: MLDSA44PrivateKey | None = field(default=None, repr=False)
+    secret: bytes | None = field(default=None, repr=False)
 
     @property
-    def signer(self) -> Signer:
+    def signer(self) -> NoteSigner:
         """What signs checkpoints."""
-        return Signer(self.origin, self.log)
+        return log_signer(self.origin, self.log)
 
     @property
     def log_vkey(self) -> str:
@@ -94,12 +115,57 @@ class KeyRing:
     @property
     def record_spki(self) -> bytes:
         """The record key's public half, DER SubjectPublicKeyInfo."""
-        return self.record.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        return self.record.spki
 
     @property
     def model_spki(self) -> bytes:
         """The model key's public half, DER SubjectPublicKeyInfo."""
-        return self.model.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        return FileKey(self.model).spki
+
+    @property
+    def mldsa_vkey(self) -> str | None:
+        """The verifier key (type 0x06) of the second signature, under the log's own name."""
+        return None if self.mldsa is None else format_vkey(CosignerMLDSA44(self.origin, self.mldsa).verifier())
+
+    @property
+    def record_signers(self) -> tuple[SigningKey, ...]:
+        """What signs a record: the record key, and the ML-DSA-44 key where the ring has one."""
+        return (self.record,) if self.mldsa is None else (self.record, FileKey(self.mldsa))
+
+    def public(self, role: str) -> str | None:
+        """A key's public half as it stands in the trail's entries; ``None`` where the ring has no such key."""
+        if role in ("log", "mldsa"):
+            return self.log_vkey if role == "log" else self.mldsa_vkey
+        spki = self.record_spki if role == "record" else self.model_spki
+        return base64.b64encode(spki).decode()
+
+    def endorse(self, note: str, when: int | None = None) -> str:
+        """A signed checkpoint with the log's own ML-DSA-44 line added, where the ring has that key.
+
+        It is for checkpoints that are meant to last: of a record, of what is published or anchored. A note that has
+        the line already is returned as it is.
+
+        Args:
+            note: a checkpoint, signed.
+            when: POSIX seconds that the line says; ``None`` takes the time now.
+
+        Raises:
+            FormatError: the note is no checkpoint.
+        """
+        if self.mldsa is None:
+            return note
+        cosigner, parsed = CosignerMLDSA44(self.origin, self.mldsa), parse_note(note)
+        ident = (self.origin, cosigner.verifier().key_id)
+        if any((line.name, line.key_id) == ident for line in parsed.signatures):
+            return note
+        return parsed.plus(cosigner.cosign(parsed, int(time.time()) if when is None else when)).format()
+
+
+def log_signer(origin: str, key: SigningKey) -> NoteSigner:
+    """What signs checkpoints with ``key``."""
+    if isinstance(key, FileKey) and isinstance(key.key, Ed25519PrivateKey):
+        return Signer(origin, key.key)
+    return LogSigner(origin, key)
 
 
 def _passphrase(given: str | None) -> bytes | None:
@@ -107,108 +173,227 @@ def _passphrase(given: str | None) -> bytes | None:
     return chosen.encode() if chosen else None
 
 
-def _keys_folder(home: Path, origin: str) -> Path:
-    return home / "keys" / folder_name(origin)
-
-
 def have_keys(home: Path, origin: str) -> bool:
     """Whether the home folder holds keys for ``origin``."""
-    return _keys_folder(home, origin).is_dir()
+    return keys_folder(home, origin).is_dir()
 
 
-def create_keys(home: Path, origin: str, passphrase: str | None = None) -> KeyRing:
+def ring_origins(home: Path) -> tuple[str, ...]:
+    """The origins that the home folder holds keys for."""
+    return tuple(sorted(unquote(path.name) for path in (home / "keys").glob("[!.]*") if path.is_dir()))
+
+
+# -- making and loading ---------------------------------------------------------------------------------------------
+
+
+def create_keys(
+    home: Path,
+    origin: str,
+    passphrase: str | None = None,
+    *,
+    log: HeldKey | None = None,
+    record: HeldKey | None = None,
+) -> KeyRing:
     """Make the keys of a new origin; they are on the disk, all or none, before this returns.
+
+    Args:
+        home: the folder of keys and last-seen heads.
+        origin: the trail's name.
+        passphrase: what the files are encrypted with; ``None`` takes ``RLHF_AUDIT_PASSPHRASE``, else they are not.
+        log: a key that is held elsewhere, in the place of a new ``log.pem``.
+        record: likewise for records.
 
     Raises:
         KeyFileError: the folder cannot be written, or the origin has keys already.
     """
     secret = _passphrase(passphrase)
-    folder = _keys_folder(home, origin)
+    folder = keys_folder(home, origin)
     ring = KeyRing(
         origin,
-        Ed25519PrivateKey.generate(),
-        Ed25519PrivateKey.generate(),
+        log or FileKey(Ed25519PrivateKey.generate()),
+        record or FileKey(Ed25519PrivateKey.generate()),
         ec.generate_private_key(ec.SECP256R1()),
         MasterKey.create(folder / VAULT_KEY, secret),
+        RingFolder(folder),
+        secret=secret,
     )
     making = folder.with_name(f".{secrets.token_hex(8)}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         making.mkdir(mode=0o700)
-        _write_ring(making, ring, secret)
+        for name, data in _all_files(ring).items():
+            write_durably(making / name, data)
         making.rename(folder)
         sync_folder(folder.parent)
     except OSError as error:
         shutil.rmtree(making, ignore_errors=True)
-        raise KeyFileError(
-            f"The keys of {origin} cannot be written to {folder}: {error.strerror or error}.",
-            next_step="Make the folder writable, free some space, or set RLHF_AUDIT_HOME to another one.",
-        ) from error
+        raise ring_not_written(origin, folder, error) from error
     return ring
 
 
-def _write_ring(folder: Path, ring: KeyRing, secret: bytes | None) -> None:
+def no_ring(folder: Path, origin: str) -> KeyFileError:
+    """There are no keys of that origin."""
+    return KeyFileError(
+        f"There are no keys for {origin} in {folder.parent}.",
+        next_step="Set RLHF_AUDIT_HOME to the folder that holds them, or read the trail without appending to it.",
+        code="no-key",
+    )
+
+
+def ring_not_written(origin: str, folder: Path, error: OSError) -> KeyFileError:
+    """A new ring could not be put in its place."""
+    if folder.is_dir():
+        return KeyFileError(
+            f"There are keys for {origin} already, in {folder}.",
+            next_step="Use them, or choose another origin; `rlhf-audit keys rotate` makes new ones for a trail.",
+            code="keys-exist",
+        )
+    return KeyFileError(
+        f"The keys of {origin} cannot be written to {folder}: {error.strerror or error}.",
+        next_step="Make the folder writable, free some space, or set RLHF_AUDIT_HOME to another one.",
+    )
+
+
+def encode_private(key: object, secret: bytes | None) -> bytes:
+    """A private key as it stands in its file: PKCS #8, PEM, encrypted where there is a passphrase."""
     sealing: KeySerializationEncryption = BestAvailableEncryption(secret) if secret else NoEncryption()
-    for name, key in (("log", ring.log), ("record", ring.record), ("model", ring.model)):
-        write_durably(folder / f"{name}.pem", key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, sealing))
-    write_durably(folder / VAULT_KEY, ring.master.encode())
-    write_durably(folder / "log.vkey", ring.log_vkey.encode() + b"\n")
+    assert isinstance(key, Ed25519PrivateKey | ec.EllipticCurvePrivateKey | MLDSA44PrivateKey)
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, sealing)
 
 
-def load_keys(home: Path, origin: str, passphrase: str | None = None) -> KeyRing:
-    """The keys of ``origin``.
+def private_files(ring: KeyRing, secret: bytes | None) -> dict[str, bytes]:
+    """The files of a ring's private keys, those that are here, encrypted with ``secret``."""
+    keys: dict[str, object] = {"model": ring.model}
+    for role, key in (("log", ring.log), ("record", ring.record)):
+        if isinstance(key, FileKey):
+            keys[role] = key.key
+    if ring.mldsa is not None:
+        keys["mldsa"] = ring.mldsa
+    return {f"{role}.pem": encode_private(key, secret) for role, key in keys.items()}
+
+
+def public_files(role: str, key: str) -> dict[str, bytes]:
+    """The file of a key's public half, given as it stands in the trail's entries."""
+    if role in ("log", "mldsa"):
+        return {f"{role}.vkey": key.encode() + b"\n"}
+    public = load_der_public_key(base64.b64decode(key))
+    return {f"{role}.pub": public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)}
+
+
+def _all_files(ring: KeyRing) -> dict[str, bytes]:
+    files = private_files(ring, ring.secret)
+    for role, key in (("log", ring.log), ("record", ring.record)):
+        if isinstance(key, HeldKey):
+            files[f"{role}.signer"] = key.encode()
+    for role in ("log", "record", "model", "mldsa"):
+        public = ring.public(role) if role != "mldsa" or ring.mldsa is not None else None
+        if public is not None:
+            files.update(public_files(role, public))
+    return {**files, VAULT_KEY: ring.master.encode()}
+
+
+def load_keys(
+    home: Path, origin: str, passphrase: str | None = None, *, named: Callable[[str], bool] | None = None
+) -> KeyRing:
+    """The keys of ``origin``. A change of them that a crash has cut short is finished or dropped first.
+
+    Args:
+        home: the folder of keys and last-seen heads.
+        origin: the trail's name.
+        passphrase: what they are encrypted with; ``None`` takes ``RLHF_AUDIT_PASSPHRASE``.
+        named: whether the trail names a key as one that took another's place; ``None`` where the trail is not at
+            hand, which leaves a rotation that is under way to who has it.
 
     Raises:
         KeyFileError: there are none, they are encrypted, the passphrase is wrong, or a file is damaged.
     """
-    folder = _keys_folder(home, origin)
-    if not folder.is_dir():
-        raise KeyFileError(
-            f"There are no keys for {origin} in {folder.parent}.",
-            next_step="Set RLHF_AUDIT_HOME to the folder that holds them, or read the trail without appending to it.",
-            code="no-key",
-        )
-    secret = _passphrase(passphrase)
-    log, record = (_load_pem(folder, name, secret) for name in ("log", "record"))
+    folder = RingFolder(keys_folder(home, origin))
+    if not folder.exists:
+        raise no_ring(folder.path, origin)
+    settle_ring(folder, named)
+    return open_ring(folder, origin, _passphrase(passphrase))
+
+
+def settle_ring(folder: RingFolder, named: Callable[[str], bool] | None = None) -> None:
+    """Finish or drop a change that a crash has cut short; arguments as `load_keys`."""
+    if not folder.is_changing:
+        return
+
+    def counts(change: Change) -> bool | None:
+        return None if named is None else named(change.new or "")
+
+    with folder.locked():
+        folder.settle(counts)
+
+
+def open_ring(folder: RingFolder, origin: str, secret: bytes | None) -> KeyRing:
+    """The keys in a ring's folder, which nobody changes meanwhile; errors as `load_keys`."""
+    log, record = (_load_signing(folder, role, secret) for role in ("log", "record"))
     model = _load_pem(folder, "model", secret)
-    if not isinstance(log, Ed25519PrivateKey) or not isinstance(record, Ed25519PrivateKey):
-        raise unusable_keys(folder, ValueError("log.pem and record.pem must hold Ed25519 keys"))
+    mldsa = _load_pem(folder, "mldsa", secret) if folder.has("mldsa.pem") else None
     if not isinstance(model, ec.EllipticCurvePrivateKey):
-        raise unusable_keys(folder, ValueError("model.pem must hold a P-256 key"))
+        raise unusable_keys(folder.path, ValueError("model.pem must hold a P-256 key"))
+    if mldsa is not None and not isinstance(mldsa, MLDSA44PrivateKey):
+        raise unusable_keys(folder.path, ValueError("mldsa.pem must hold an ML-DSA-44 key"))
     try:
-        master = MasterKey.load(folder / VAULT_KEY, secret)
-        ring = KeyRing(origin, log, record, model, master)
-        if (folder / "log.vkey").read_text().strip() != ring.log_vkey:
-            raise ValueError("log.vkey is not the public half of log.pem")
+        master = MasterKey.load(folder.path / VAULT_KEY, secret)
+        ring = KeyRing(origin, log, record, model, master, folder, mldsa, secret)
+        _check_public(ring)
     except (OSError, ValueError, KeyError, TypeError, FormatError) as error:
-        raise unusable_keys(folder, error) from error
+        raise unusable_keys(folder.path, error) from error
     return ring
 
 
-def _load_pem(folder: Path, name: str, secret: bytes | None) -> object:
+def _check_public(ring: KeyRing) -> None:
+    for role in ("log", "record", "model", *(["mldsa"] if ring.mldsa is not None else [])):
+        for name, data in public_files(role, ring.public(role) or "").items():
+            # Rings of earlier versions have the log's public half alone.
+            if (role == "log" or ring.folder.has(name)) and ring.folder.read(name).strip() != data.strip():
+                raise ValueError(f"{name} is not the public half of the {role} key")
+
+
+def _load_signing(folder: RingFolder, role: str, secret: bytes | None) -> SigningKey:
+    if folder.has(f"{role}.signer"):
+        try:
+            held = HeldKey.decode(folder.read(f"{role}.signer"))
+        except (OSError, FormatError) as error:
+            raise unusable_keys(folder.path, error) from error
+        return held
+    key = _load_pem(folder, role, secret)
+    if not isinstance(key, Ed25519PrivateKey):
+        raise unusable_keys(folder.path, ValueError(f"{role}.pem must hold an Ed25519 key"))
+    return FileKey(key)
+
+
+def _load_pem(folder: RingFolder, name: str, secret: bytes | None) -> object:
     try:
-        data = (folder / f"{name}.pem").read_bytes()
+        data = folder.read(f"{name}.pem")
         encrypted = b"ENCRYPTED" in data
         if encrypted and secret is None:
-            raise locked_keys(folder)
+            raise locked_keys(folder.path)
         return load_pem_private_key(data, secret if encrypted else None)
     except ValueError as error:
         if b"BEGIN ENCRYPTED PRIVATE KEY" in data:
-            raise wrong_passphrase(folder) from error
-        raise unusable_keys(folder, error) from error
+            raise wrong_passphrase(folder.path) from error
+        raise unusable_keys(folder.path, error) from error
     except OSError as error:
-        raise unusable_keys(folder, error) from error
+        raise unusable_keys(folder.path, error) from error
 
 
 def local_policy(home: Path, origin: str) -> TrustPolicy:
-    """Trust in the user's own key for ``origin`` alone.
+    """Trust in the user's own keys for ``origin`` alone: those in force, and those they replaced, for their time.
 
     Raises:
         KeyFileError: the home folder has no key for it.
     """
-    path = _keys_folder(home, origin) / "log.vkey"
+    folder = RingFolder(keys_folder(home, origin))
     try:
-        return TrustPolicy.of(path.read_text().strip())
+        keys = [folder.read("log.vkey").decode().strip()]
+        keys += [folder.read("mldsa.vkey").decode().strip()] if folder.has("mldsa.vkey") else []
+        keys += [item.key for item in read_retired(retired_folder(home, origin)) if item.role in ("log", "mldsa")]
+        limits = known_limits(home, origin)
+        trusted = [key for key in keys if key not in limits or not limits[key].revoked]
+        return TrustPolicy(tuple(parse_vkey(key) for key in dict.fromkeys(trusted or keys)))
     except FileNotFoundError as error:
         raise KeyFileError(
             f"No key for {origin} is known here, so nothing says whose signature to trust.",
@@ -217,4 +402,4 @@ def local_policy(home: Path, origin: str) -> TrustPolicy:
             code="no-key",
         ) from error
     except (OSError, UnicodeDecodeError, FormatError) as error:
-        raise unusable_keys(path.parent, error) from error
+        raise unusable_keys(folder.path, error) from error

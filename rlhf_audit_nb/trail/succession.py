@@ -22,6 +22,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,8 @@ from rlhf_audit_nb.errors import AuditError, FormatError, KeyFileError
 from rlhf_audit_nb.trail.checkpoint import checkpoint_of, parse_size
 from rlhf_audit_nb.trail.durable import write_durably
 from rlhf_audit_nb.trail.encoding import decode_base64
+from rlhf_audit_nb.trail.home import retired_folder, revoked_folder
+from rlhf_audit_nb.trail.key_files import read_retired
 from rlhf_audit_nb.trail.note import (
     ECDSA,
     ED25519,
@@ -49,6 +52,7 @@ from rlhf_audit_nb.trail.verdict import Reason
 if TYPE_CHECKING:
     from rlhf_audit_nb.trail.entry import Entry
     from rlhf_audit_nb.trail.policy import CheckedCheckpoint, TrustPolicy
+    from rlhf_audit_nb.trail.trail import TrailReader
 
 __all__ = [
     "KEY_REVOKED",
@@ -65,6 +69,7 @@ __all__ = [
     "encode_signature",
     "keep_revocation",
     "known_limits",
+    "names_key",
     "parse_revocation",
     "revocation_text",
     "rotation_text",
@@ -147,10 +152,14 @@ def revocation_text(origin: str, role: str, key: str, since: int, reason: str, *
 
 @dataclass(frozen=True)
 class Limit:
-    """What is known of a key apart from the trail: it counts for ``since`` entries, then ``successor`` alone does."""
+    """What is known of a key apart from the trail: it counts for ``since`` entries, then ``successor`` alone does.
+
+    ``revoked`` is false for a key that was only replaced, as the user's own ring remembers it.
+    """
 
     since: int
     successor: str | None = None
+    revoked: bool = True
 
 
 @dataclass(frozen=True)
@@ -172,9 +181,8 @@ class KeySpan:
     since: int | None = None
 
     def in_force(self, index: int) -> bool:
-        """Whether it acts for the entry at ``index``."""
-        started = index > self.first or self.first == 0
-        return started and (self.last is None or index <= self.last) and (self.since is None or index < self.since)
+        """Whether it was the key of its role for the entry at ``index``, revoked or not."""
+        return (index > self.first or self.first == 0) and (self.last is None or index <= self.last)
 
 
 class KeySuccession:
@@ -190,6 +198,18 @@ class KeySuccession:
         self.reasons: list[Reason] = []
         self._limits = dict(limits or {})
         self._spans: dict[str, list[KeySpan]] = {role: [] for role in ROLES}
+        # Thousands of checkpoints are asked about, and the answer changes at few sizes: those up to which it stays.
+        self._turns: list[int] = []
+        self._answers: dict[tuple[tuple[Verifier, ...], int], tuple[Verifier, ...]] = {}
+        self._note_turns()
+
+    def _note_turns(self) -> None:
+        sizes = {limit.since for limit in self._limits.values()}
+        for span in (*self._spans["log"], *self._spans["mldsa"]):
+            sizes |= {span.first}
+            sizes |= {span.since} if span.since is not None else set()
+            sizes |= {span.last, span.last + 1} if span.last is not None else set()
+        self._turns, self._answers = sorted(sizes), {}
 
     def add(self, entry: Entry) -> None:
         """Take the next entry; those of other types are passed over, those that do not hold become a reason."""
@@ -206,6 +226,7 @@ class KeySuccession:
             code = error.reason if isinstance(error, FormatError) else "key-entry"
             message = error.message if isinstance(error, FormatError) else f"It is malformed: {error}."
             self.reasons.append(Reason(code, f"entry {entry.index}", message))
+        self._note_turns()
 
     def spans(self, role: str) -> tuple[KeySpan, ...]:
         """The keys of a role in their order."""
@@ -216,8 +237,12 @@ class KeySuccession:
         return self.spans("record")
 
     def key_at(self, role: str, index: int) -> KeySpan | None:
-        """The key of a role that acts for the entry at ``index``; a revoked one does not beyond its limit."""
-        return next((span for span in reversed(self._spans[role]) if span.in_force(index)), None)
+        """The key of a role for the entry at ``index``, revoked or not; ``None`` where the role had none."""
+        return next((span for span in self._spans[role] if span.in_force(index)), None)
+
+    def counts_at(self, span: KeySpan, index: int) -> bool:
+        """Whether what a key signed at entry ``index`` counts: not where it is known to have been revoked before."""
+        return span.in_force(index) and index < self._limit(span.key)[0]
 
     def log_verifiers(self, trusted: Sequence[Verifier], size: int) -> tuple[Verifier, ...]:
         """The keys whose signature counts for a checkpoint of ``size`` entries.
@@ -227,7 +252,12 @@ class KeySuccession:
                 those that the trail does not name count as the policy says.
             size: the checkpoint's size; only entries below the newest checkpoint may have been added.
         """
-        return tuple(key for key in self._accepted(trusted, size) if size <= self._limit(key))
+        place = bisect_left(self._turns, size)
+        known = self._answers.get((tuple(trusted), place))
+        if known is None:
+            counted = (key for key in self._accepted(trusted, size) if size <= self._limit(format_vkey(key))[0])
+            known = self._answers[tuple(trusted), place] = tuple(counted)
+        return known
 
     def check(self, policy: TrustPolicy, note: str | bytes) -> CheckedCheckpoint:
         """The checkpoint in a signed note, its signatures verified by the keys that count for its size.
@@ -258,20 +288,21 @@ class KeySuccession:
         except FormatError:
             return None
         key = checked.signers[0]
-        limit = self._limit(parse_vkey(key))
-        if size > limit:
-            message = f"The checkpoint of size {size} is signed only by {key}, which was revoked beyond size {limit}."
-            return FormatError(
-                message, next_step="Ask the key-holder for the trail's newest state.", code="revoked-key"
-            )
-        message = f"The checkpoint of size {size} is signed only by {key}, which is not the key of that size."
-        return FormatError(message, next_step="Ask the key-holder for the trail's newest state.", code="retired-key")
+        limit, revoked = self._limit(key)
+        signed = f"The checkpoint of size {size} is signed only by {key}, which"
+        step = "Ask the key-holder for the trail's newest state."
+        if size > limit and revoked:
+            return FormatError(f"{signed} was revoked beyond size {limit:.0f}.", next_step=step, code="revoked-key")
+        return FormatError(f"{signed} is not the key of that size.", next_step=step, code="retired-key")
 
-    def _limit(self, key: Verifier) -> float:
-        vkey = format_vkey(key)
-        said = [span.since for role in ("log", "mldsa") for span in self._spans[role] if span.key == vkey]
+    def _limit(self, vkey: str) -> tuple[float, bool]:
+        """For how many entries a key counts, and whether that is because it was revoked."""
+        said = [span.since for role in ROLES for span in self._spans[role] if span.key == vkey]
+        found = [(float(since), True) for since in said if since is not None]
         known = self._limits.get(vkey)
-        return min([*(since for since in said if since is not None), known.since if known else float("inf")])
+        if known is not None:
+            found.append((float(known.since), known.revoked))
+        return min(found, key=lambda item: (item[0], not item[1]), default=(float("inf"), False))
 
     def _accepted(self, trusted: Sequence[Verifier], size: int) -> list[Verifier]:
         spans, post = self._spans["log"], self._spans["mldsa"]
@@ -312,7 +343,7 @@ class KeySuccession:
         """Whether a log key that is trusted or followed has named an ML-DSA key, while it counted."""
         for log, led in zip(self._spans["log"], leading, strict=True):
             if led and (log.last is None or span.first <= log.last) and (span.first > log.first or log.first == 0):
-                return span.first < self._limit(parse_vkey(log.key))
+                return span.first < self._limit(log.key)[0]
         return False
 
     def _create(self, body: _CreatedBody) -> None:
@@ -436,8 +467,9 @@ def parse_revocation(data: str | bytes) -> Revocation:
     return Revocation(origin, role, key, size, successor, reason, note)
 
 
-def _revoked_folder(home: Path) -> Path:
-    return home / "revoked"
+def names_key(reader: TrailReader, key: str) -> bool:
+    """Whether an entry of the trail gives ``key`` the place of another."""
+    return any(_rotated.decode(entry.body).new == key for entry in reader.entries(type=KEY_ROTATED))
 
 
 def keep_revocation(home: Path, revocation: Revocation) -> Path:
@@ -446,7 +478,7 @@ def keep_revocation(home: Path, revocation: Revocation) -> Path:
     Raises:
         KeyFileError: the folder cannot be written.
     """
-    folder = _revoked_folder(home)
+    folder = revoked_folder(home)
     text = revocation.note.format().encode()
     path = folder / (hashlib.sha256(text).hexdigest()[:32] + _REVOKED_SUFFIX)
     try:
@@ -461,13 +493,16 @@ def keep_revocation(home: Path, revocation: Revocation) -> Path:
 
 
 def known_limits(home: Path, origin: str) -> dict[str, Limit]:
-    """The keys of ``origin`` that are known here to be revoked, and what is known of each.
+    """The keys of ``origin`` that are known here to be revoked, or replaced, and what is known of each.
 
     Raises:
         KeyFileError: a file in ``HOME/revoked`` is not a revocation: it is told, never passed over.
     """
-    limits: dict[str, Limit] = {}
-    for path in sorted(_revoked_folder(home).glob("*" + _REVOKED_SUFFIX)):
+    limits = {
+        old.key: Limit(old.index + 1, old.successor, revoked=False)
+        for old in read_retired(retired_folder(home, origin))
+    }
+    for path in sorted(revoked_folder(home).glob("*" + _REVOKED_SUFFIX)):
         try:
             found = parse_revocation(path.read_bytes())
         except (OSError, AuditError) as error:
@@ -487,7 +522,7 @@ def _stricter(one: Limit, other: Limit | None) -> Limit:
         return one
     named = {limit.successor for limit in (one, other)} - {None}
     successor = None if not named else named.pop() if len(named) == 1 else ""
-    return Limit(min(one.since, other.since), successor)
+    return Limit(min(one.since, other.since), successor, one.revoked or other.revoked)
 
 
 def encode_signature(data: bytes) -> str:
