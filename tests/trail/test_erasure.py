@@ -5,16 +5,21 @@ from __future__ import annotations
 import base64
 import json
 import os
+import random
+import shutil
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from rlhf_audit_nb.errors import KeyFileError, VaultError
+from rlhf_audit_nb.errors import KeyFileError, StoreError, VaultError
 from rlhf_audit_nb.trail import Level, Trail, TrailReader, verify_trail
 from rlhf_audit_nb.trail.erasure import erase, finish_erasures
 from rlhf_audit_nb.trail.vault import VAULT_ERASED, OpeningsCheck, Vault
 
+ROOT = Path(__file__).parents[2]
 ANN, BEN = "ann-7f3a@example.com", "ben-19c2@example.com"
 SECRET = b"prefers the second answer of pair 4711"
 
@@ -46,9 +51,10 @@ def erasures(folder: Path) -> list[dict[str, object]]:
 
 
 def every_byte(*folders: Path) -> bytes:
+    # By another process: a file that is opened and closed in this one loses the locks that SQLite holds on it here.
     files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
     assert files
-    return b"".join(path.read_bytes() for path in files)
+    return subprocess.run(["cat", *files], capture_output=True, check=True).stdout
 
 
 def secrets_of(folder: Path, owner: str) -> dict[str, bytes]:
@@ -60,10 +66,12 @@ def secrets_of(folder: Path, owner: str) -> dict[str, bytes]:
         raw = sqlite3.connect(folder / "vault.sqlite")
         number, wrapped = raw.execute("SELECT id, wrapped FROM owners WHERE tag = ?", (tag,)).fetchone()
         found = {"tag": tag, "wrapped key": wrapped, "key": wrapping.unwrap(wrapped, tag)[0], "id": owner.encode()}
-        for seq, commitment, sealed in raw.execute(
-            "SELECT id - 1, commitment, sealed FROM openings WHERE owner = ? ORDER BY id", (number,)
-        ).fetchall():
-            opening = vault.opening("a.b", "r", seq, commitment)
+        places = {base64.b64decode(entry.envelope.sealed): entry for entry in trail.reader().entries(type="a.b")}
+        rows = raw.execute("SELECT commitment, sealed FROM openings WHERE owner = ? ORDER BY id", (number,)).fetchall()
+        for commitment, sealed in rows:
+            entry = places[commitment]
+            opening = vault.opening("a.b", entry.stream, entry.seq, commitment)
+            seq = entry.seq
             found |= {f"sealed {seq}": sealed, f"plain {seq}": opening.payload, f"opening key {seq}": opening.key}
         raw.close()
         found |= {"old master": master.master, "old master, base64": base64.b64encode(master.master)[:40]}
@@ -92,6 +100,26 @@ def test_an_erased_annotator_is_in_no_byte_of_trail_and_home(folder, home):
     assert others["key"] not in before
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_pages_that_were_split_and_joined_keep_nothing(folder, home, seed):
+    chance = random.Random(seed)
+    owners = [f"annotator {n}" for n in range(6)]
+    with Trail.open(folder) as trail:
+        for _ in range(400):
+            private = chance.randbytes(chance.choice((20, 200, 1_000, 4_000, 12_000)))
+            trail.append("a.b", b"{}", run="r", private=private, owner=chance.choice(owners))
+    theirs: dict[str, bytes] = {}
+    for owner in owners[:4]:
+        theirs |= {f"{owner}: {name}": data for name, data in secrets_of(folder, owner).items()}
+        with Trail.open(folder) as trail:
+            erase(trail, owner, reason="request")
+            for _ in range(20):
+                trail.append("a.b", b"{}", run="r", private=chance.randbytes(300), owner=chance.choice(owners[4:]))
+        left = every_byte(folder, home)
+        assert [name for name, data in theirs.items() if data[-24:] in left or data[:24] in left] == []
+    assert look(folder)[1] == set()
+
+
 @pytest.mark.parametrize("size", [10, 300, 3_900, 9_000])
 def test_payloads_of_any_size_leave_nothing_behind(folder, home, size):
     with Trail.open(folder) as trail:
@@ -100,14 +128,13 @@ def test_payloads_of_any_size_leave_nothing_behind(folder, home, size):
                 private = b"%06d" % number + os.urandom(size)
                 trail.append("a.b", b"{}", run="r", private=private, owner=owner)
     theirs = secrets_of(folder, ANN)
-    assert theirs["sealed 118"][-40:] in every_byte(folder)
+    parts = {(name, at): data[at : at + 16] for name, data in theirs.items() for at in range(0, len(data) - 15, 1_000)}
+    before = every_byte(folder, home)
+    assert sum(part in before for (name, _), part in parts.items() if name.startswith("sealed")) >= 60
     with Trail.open(folder) as trail:
         erase(trail, ANN, reason="retention")
     left = every_byte(folder, home)
-    parts = {
-        name: [data[at : at + 16] for at in range(0, max(1, len(data) - 15), 1_000)] for name, data in theirs.items()
-    }
-    assert [name for name, each in parts.items() if any(part in left for part in each)] == []
+    assert [where for where, part in parts.items() if part in left] == []
     assert look(folder)[0].openings == 60
 
 
@@ -216,3 +243,340 @@ def test_an_erasure_that_the_trail_does_not_tell_of_yet_is_said(folder):
         assert done.finished
         assert finish_erasures(trail) == ()
     assert look(folder)[1] == set()
+
+
+# --- stopped half-way ---
+
+# Erases in each of the folders, in a child of its own that stops before the n-th call that could change a file
+# (0: never); says how many there were.
+STOPPED = """
+import os, sys
+from rlhf_audit_nb.trail import Trail
+from rlhf_audit_nb.trail.erasure import erase
+
+CHANGING = {"execute", "executemany", "open", "write", "fsync", "replace", "unlink", "close"}
+count = 0
+
+def stopped(place, when):
+    def watch(frame, event, called):
+        global count
+        if event == "c_call" and called.__name__ in CHANGING:
+            count += 1
+            if count == when:
+                os._exit(9)
+
+    os.environ["RLHF_AUDIT_HOME"] = place + "/home"
+    trail = Trail.open(place + "/audit")
+    sys.setprofile(watch)
+    erase(trail, sys.argv[1], reason="request")
+    sys.setprofile(None)
+    trail.close()
+    print(count, flush=True)
+    os._exit(0)
+
+for case in sys.argv[2:]:
+    place, when = case.split(":")
+    child = os.fork()
+    if child == 0:
+        stopped(place, int(when))
+    expected = 9 if int(when) else 0
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == expected, case
+"""
+
+
+def run(script: str, *arguments: object, before: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    command = [*before, sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
+
+
+@pytest.fixture
+def case(tmp_path, monkeypatch):
+    """Copies of a trail in which there is something to erase, each with its home; and what is theirs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLHF_AUDIT_HOME", str(tmp_path / "begun" / "home"))
+        filled(tmp_path / "begun" / "audit", entries=30)
+        theirs = secrets_of(tmp_path / "begun" / "audit", ANN)
+
+    def copy(name: object) -> Path:
+        place = tmp_path / str(name)
+        shutil.copytree(tmp_path / "begun", place)
+        monkeypatch.setenv("RLHF_AUDIT_HOME", str(place / "home"))
+        return place
+
+    return copy, theirs
+
+
+def check_whole(place: Path, theirs: dict[str, bytes]) -> bool:
+    """The trail opens, and is either as it was before the erasure or as it is after; which?"""
+    folder, home = place / "audit", place / "home"
+    Trail.open(folder, home=home).close()
+    summary, codes = look(folder)
+    assert codes == set()
+    assert verify_trail(folder, home=home).level is Level.UNANCHORED
+    assert summary.missing == 0
+    said = erasures(folder)
+    assert len(json.loads(next((place / "home").rglob("vault.key")).read_bytes())["generations"]) == 1
+    left = {name for name, data in theirs.items() if data in every_byte(place)}
+    if said:
+        assert (len(said), summary.openings, summary.erased) == (1, 60, 30)
+        assert left == set()
+    else:
+        assert (summary.openings, summary.erased) == (90, 0)
+        assert {"tag", "wrapped key", "sealed 0"} <= left
+    with Trail.open(folder, home=home) as trail:
+        assert trail.vault.open_payload("r", 1, commitments(folder)[1]).startswith(SECRET)
+        trail.append("a.b", b"{}", run="r", private=b"goes on", owner=BEN).wait()
+    return bool(said)
+
+
+def stop(*cases: tuple[Path, int]) -> str:
+    done = run(STOPPED, ANN, *(f"{place}:{when}" for place, when in cases))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_an_erasure_that_is_stopped_anywhere_is_whole_or_not_begun(case):
+    copy, theirs = case
+    calls = int(stop((copy("whole"), 0)))
+    assert calls > 40
+    places = [(copy(when), when) for when in range(1, calls + 1, 2)]
+    stop(*places)
+    outcomes = [check_whole(place, theirs) for place, _ in places]
+    # Not begun up to one call, whole from there on: nothing in between, and both were seen.
+    assert outcomes == sorted(outcomes)
+    assert set(outcomes) == {True, False}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("call", "when"),
+    [("fsync", 1), ("fsync", 3), ("rename", 2), ("fdatasync", 3), ("fdatasync", 5), ("ftruncate", 1), ("pwrite64", 20)],
+)
+def test_a_kill_at_a_system_call_of_an_erasure_leaves_it_whole_or_not_begun(case, call, when):
+    strace = shutil.which("strace")
+    if strace is None or subprocess.run([strace, "-o", os.devnull, "true"], capture_output=True).returncode != 0:
+        pytest.skip("strace is not here or may not trace")
+    copy, theirs = case
+    place = copy("killed")
+    inject = ("-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={when}")
+    run(STOPPED, ANN, f"{place}:0", before=(strace, "-f", "-qq", "-o", os.devnull, *inject))
+    check_whole(place, theirs)
+
+
+@pytest.mark.parametrize("step", ["_bury", "_rewrap", "settle"])
+def test_a_full_disk_in_an_erasure_is_said_and_leaves_it_whole_or_not_begun(case, monkeypatch, step):
+    copy, theirs = case
+    place = copy("full")
+
+    def full(*_: object, **__: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with Trail.open(place / "audit") as trail, monkeypatch.context() as patch:
+        patch.setattr(Vault, step, full)
+        with pytest.raises((StoreError, sqlite3.OperationalError)):
+            erase(trail, ANN, reason="request")
+    assert not check_whole(place, theirs)
+
+
+# --- others at work meanwhile ---
+
+HOLDER = """
+import sys
+from rlhf_audit_nb.trail import Trail
+with Trail.open(sys.argv[1]) as trail:
+    for line in sys.stdin:
+        private = b"from the other process"
+        print(trail.append("a.b", b"{}", run="other", private=private, owner=line.strip()).wait(), flush=True)
+"""
+
+
+def test_another_process_that_has_the_vault_open_brings_nobody_back(folder, home):
+    filled(folder)
+    theirs = secrets_of(folder, ANN)
+    command = [sys.executable, "-c", HOLDER, str(folder)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+
+        def append(owner: str) -> int:
+            other.stdin.write(owner + "\n")
+            other.stdin.flush()
+            return int(other.stdout.readline())
+
+        try:
+            append(ANN)
+            append(BEN)
+            theirs |= {"tag": secrets_of(folder, ANN)["tag"]}
+            with Trail.open(folder) as trail:
+                assert erase(trail, ANN, reason="request").openings == 5
+                # It had the old master key and Ann's key in its memory, and takes the new ones from the disk.
+                late = [append(BEN), append(ANN)]
+                (entry,) = trail.reader().entries(late[1], late[1] + 1)
+                commitment = base64.b64decode(entry.envelope.sealed)
+                assert trail.vault.open_payload("other", entry.seq, commitment) == b"from the other process"
+                done = erase(trail, ANN, reason="request")
+                assert (done.openings, done.generation) == (1, 3)
+        finally:
+            other.stdin.close()
+            other.wait(20)
+    assert [name for name, data in theirs.items() if data in every_byte(folder, home)] == []
+    summary, codes = look(folder)
+    assert (summary.openings, summary.erased, summary.missing) == (10, 6, 0)
+    assert codes == set()
+
+
+def test_many_writers_and_erasures_at_once_lose_nothing(folder, home):
+    filled(folder)
+    script = """
+import sys
+from rlhf_audit_nb.errors import VaultError
+from rlhf_audit_nb.trail import Trail
+from rlhf_audit_nb.trail.erasure import erase
+mine = sys.argv[2]
+with Trail.open(sys.argv[1]) as trail:
+    for number in range(12):
+        for owner in (mine, "shared"):
+            trail.append("a.b", b"{}", run=mine, private=b"%d" % number, owner=owner)
+        trail.flush()
+        if number % 4 == 3:
+            for owner in (mine, "shared"):
+                try:
+                    erase(trail, owner, reason="request")
+                except VaultError as error:
+                    assert error.reason == "unknown-owner", error
+"""
+    runs = [
+        subprocess.Popen([sys.executable, "-c", script, str(folder), name], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for name in ("one", "two", "three")
+    ]
+    assert [(process.communicate(timeout=120)[1], process.returncode) for process in runs] == [("", 0)] * 3
+    summary, codes = look(folder)
+    assert codes == set()
+    assert summary.commitments == 12 + 3 * 24
+    assert summary.missing == 0
+    assert summary.erased >= 36
+    assert len(erasures(folder)) >= 9
+    assert verify_trail(folder).level is Level.UNANCHORED
+
+
+def test_a_reader_of_the_vault_delays_the_clearing_and_nothing_else(folder, home, monkeypatch):
+    filled(folder)
+    theirs = secrets_of(folder, ANN)
+    monkeypatch.setattr("rlhf_audit_nb.trail.sqlite.BUSY_SECONDS", 0.2)
+    with Trail.open(folder) as trail:
+        raw = sqlite3.connect(folder / "vault.sqlite", isolation_level=None)
+        raw.execute("BEGIN")
+        raw.execute("SELECT count(*) FROM openings").fetchone()
+        with pytest.raises(VaultError) as caught:
+            erase(trail, ANN, reason="request")
+        assert caught.value.reason == "vault-busy"
+        with Trail.open(folder) as second:  # opening is not kept waiting for ever either
+            assert second.append("a.b", b"{}", run="r").wait()
+        assert erasures(folder) == []
+        raw.close()
+    Trail.open(folder).close()
+    assert len(erasures(folder)) == 1
+    assert look(folder)[1] == set()
+    assert [name for name, data in theirs.items() if data in every_byte(folder, home)] == []
+
+
+# --- what was put back ---
+
+
+def keep(source: Path, to: Path) -> None:
+    """A copy of a vault with its log."""
+    to.mkdir()
+    for name in ("vault.sqlite", "vault.sqlite-wal"):
+        if (source / name).exists():
+            shutil.copy(source / name, to / name)
+
+
+def put_back(kept: Path, folder: Path) -> None:
+    for path in folder.glob("vault.sqlite*"):
+        path.unlink()
+    for path in kept.iterdir():
+        shutil.copy(path, folder / path.name)
+
+
+def test_an_old_copy_of_the_vault_does_not_open_and_is_named(folder, home, tmp_path):
+    sealed = filled(folder)
+    keep(folder, tmp_path / "kept")
+    with Trail.open(folder) as trail:
+        erase(trail, ANN, reason="request")
+        master = trail.keys.master
+    put_back(tmp_path / "kept", folder)
+    with pytest.raises(VaultError) as caught:
+        Trail.open(folder)
+    assert caught.value.reason == "vault-old"
+    vault = Vault(folder / "vault.sqlite", master)
+    for seq, commitment in enumerate(sealed):
+        with pytest.raises(VaultError) as caught:
+            vault.open_payload("r", seq, commitment)
+        assert caught.value.reason == "vault-old"
+    vault.close()
+    assert look(folder)[1] == {"vault-old"}
+
+
+def test_an_old_copy_of_the_key_does_not_open_the_vault(folder, home, tmp_path):
+    filled(folder)
+    key = next(home.rglob("vault.key"))
+    old = key.read_bytes()
+    with Trail.open(folder) as trail:
+        erase(trail, ANN, reason="request")
+    new = key.read_bytes()
+    key.write_bytes(old)
+    with pytest.raises(VaultError) as caught:
+        Trail.open(folder)
+    assert caught.value.reason == "key-old"
+    key.write_bytes(new)
+    Trail.open(folder).close()
+
+
+@pytest.mark.parametrize("later", [0, 2])
+def test_who_comes_back_with_old_copies_of_vault_and_key_is_erased_again(folder, home, tmp_path, later):
+    owners = [ANN, BEN, *(f"later {n}" for n in range(later))]
+    sealed = filled(folder, *owners)
+    keep(folder, tmp_path / "kept")
+    key = next(home.rglob("vault.key"))
+    old = key.read_bytes()
+    with Trail.open(folder) as trail:
+        erased = [erase(trail, owner, reason="request") for owner in owners if owner != BEN]
+    theirs = {name: secrets_of(folder, BEN)[name] for name in ("tag", "wrapped key")}
+    put_back(tmp_path / "kept", folder)
+    key.write_bytes(old)
+    assert look(folder)[1] == {"vault-old"}
+    theirs |= {"old master": base64.b64encode(base64.b64decode(json.loads(old)["generations"][0]["key"]))[:40]}
+    with Trail.open(folder) as trail:
+        for seq, commitment in enumerate(sealed):
+            if owners[seq % len(owners)] == BEN:
+                assert trail.vault.open_payload("r", seq, commitment).startswith(SECRET)
+            else:
+                with pytest.raises(VaultError) as caught:
+                    trail.vault.open_payload("r", seq, commitment)
+                assert caught.value.reason == "erased"
+        assert trail.keys.master.newest.number == erased[-1].generation
+    assert theirs["old master"] not in every_byte(folder, home)
+    summary, codes = look(folder)
+    assert codes == set()
+    assert (summary.openings, summary.erased) == (4, 4 * (1 + later))
+    assert len(erasures(folder)) == 1 + later
+    with Trail.open(folder) as trail:
+        assert erase(trail, BEN, reason="request").generation == erased[-1].generation + 1
+
+
+def test_erasing_again_finishes_what_was_stopped(folder, home, monkeypatch):
+    filled(folder)
+    theirs = secrets_of(folder, ANN)
+    with Trail.open(folder) as trail:
+        with monkeypatch.context() as patch:
+            patch.setattr(Vault, "settle", lambda _: 1 / 0 if trail.vault.erasures() else None)
+            with pytest.raises(ZeroDivisionError):
+                erase(trail, ANN, reason="request")
+        assert erasures(folder) == []
+        assert len(json.loads(next(home.rglob("vault.key")).read_bytes())["generations"]) == 2
+        done = erase(trail, ANN, reason="request")
+        assert (done.finished, done.openings) == (True, 4)
+        with pytest.raises(VaultError) as caught:
+            erase(trail, ANN, reason="request")
+        assert caught.value.reason == "unknown-owner"
+    assert look(folder)[1] == set()
+    assert [name for name, data in theirs.items() if data in every_byte(folder, home)] == []
