@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -287,6 +288,7 @@ def _do_serve(args: argparse.Namespace) -> int:
     words = [f"witness {server.witness.name} listens at {server.url} (stop it with ctrl-c)"]
     try:
         finish(args, {"url": server.url, "name": server.witness.name}, words)
+        sys.stdout.flush()
         server.run()
     finally:
         for number, old in before.items():
