@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_audit_nb.cli.shared import WIDTH, Command, Parser, add_policy, finish, is_record, read_policy
+from rlhf_audit_nb.cli.shared import WIDTH, Command, Parser, add_policy, finish, is_record, note, read_policy
+from rlhf_audit_nb.errors import ConfigError, FormatError
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.trail import Reason, TrustPolicy, Verdict
@@ -16,47 +18,223 @@ if TYPE_CHECKING:
 __all__ = ["COMMANDS", "add_target", "verdict_of", "verdict_words"]
 
 LEVELS = ("UNANCHORED", "TIMESTAMPED", "COSIGNED")
+PROOF_SUFFIX = ".tlog-proof"
+MAX_FILE = 64 << 20
+MOST_RUNS = 12
+QUIET_SECONDS = 2.0
+
+Notes = Sequence["Reason"]
 
 
-def verdict_of(target: str, policy: TrustPolicy | None) -> tuple[Verdict, Sequence[Reason]]:
-    """The verdict, and what is worth knowing beside it and is no fault."""
-    if is_record(target):
-        from rlhf_audit_nb.records import open_record
+def verdict_of(target: str, policy: TrustPolicy | None) -> tuple[Verdict, Notes]:
+    """The verdict on a record or a trail, and what is worth knowing beside it and is no fault."""
+    from rlhf_audit_nb.trail.published import is_published
 
-        opened = open_record(Path(target), policy=policy)
-        return opened.verdict, opened.notes
+    if not is_published(target) and is_record(target):
+        return _record(target, policy)
+    return _trail(target, policy), ()
+
+
+def _record(target: str, policy: TrustPolicy | None) -> tuple[Verdict, Notes]:
+    from rlhf_audit_nb.records import open_record
+
+    opened = open_record(Path(target), policy=policy)
+    return opened.verdict, opened.notes
+
+
+def _trail(
+    target: str, policy: TrustPolicy | None, roots: Sequence[bytes] | None = None, *, openings: bool = False
+) -> Verdict:
     from rlhf_audit_nb.trail import verify_trail
     from rlhf_audit_nb.trail.published import is_published, verify_published
 
-    verify = verify_published if is_published(target) else verify_trail
-    return verify(Path(target), policy=policy), ()
+    progress = _progress()
+    if not is_published(target):
+        return verify_trail(Path(target), policy=policy, tsa_roots=roots, openings=openings, progress=progress)
+    if openings:
+        raise ConfigError(
+            f"{target} is a published trail, which holds no private halves.",
+            next_step="Leave --openings out, or name the trail's own folder.",
+            code="usage",
+        )
+    return verify_published(target, policy=policy, tsa_roots=roots, progress=progress)
+
+
+def _progress() -> Callable[[int, int], None]:
+    """Tells on stderr how far long work is, every two seconds."""
+    last = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= QUIET_SECONDS:
+            last = now
+            note(f"checked {done:,} of {total:,} entries")
+
+    return tell
+
+
+# What verify can be given.
 
 
 def _do_verify(args: argparse.Namespace) -> int:
     from rlhf_audit_nb.trail import Level
 
-    verdict, notes = verdict_of(args.target, read_policy(args))
+    policy = read_policy(args)
+    verdict, notes = _verdict(args, policy)
     require = Level[args.require] if args.require else None
     words = verdict_words(verdict, notes)
     code = verdict.exit_code(require)
-    if require is not None and code and not verdict.reasons:
-        words.append(f"Required was {require.name}: refused.")
+    if require is not None and code:
+        words.append(f"  Required was {require.name}: refused.")
     return finish(args, verdict.to_dict(), words, code)
 
 
-def verdict_words(verdict: Verdict, notes: Sequence[Reason]) -> list[str]:
+def _verdict(args: argparse.Namespace, policy: TrustPolicy | None) -> tuple[Verdict, Notes]:
+    from rlhf_audit_nb.trail.published import is_published
+
+    target = args.target
+    published = is_published(target)
+    if not published and Path(target).is_file() and _is_proof(target):
+        return _proof(args, policy), ()
+    if args.entry:
+        raise ConfigError(
+            f"--entry goes with a proof file, and {target} is none.",
+            next_step=f"`rlhf-audit trail show INDEX --proof FILE{PROOF_SUFFIX} --entry FILE` writes both.",
+            code="usage",
+        )
+    if not published and is_record(target):
+        _refuse_for(args, "a record")
+        return _record(target, policy)
+    return _trail(target, policy, _roots(args), openings=args.openings), ()
+
+
+def _is_proof(target: str) -> bool:
+    from rlhf_audit_nb.trail.proof import HEADER
+
+    if target.endswith(PROOF_SUFFIX):
+        return True
+    with Path(target).open("rb") as file:
+        return file.read(len(HEADER) + 1) == HEADER.encode() + b"\n"
+
+
+def _proof(args: argparse.Namespace, policy: TrustPolicy | None) -> Verdict:
+    from rlhf_audit_nb.trail.verify import verify_proof
+
+    _refuse_for(args, "a proof file")
+    if args.entry is None:
+        raise ConfigError(
+            f"{args.target} proves that an entry is in a log; the entry is not in it.",
+            next_step="Name the file with the entry's bytes with --entry.",
+            code="usage",
+        )
+    try:
+        return verify_proof(_bytes(args.target, "proof"), _bytes(args.entry, "entry"), policy=policy)
+    except FormatError as error:
+        raise ConfigError(
+            f"{args.target} is not a proof file. {error.message}",
+            next_step=f"`rlhf-audit trail show INDEX --proof FILE{PROOF_SUFFIX}` writes one.",
+            code=error.reason,
+        ) from error
+
+
+def _refuse_for(args: argparse.Namespace, what: str) -> None:
+    """Refuse the options that say nothing about what was named: a check that was asked for is never left out unsaid."""
+    for option, given in (("--openings", args.openings), ("--tsa-ca", args.tsa_ca)):
+        if given:
+            raise ConfigError(
+                f"{option} says nothing about {what}.", next_step="Leave it out, or name a trail.", code="usage"
+            )
+
+
+def _bytes(name: str, what: str) -> bytes:
+    try:
+        with Path(name).open("rb") as file:
+            data = file.read(MAX_FILE + 1)
+    except OSError as error:
+        raise ConfigError(
+            f"The {what} {name} cannot be read: {error.strerror or error}.", next_step="Check the path."
+        ) from error
+    if len(data) > MAX_FILE:
+        raise ConfigError(f"The {what} {name} is over {MAX_FILE:,} bytes.", next_step="Check the path.")
+    return data
+
+
+def _roots(args: argparse.Namespace) -> Sequence[bytes] | None:
+    """The authorities that ``--tsa-ca`` names; ``None`` leaves it to the home folder's."""
+    if not args.tsa_ca:
+        return None
+    from rlhf_audit_nb.trail.keys import home_folder
+    from rlhf_audit_nb.trail.timestamp import trusted_authorities
+
+    return trusted_authorities(home_folder(None), args.tsa_ca)
+
+
+# What a person reads.
+
+
+def verdict_words(verdict: Verdict, notes: Notes) -> list[str]:
     """The verdict for a person."""
     from rlhf_audit_nb.compliance.words import level_words, short
 
     words = level_words(verdict.level.name)
     lines = textwrap.wrap(f"{verdict.level.name}  {words.shows}", WIDTH, subsequent_indent="  ")
-    lines += [f"  {reason.where}: {reason.message} [{reason.code}]" for reason in verdict.reasons]
-    lines += [f"  worth knowing: {note.where}: {note.message} [{note.code}]" for note in notes]
+    for reason in verdict.reasons:
+        lines += _reason_words(reason, worth_knowing=reason.advisory and reason.code != "quorum")
+    for found in notes:
+        lines += _reason_words(found, worth_knowing=True)
     if verdict.size:
         signers = ", ".join(verdict.signers) or "nobody that is trusted here"
         lines.append(f"  {verdict.origin}: {verdict.size} entries, root {short(verdict.root)}, signed by {signers}")
-    lines += [f"  run {short(run.run)}: {run.status}, {run.entries} entries" for run in verdict.runs]
+    lines += _anchor_words(verdict)
+    lines += _opening_words(verdict)
+    if len(verdict.runs) > MOST_RUNS:
+        lines.append(f"  {len(verdict.runs) - MOST_RUNS:,} earlier runs (--json lists them all), and")
+    lines += [f"  run {short(run.run)}: {run.status}, {run.entries} entries" for run in verdict.runs[-MOST_RUNS:]]
     return [*lines, *textwrap.wrap(words.not_shown, WIDTH, initial_indent="  ", subsequent_indent="  ")]
+
+
+def _reason_words(reason: Reason, *, worth_knowing: bool) -> list[str]:
+    text = f"{'worth knowing: ' if worth_knowing else ''}{reason.where}: {reason.message} [{reason.code}]"
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent="  ",
+        subsequent_indent="    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _anchor_words(verdict: Verdict) -> list[str]:
+    """Who has vouched for it, each by the newest that they said."""
+    from rlhf_audit_nb.compliance.words import time_text
+
+    newest = {(anchor.kind, anchor.by): anchor for anchor in verdict.anchors}
+    lines = []
+    for anchor in newest.values():
+        done = "cosigned" if anchor.kind == "cosignature" else "timestamped"
+        left = verdict.size - anchor.size
+        reach = f"up to entry {anchor.size - 1}" if anchor.size else "while it was empty"
+        after = "" if not left else "; the one after that is not" if left == 1 else f"; the {left:,} after that are not"
+        by = anchor.by.split("+")[0]
+        lines.append(f"  {done} by {by} at {time_text(anchor.time * 1_000_000)}, {reach}{after}")
+    return lines
+
+
+def _opening_words(verdict: Verdict) -> list[str]:
+    found = verdict.openings
+    if found is None:
+        return []
+    total = found["commitments"]
+    if not found["checked"]:
+        return [f"  {total:,} private halves are sealed; there is no vault here, so none was looked for"]
+    parts = [f"{found[name]:,} {word}" for name, word in _OPENINGS if found[name]]
+    opened = ", each of them opened and compared" if found["decrypted"] and found["openings"] else ""
+    return [f"  {total:,} private halves: {', '.join(parts) or 'none'}{opened}"]
+
+
+_OPENINGS = (("openings", "in the vault"), ("erased", "erased"), ("missing", "missing"))
 
 
 def add_target(parser: Parser) -> None:
@@ -67,8 +245,18 @@ def add_target(parser: Parser) -> None:
 
 def _add_verify(parser: Parser) -> None:
     parser.set_defaults(do=_do_verify)
-    add_target(parser)
+    parser.add_argument(
+        "target",
+        metavar="RECORD.ipynb|TRAIL|URL|FILE",
+        help="a record, a trail's folder, a published trail (folder or address), a proof or a disclosure",
+    )
+    add_policy(parser)
     parser.add_argument("--require", choices=LEVELS, type=str.upper, help="a lower level is a failure")
+    parser.add_argument("--openings", action="store_true", help="decrypt every private half too, and compare it")
+    parser.add_argument(
+        "--tsa-ca", action="append", metavar="FILE", help="trust this timestamping authority (PEM; may be repeated)"
+    )
+    parser.add_argument("--entry", metavar="FILE", help=f"the entry's bytes, for a {PROOF_SUFFIX} file")
 
 
 COMMANDS = (Command("check", "verify", "check a record or a trail and say how far the check reaches", _add_verify),)

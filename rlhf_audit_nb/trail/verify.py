@@ -28,7 +28,8 @@ from rlhf_audit_nb.trail.entry import Entry
 from rlhf_audit_nb.trail.heads import Heads
 from rlhf_audit_nb.trail.keys import home_folder, load_keys, local_policy
 from rlhf_audit_nb.trail.liveness import is_alive
-from rlhf_audit_nb.trail.merkle import HASH_BYTES, Frontier
+from rlhf_audit_nb.trail.merkle import HASH_BYTES, Frontier, leaf_hash
+from rlhf_audit_nb.trail.proof import parse_proof
 from rlhf_audit_nb.trail.store import Bundle, Head, Store, StreamState, Transaction, unpack_entries
 from rlhf_audit_nb.trail.succession import KEY_TYPES, KeySuccession, known_limits
 from rlhf_audit_nb.trail.timestamp import trusted_authorities
@@ -48,6 +49,7 @@ __all__ = [
     "compare_with_seen",
     "conclude",
     "store_path",
+    "verify_proof",
     "verify_trail",
 ]
 
@@ -712,3 +714,48 @@ def _remember(heads: Heads, origin: str, note: str) -> Iterator[Reason]:
         heads.advance(origin, note)
     except AuditError as error:
         yield Reason("last-seen", str(heads.path(origin)), f"{error.message} A later rollback could go unseen.")
+
+
+def verify_proof(
+    data: bytes | str, entry: bytes, *, policy: TrustPolicy | None = None, home: Path | None = None
+) -> Verdict:
+    """Verify that the bytes ``entry`` stand in a log, with a proof file (C2SP tlog-proof) and nothing else.
+
+    The verdict speaks of the proof's checkpoint; it says nothing about the other entries.
+
+    Args:
+        data: the proof file.
+        entry: the entry's bytes, as they are hashed.
+        policy: whose signatures count; ``None`` trusts the user's own key for the checkpoint's origin.
+        home: as in `verify_trail`.
+
+    Raises:
+        FormatError: ``data`` is not a proof file.
+        KeyFileError: no policy was given and the user has no key for this origin.
+    """
+    proof = parse_proof(data)
+    head, home = proof.head(), home_folder(home)
+    trusted = policy or local_policy(home, head.origin)
+    heads = Heads(home)
+    reasons: list[Reason] = []
+    checked = None
+    try:
+        checked = KeySuccession(head.origin, known_limits(home, head.origin)).check(trusted, proof.checkpoint)
+    except FormatError as error:
+        reasons.append(Reason(error.reason, "checkpoint of the proof", error.message))
+    if not proof.check(leaf_hash(entry)):
+        message = f"These {len(entry)} bytes are not the entry {proof.index} under the proof's checkpoint."
+        reasons.append(Reason("inclusion", f"entry {proof.index}", message))
+    seen = heads.note(head.origin)
+    level = Level.INVALID
+    if checked is not None and not reasons:
+        # A larger or smaller head that was seen can only be compared where the whole history is at hand.
+        same = seen if seen is not None and checkpoint_of(seen).size == head.size else None
+        diverged = compare_with_seen(heads, same, proof.checkpoint, head.root)
+        reasons += [] if diverged is None else [diverged]
+        level = Level.COSIGNED if checked.cosigned else Level.UNANCHORED
+        if trusted.quorum != "none" and not checked.cosigned:
+            reasons.append(Reason("quorum", "checkpoint of the proof", _quorum_words(trusted, (), head.size)))
+        level = level if diverged is None else Level.DIVERGED
+    signers = checked.signers if checked else ()
+    return Verdict(level, head.origin, head.size, head.root_base64, signers, reasons=tuple(reasons))

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import random
 import shutil
 import sqlite3
+import tracemalloc
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from rlhf_audit_nb.errors import AuditError, KeyFileError, StoreError
 from rlhf_audit_nb.trail import Level, Trail, TrailReader, TrustPolicy, Verdict, check_entries, verify_trail
+from rlhf_audit_nb.trail.anchors import AnchorFolder
+from rlhf_audit_nb.trail.checkpoint import checkpoint_of
 from rlhf_audit_nb.trail.entry import Entry
 from rlhf_audit_nb.trail.note import COSIGNATURE, Signer, cosign_note, format_vkey, parse_note
-from rlhf_audit_nb.trail.verify import Reason
+from rlhf_audit_nb.trail.proof import InclusionProof, format_proof
+from rlhf_audit_nb.trail.verdict import Reason
+from rlhf_audit_nb.trail.verify import EntryChecker, verify_proof
+from rlhf_audit_nb.trail.writer import Draft
 
 
 @pytest.fixture
@@ -238,8 +246,6 @@ def test_a_cut_file_is_no_trail_or_invalid(small, size):
 
 def test_a_wrong_key_and_an_unknown_log_are_said(small, tmp_path, home):
     origin = verify_trail(small).origin
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
     for name, code in ((origin, "unsigned"), ("example.com/other", "untrusted-log")):
         stranger = TrustPolicy.of(format_vkey(Signer(name, Ed25519PrivateKey.generate()).verifier()))
         verdict = verify_trail(small, policy=stranger)
@@ -258,8 +264,6 @@ def test_a_policy_serves_where_there_are_no_keys(small, tmp_path, home):
 
 
 def test_the_quorum_of_the_policy_makes_it_cosigned(small, home):
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
     witness = Signer("witness.example/one", Ed25519PrivateKey.generate())
     vkey = next((home / "keys").rglob("log.vkey")).read_text().strip()
     text = f"log {vkey}\nwitness one {format_vkey(witness.verifier(COSIGNATURE))}\nquorum one\n"
@@ -364,3 +368,226 @@ def test_runs_take_their_status_from_their_end():
     reasons, runs = check_entries(ends)
     assert reasons == ()
     assert [(run.run, run.status) for run in runs] == [("r", "failed"), ("s", "interrupted"), ("t", "open")]
+
+
+# What was not closed.
+
+
+def test_a_run_that_was_never_closed_is_said_and_costs_no_level(folder, tmp_path):
+    trail = Trail.open(folder)
+    trail.append("run.started", b"{}", run="r").wait()
+    alive = verify_trail(folder)
+    assert (alive.level, alive.reasons, alive.runs[0].status) == (Level.UNANCHORED, (), "open")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    shutil.copy(folder / "trail.sqlite", copy)
+    shutil.copy(folder / "trail.sqlite-wal", copy)
+    gone = verify_trail(copy)
+    assert (gone.level, gone.exit_code()) == (Level.UNANCHORED, 0)
+    (reason,) = gone.reasons
+    assert (reason.code, reason.where, reason.advisory) == ("run-open", "run r", True)
+    assert "The process that wrote it is gone; entry 1 is its last." in reason.message
+    trail.append("run.finished", b'{"status":"completed"}', run="r").wait()
+    trail.close()
+    assert verify_trail(folder).reasons == ()
+
+
+def test_whether_a_run_still_goes_on_is_not_guessed_where_it_cannot_be_known():
+    checker = EntryChecker()
+    checker.add(made(0, type="run.started"))
+    assert "cannot be known" in next(checker.unended()).message
+    assert "cannot be known" in next(checker.unended(lambda _writer: None)).message
+    assert "is gone" in next(checker.unended(lambda _writer: False)).message
+    assert list(checker.unended(lambda _writer: True)) == []
+
+
+# What others have said.
+
+WITNESS = Signer("witness.example/one", Ed25519PrivateKey.generate())
+
+
+def witnessed(home) -> TrustPolicy:
+    vkey = next((home / "keys").rglob("log.vkey")).read_text().strip()
+    return TrustPolicy.parse(f"log {vkey}\nwitness one {format_vkey(WITNESS.verifier(COSIGNATURE))}\nquorum one\n")
+
+
+def cosign(folder, when: int = 1_700_000_000) -> int:
+    """The witness cosigns the newest checkpoint; its size."""
+    note = TrailReader.open(folder).checkpoint()
+    AnchorFolder(folder).keep(note)
+    AnchorFolder(folder).cosign(cosign_note(parse_note(note), WITNESS, when).format())
+    return checkpoint_of(note).size
+
+
+def test_a_quorum_beside_the_newest_checkpoint_counts_and_one_that_is_older_is_told(small, home):
+    policy = witnessed(home)
+    size = cosign(small)
+    verdict = verify_trail(small, policy=policy)
+    assert (verdict.level, verdict.reasons) == (Level.COSIGNED, ())
+    assert [(a.kind, a.size, a.time, a.where) for a in verdict.anchors] == [
+        ("cosignature", size, 1_700_000_000, f"anchors/{size}.cosigned")
+    ]
+    assert base64.b64encode(verdict.anchors[0].root).decode() == verdict.root
+    with Trail.open(small) as trail:
+        for _ in range(3):
+            trail.append("a.b", b"{}").wait()
+    later = verify_trail(small, policy=policy)
+    assert (later.level, later.exit_code(), codes(later)) == (Level.UNANCHORED, 10, {"quorum"})
+    assert "It did so up to entry 4; the last 3 rest on the log's key alone." in later.reasons[0].message
+    assert later.anchors == verdict.anchors
+    plain = verify_trail(small)
+    assert (plain.level, codes(plain)) == (Level.UNANCHORED, {"anchor-unknown"})
+
+
+def test_a_trail_that_was_anchored_and_rewritten_has_diverged_although_nobody_remembers_its_head(small, home, tmp_path):
+    policy = witnessed(home)
+    old = tmp_path / "old.sqlite"
+    shutil.copy(small / "trail.sqlite", old)
+    with Trail.open(small) as trail:
+        trail.append("a.b", b'{"told":1}').wait()
+    size = cosign(small)
+    shutil.copy(old, small / "trail.sqlite")
+    forget(home)
+    shorter = verify_trail(small, policy=policy)
+    assert (shorter.level, shorter.exit_code(), codes(shorter)) == (Level.DIVERGED, 30, {"rollback", "quorum"})
+    assert shorter.reasons[0].where == f"anchors/{size}.cosigned"
+    with Trail.open(small) as trail:
+        for _ in range(3):
+            trail.append("a.b", b'{"told":2}').wait()
+    rewritten = verify_trail(small, policy=policy)
+    assert (rewritten.level, codes(rewritten)) == (Level.DIVERGED, {"anchor-fork", "quorum"})
+    assert rewritten.anchors == ()
+    kept = [checkpoint_of(path.read_text()) for path in (home / "heads").glob("*.diverged/*.checkpoint")]
+    at = {head.root for head in kept if head.size == size}
+    assert at
+    assert base64.b64decode(rewritten.root) in {head.root for head in kept}
+    (small / "anchors" / f"{size}.cosigned").unlink()
+    assert verify_trail(small, policy=policy).level is Level.UNANCHORED
+
+
+def test_files_that_anybody_could_have_put_beside_a_trail_lower_nothing_and_hide_nothing(tall, home):
+    anchors = tall / "anchors"
+    anchors.mkdir()
+    for size in range(300):
+        (anchors / f"{size}.cosigned").write_text("nonsense")
+    verdict = verify_trail(tall)
+    assert (verdict.level, verdict.exit_code(), codes(verdict)) == (Level.UNANCHORED, 0, {"anchor"})
+    assert len(verdict.reasons) <= 100
+    change(tall, "UPDATE streams SET next = next + 1")
+    broken = verify_trail(tall)
+    assert (broken.level, broken.reasons[0].code) == (Level.INVALID, "index")
+
+
+# Private halves.
+
+
+@pytest.fixture
+def private(folder):
+    """Six entries with private halves of two owners."""
+    with Trail.open(folder) as trail:
+        for number in range(6):
+            trail.append("a.b", b"{}", private=b'{"n":%d}' % number, owner=f"owner-{number % 2}").wait()
+    return folder
+
+
+def vault(folder, statement: str, *values) -> None:
+    connection = sqlite3.connect(folder / "vault.sqlite")
+    with connection:
+        assert connection.execute(statement, values).rowcount
+    connection.close()
+
+
+def test_a_missing_opening_is_invalid_and_its_entry_named(private):
+    whole = verify_trail(private)
+    assert whole.level is Level.UNANCHORED
+    assert whole.openings == {
+        "checked": True, "commitments": 6, "openings": 6, "erased": 0, "missing": 0, "decrypted": False,
+    }  # fmt: skip
+    vault(private, "DELETE FROM openings WHERE id = 3")
+    verdict = verify_trail(private)
+    assert (verdict.level, verdict.openings["missing"]) == (Level.INVALID, 1)
+    assert [(reason.code, reason.where) for reason in verdict.reasons] == [("opening-missing", "entry 3")]
+
+
+def test_a_trail_without_its_vault_still_verifies_and_says_that_it_was_not_looked_for(private):
+    for path in private.glob("vault.sqlite*"):
+        path.unlink()
+    verdict = verify_trail(private)
+    assert (verdict.level, verdict.reasons) == (Level.UNANCHORED, ())
+    assert (verdict.openings["checked"], verdict.openings["commitments"]) == (False, 6)
+
+
+def test_openings_are_opened_where_that_is_asked(private):
+    verdict = verify_trail(private, openings=True)
+    assert (verdict.level, verdict.openings["decrypted"]) == (Level.UNANCHORED, True)
+    vault(private, "UPDATE openings SET sealed = (SELECT sealed FROM openings WHERE id = 2) WHERE id = 4")
+    assert verify_trail(private).level is Level.UNANCHORED
+    swapped = verify_trail(private, openings=True)
+    assert (swapped.level, [(r.code, r.where) for r in swapped.reasons]) == (
+        Level.INVALID,
+        [("opening-wrong", "entry 4")],
+    )
+
+
+# Memory and proof files.
+
+
+def test_memory_does_not_grow_with_the_trail(tmp_path, home):
+    """Peak memory of verifying 6,000 and 60,000 entries; checkpoints, rows and index terms grow tenfold with them."""
+    peaks = []
+    for number in (6_000, 60_000):
+        folder = tmp_path / f"of-{number}"
+        with Trail.open(folder) as trail:
+            for start in range(0, number, 200):
+                trail.append_many(
+                    Draft(type="train.step", body=b'{"step":%d}' % n, run="r") for n in range(start, start + 200)
+                )
+        with sqlite3.connect(folder / "trail.sqlite") as connection:
+            assert connection.execute("SELECT count(*) FROM checkpoints").fetchone()[0] >= number // 256
+        gc.collect()
+        verify_trail(folder)  # fills the interpreter's lists of free objects, which are no use of memory
+        gc.disable()  # a collection would empty them
+        tracemalloc.start()
+        try:
+            assert verify_trail(folder).size == number + 1
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+            gc.enable()
+    # Nothing for each of the 54,000 entries more; a list of the 270 checkpoints more would already be too much.
+    assert peaks[1] < peaks[0] + 65_536, peaks
+
+
+def test_a_proof_file_and_the_entry_are_enough(small, home, tmp_path):
+    policy = witnessed(home)
+    reader = TrailReader.open(small)
+    entries = list(reader.entries())
+    proof = format_proof(InclusionProof(2, tuple(reader.inclusion_proof(2)), reader.checkpoint()))
+    auditor = tmp_path / "auditor"
+    verdict = verify_proof(proof, entries[2].data, policy=policy, home=auditor)
+    assert (verdict.level, codes(verdict), verdict.size) == (Level.UNANCHORED, {"quorum"}, 5)
+    assert verify_proof(proof, entries[2].data).reasons == ()
+    wrong = verify_proof(proof, entries[3].data)
+    assert (wrong.level, [(r.code, r.where) for r in wrong.reasons]) == (Level.INVALID, [("inclusion", "entry 2")])
+    for at in range(len(entries[2].data)):
+        changed = bytearray(entries[2].data)
+        changed[at] ^= 1
+        assert verify_proof(proof, bytes(changed)).level is Level.INVALID
+    with_witness = cosign_note(parse_note(reader.checkpoint()), WITNESS, 1_700_000_000).format()
+    cosigned = format_proof(InclusionProof(2, tuple(reader.inclusion_proof(2)), with_witness))
+    assert verify_proof(cosigned, entries[2].data, policy=policy, home=auditor).level is Level.COSIGNED
+    stranger = TrustPolicy.of(format_vkey(Signer(reader.origin, Ed25519PrivateKey.generate()).verifier()))
+    assert codes(verify_proof(proof, entries[2].data, policy=stranger, home=auditor)) == {"unsigned"}
+
+
+def test_a_proof_from_another_history_of_the_same_size_diverges(small, home, tmp_path):
+    reader = TrailReader.open(small)
+    entry = next(reader.entries())
+    proof = format_proof(InclusionProof(0, tuple(reader.inclusion_proof(0)), reader.checkpoint()))
+    forget(home)
+    other = tmp_path / "other"
+    with Trail.open(other, origin=reader.origin) as trail:
+        for number in range(4):
+            trail.append("a.b", b'{"n":%d}' % number).wait()
+    verdict = verify_proof(proof, entry.data)
+    assert (verdict.level, codes(verdict)) == (Level.DIVERGED, {"fork"})
