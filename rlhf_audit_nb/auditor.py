@@ -14,7 +14,7 @@ import math
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
@@ -181,7 +181,8 @@ class AuditableRLHF:
             columns: what our fields are called in `data`, such as ``{"prompt": "question"}``; ``None`` for a field
                 that is not to be taken, ``{"annotator_id": None}`` where nobody knows.
             words: what the source's words for `choices` and `shown` mean, such as ``{"A": "first", "same": "tie"}``.
-            drawn_from: the file or files that a program took the lists from; their digests are recorded.
+            drawn_from: the file or files that a program took these from: their digests are recorded, and how many
+                annotations they are.
             public_digest: whether the source's digest stands in the open; only for a source that is public anyway.
 
         Raises:
@@ -207,13 +208,13 @@ class AuditableRLHF:
             "choices": choices,
             "rewards": rewards,
             "made_at": made_at,
-            "drawn_from": drawn_from,
         }
         said: dict[str, Any] = {
             "shown": shown,
             "guideline": guideline,
             "guideline_file": guideline_file,
             "words": words,
+            "drawn_from": drawn_from,
             "public_digest": public_digest,
         }
         if data is not None:
@@ -240,8 +241,12 @@ class AuditableRLHF:
             VaultError: the vault does not open with this trail's key, or an opening is not its commitment's.
         """
         from rlhf_audit_nb.capture.annotations import read_annotations
+        from rlhf_audit_nb.trail import Vault
 
-        return read_annotations(self.trail.reader(), self.trail.vault, import_id=import_id, run=run)
+        trail = self.trail
+        # A vault of its own: the trail's is the writer's, which may be sealing on another thread meanwhile.
+        with closing(Vault(trail.vault.path, trail.keys.master)) as vault:
+            yield from read_annotations(trail.reader(), vault, import_id=import_id, run=run)
 
     def annotation_imports(self) -> tuple[ImportSummary, ...]:
         """Every import of annotations with how many it has, from what stands in the open."""
@@ -731,7 +736,9 @@ def _shared_trail(config: AuditConfig) -> Trail:
             _close(_trails.pop(location))
             trail = None
         if trail is None:
-            trail = Trail.open(location, origin=config.origin, durability=config.durability)
+            trail = Trail.open(
+                location, origin=config.origin, durability=config.durability, asynchronous=config.asynchronous
+            )
             _trails[location] = trail
     if config.origin not in (None, trail.origin):
         raise StoreError(

@@ -107,6 +107,7 @@ def prepare_rows(
     guideline: str | None = None,
     guideline_file: Path | str | None = None,
     extra: Sequence[str] = (),
+    drawn_from: Path | str | Sequence[Path | str] | None = None,
     public_digest: bool = False,
 ) -> Prepared:
     """Annotations from a file, a `datasets.Dataset` or an iterable of dicts; see `AuditableRLHF.log_annotations`.
@@ -127,14 +128,15 @@ def prepare_rows(
     _state(fields, "guideline", guideline, taken.get("guideline"))
     fields.extra = {name: table.columns[name] for name in extra}
     renamed = {ours: theirs for ours, theirs in names.items() if theirs != ours}
-    counted = table.rows if table.form != "values" else None
+    sources = table.sources + _digested(drawn_from)
+    counted = table.rows if sources else None
     return _prepare(
         fields,
         words,
         AnnotationsImported(
             import_id="", form=table.form, kind="", provenance={}, rows=counted, columns=renamed, extra=list(extra)
         ),
-        table.sources,
+        sources,
         guideline_file,
         public_digest=public_digest,
     )
@@ -184,17 +186,21 @@ def prepare_values(
     for name, value in stated.items():
         _state(fields, name, value if isinstance(value, str) else None, lists.get(name))
     fields.extra = {name: lists[f"extra[{name!r}]"] for name in extra or {}}
-    files = [drawn_from] if isinstance(drawn_from, str | Path) else list(drawn_from or ())
+    sources = _digested(drawn_from)
     return _prepare(
         fields,
         words,
         AnnotationsImported(
-            import_id="", form="values", kind="", provenance={}, rows=rows if files else None, extra=list(extra or {})
+            import_id="", form="values", kind="", provenance={}, rows=rows if sources else None, extra=list(extra or {})
         ),
-        tuple(file_digest(path) for path in files),
+        sources,
         guideline_file,
         public_digest=public_digest,
     )
+
+
+def _digested(files: Path | str | Sequence[Path | str] | None) -> tuple[Source, ...]:
+    return tuple(file_digest(path) for path in ([files] if isinstance(files, str | Path) else files or ()))
 
 
 def _resolve(table: Table, columns: Mapping[str, str | None], extra: tuple[str, ...]) -> dict[str, str]:

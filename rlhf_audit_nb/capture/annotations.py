@@ -196,11 +196,12 @@ def read_annotations(
     Raises:
         VaultError: the vault's key is not this one, or an opening is not its commitment's.
     """
+    there = vault.exists()  # reading a vault that is gone would make an empty one
     for entry in reader.entries(type=AnnotationRecorded.TYPE, run=run):
         event = decode_body(entry.type, entry.body)
         assert isinstance(event, AnnotationRecorded)  # for the type checker; decode_body checked it
         if import_id is None or event.import_id == import_id:
-            annotation, state = _opened(entry, vault)
+            annotation, state = _opened(entry, vault) if there else (None, "missing")
             yield OpenedAnnotation(
                 index=entry.index, import_id=event.import_id, run=entry.run, state=state, annotation=annotation
             )

@@ -15,10 +15,10 @@ from support.tiny import shared_folder
 from support.trails import events, kinds
 
 from rlhf_audit_nb import AuditableRLHF, AuditConfig, PrivacyConfig
-from rlhf_audit_nb.capture.annotations import DAY_US, import_owner
+from rlhf_audit_nb.capture.annotations import DAY_US, import_owner, read_annotations
 from rlhf_audit_nb.errors import ConfigError, DataError, StoreError
-from rlhf_audit_nb.events import Annotation, AnnotationRecorded, AnnotationsImported
-from rlhf_audit_nb.trail import TrailReader, verify_trail
+from rlhf_audit_nb.events import Annotation, AnnotationRecorded, AnnotationsImported, Step, StepPrivate
+from rlhf_audit_nb.trail import TrailReader, Vault, verify_trail
 from rlhf_audit_nb.trail.erasure import erase
 
 PAIR = ("one answer", "another answer")
@@ -175,6 +175,9 @@ def test_dicts_of_a_program_need_their_columns_named(auditor):
     columns = {"prompt": "q", "response": "answer", "reward": "stars", "annotator_id": "who"}
     auditor.log_annotations(rows, columns=columns)
     (item,) = auditor.annotations()
+    assert events(auditor.trail, AnnotationsImported)[0].rows is None
+    auditor.log_annotations(rows, columns=columns, drawn_from=__file__)
+    assert events(auditor.trail, AnnotationsImported)[1].rows == 1
     assert item.annotation == Annotation(prompt="p", responses=["a"], reward=4, annotator="u")
     assert item.to_dict()["annotation"]["reward"] == 4
 
@@ -243,6 +246,26 @@ def test_an_opening_that_is_lost_is_missing_and_not_erased(auditor):
         vault.execute("DELETE FROM openings WHERE commitment = ?", (lost,))
     vault.close()
     assert [item.state for item in auditor.annotations()] == ["open", "missing", "open"]
+
+
+def test_without_a_vault_all_are_missing_and_none_is_made(auditor):
+    auditor.log_annotations(**VOTES)
+    auditor.trail.close()
+    for file in auditor.trail.location.glob("vault.sqlite*"):
+        file.unlink()
+    reader, gone = TrailReader.open(auditor.trail.location), Vault(auditor.trail.vault.path, auditor.trail.keys.master)
+    assert [item.state for item in read_annotations(reader, gone)] == ["missing"] * 3
+    assert not list(auditor.trail.location.glob("vault.sqlite*"))
+
+
+def test_they_can_be_read_while_a_run_goes_on_sealing(auditor):
+    auditor.log_annotations(**VOTES)
+    with auditor.track_training("meanwhile") as run:
+        for number in range(200):
+            run.record(Step(step=number), StepPrivate(metrics={"loss": 0.5}))
+            if number % 20 == 0:
+                assert [item.state for item in auditor.annotations()] == ["open"] * 3
+    assert auditor.verify().level.name == "UNANCHORED"
 
 
 def test_showing_an_annotation_does_not_say_what_it_says(auditor):
