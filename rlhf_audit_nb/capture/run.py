@@ -349,7 +349,7 @@ class Run:
             private=encode_private(private) if private is not None else None,
             resolution_us=self._resolution_us,
         )
-        if self.audit.durability == "always":  # also where the trail was opened by somebody who asked for less
+        if self.audit.waits:  # also where the trail was opened by somebody who asked for less
             pending.wait()
 
     @property

@@ -362,8 +362,11 @@ class Terminated(SystemExit):
 @contextlib.contextmanager
 def _sealing_on_sigterm() -> Iterator[None]:
     """While it lasts, SIGTERM raises `Terminated` where Python's default would end the process without a seal."""
+    from rlhf_audit_nb.trail.ending import on_sigterm
+
     ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    before = signal.getsignal(signal.SIGTERM)
+    if not ours or before not in (signal.SIG_DFL, on_sigterm):  # the trail's own flush comes with the seal's
         yield
         return
 
@@ -374,7 +377,7 @@ def _sealing_on_sigterm() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, before)
 
 
 # -- running ----------------------------------------------------------------------------------------------------

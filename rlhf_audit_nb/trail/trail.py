@@ -7,16 +7,15 @@ and the memory of its last-seen head lie elsewhere, in the user's home folder (`
 
 from __future__ import annotations
 
-import atexit
 import base64
 import fcntl
 import os
 import secrets
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +26,8 @@ import msgspec
 from rlhf_audit_nb.config import DEFAULT_TRAIL, ENV_TRAIL, Durability
 from rlhf_audit_nb.errors import FormatError, StoreError
 from rlhf_audit_nb.trail.checkpoint import checkpoint_of
+from rlhf_audit_nb.trail.durable import sync_folder
+from rlhf_audit_nb.trail.ending import watch
 from rlhf_audit_nb.trail.entry import MAX_ENTRY, Entry, check_body, check_run, check_type
 from rlhf_audit_nb.trail.erasure import finish_erasures
 from rlhf_audit_nb.trail.heads import Heads
@@ -35,6 +36,7 @@ from rlhf_audit_nb.trail.liveness import is_alive, living_writers, sweep
 from rlhf_audit_nb.trail.merkle import prove_consistency, prove_inclusion, tree_root
 from rlhf_audit_nb.trail.note import NoteSigner, format_vkey
 from rlhf_audit_nb.trail.store import Bundle, Head, Store, Transaction, store_errors, unpack_entries
+from rlhf_audit_nb.trail.succession import names_key
 from rlhf_audit_nb.trail.vault import Vault
 from rlhf_audit_nb.trail.verify import compare_with_seen, store_path
 from rlhf_audit_nb.trail.writer import RUN_INTERRUPTED, Draft, Pace, Pending, Writer, new_head, too_large
@@ -236,7 +238,7 @@ class Trail:
         self._vkey = keys.log_vkey
         self._recovery = recovery
         self._waits = writer.pace.waits
-        _OPEN.add(self)
+        watch(writer)
 
     @classmethod
     def open(
@@ -296,7 +298,7 @@ class Trail:
                 keys = _new_keys(home, heads, origin, passphrase)
             else:
                 _check_origin(head, origin, store.path)
-                keys = load_keys(home, head.origin, passphrase)
+                keys = load_keys(home, head.origin, passphrase, named=partial(_names_key, store.path))
                 _check_seen(store, head.origin, heads)
             vault = Vault(folder / "vault.sqlite", keys.master)
             writer = Writer(folder, store, vault, [keys.signer], heads, pace)
@@ -502,7 +504,6 @@ class Trail:
 
     def close(self) -> None:
         """Make everything durable and let go. Raises the `StoreError` of a failed commit."""
-        _OPEN.discard(self)
         self._writer.close()
 
 
@@ -530,8 +531,11 @@ def _folder(location: Path | str | None) -> Path:
 @contextmanager
 def _opening(folder: Path) -> Iterator[None]:
     """One opening at a time: two processes must not both make the trail, or both mark a run."""
+    missing = [part for part in (folder, *folder.parents) if not part.exists()]
     (folder / "artifacts").mkdir(parents=True, exist_ok=True)
     (folder / "writers").mkdir(exist_ok=True)
+    for part in reversed(missing):  # else what is durable in a new folder could go with the folder's name
+        sync_folder(part.parent)
     descriptor = os.open(folder / "writers" / ".opening", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -552,6 +556,10 @@ def _new_keys(home: Path, heads: Heads, origin: str | None, passphrase: str | No
             code="diverged",
         )
     return load_keys(home, origin, passphrase) if have_keys(home, origin) else create_keys(home, origin, passphrase)
+
+
+def _names_key(path: Path, key: str) -> bool:
+    return names_key(TrailReader.of(Store(path, write=False)), key)
 
 
 def _check_origin(head: Head, origin: str | None, path: Path) -> None:
@@ -627,14 +635,3 @@ def _settled(trail: Trail) -> Trail:
         finish_erasures(trail)
         undo.pop_all()
     return trail
-
-
-_OPEN: weakref.WeakSet[Trail] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    """What was appended and not closed becomes durable when the interpreter ends; no failure stops the others."""
-    with ExitStack() as closing:
-        for trail in list(_OPEN):
-            closing.callback(trail.close)

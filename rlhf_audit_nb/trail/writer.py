@@ -37,6 +37,7 @@ import msgspec
 
 from rlhf_audit_nb.errors import AuditError, EntryError, FormatError, StoreError, TrailError
 from rlhf_audit_nb.trail.checkpoint import Checkpoint, checkpoint_of
+from rlhf_audit_nb.trail.ending import forget
 from rlhf_audit_nb.trail.entry import ENVELOPE_VERSION, MAX_ENTRY, Entry, Envelope, encode_envelope, stream_name
 from rlhf_audit_nb.trail.liveness import WriterLock
 from rlhf_audit_nb.trail.merkle import Frontier
@@ -773,6 +774,7 @@ class Writer:
         with self._commit_lock:
             self._closed = True
             _LIVE.discard(self)
+            forget(self)
             try:
                 if self._failure is None:
                     self.remember()

@@ -1,0 +1,183 @@
+"""What is queued when the process ends is written: at exit, after an exception, on SIGTERM, at a kernel's restart."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rlhf_audit_nb.trail import Level, Trail, TrailReader, ending, verify_trail
+
+ROOT = Path(__file__).parents[2]
+
+# The window never closes by itself here, so that what is on the disk afterwards was flushed by the ending.
+OPENED = """
+import os, signal, sys, threading, time
+import rlhf_audit_nb.trail.writer as w
+w.LINGER_SECONDS = 1000
+from rlhf_audit_nb.trail import Trail
+trail = Trail.open(sys.argv[1])
+for number in range(300):
+    trail.append("a.b", b'{"n":%d}' % number, run="r", private=b"x")
+"""
+WAITING = OPENED + "print('ready', flush=True)\n"
+
+
+def run(script: str, *args: object, **more) -> subprocess.Popen:
+    command = [sys.executable, "-c", script, *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, **more)
+
+
+def terminated(script: str, folder: Path, sent: int = signal.SIGTERM) -> tuple[int, str]:
+    process = run(script, folder)
+    assert process.stdout.readline() == "ready\n", process.stderr.read()
+    process.send_signal(sent)
+    _, said = process.communicate(timeout=30)
+    return process.returncode, said
+
+
+def count(folder: Path) -> int:
+    return len(list(TrailReader.open(folder).entries(type="a.b")))
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [
+        ("", 0),
+        ("raise LookupError", 1),
+        ("sys.exit(3)", 3),
+        ("threading.Thread(target=time.sleep, args=[0.1]).start()", 0),
+    ],
+)
+def test_what_is_queued_is_written_when_the_interpreter_ends(folder, end, status):
+    process = run(OPENED + end, folder)
+    process.communicate(timeout=30)
+    assert (process.returncode, count(folder)) == (status, 300)
+
+
+def test_without_an_ending_the_queue_is_lost_which_is_what_these_tests_would_see(folder):
+    process = run(OPENED + "os._exit(0)", folder)
+    process.communicate(timeout=30)
+    assert count(folder) == 0
+
+
+@pytest.mark.parametrize(
+    "waiting",
+    ["time.sleep(60)", "threading.Event().wait(60)", "while True: pass"],
+)
+def test_sigterm_loses_nothing_and_the_process_still_dies_of_it(folder, waiting):
+    status, said = terminated(WAITING + waiting, folder)
+    assert (status, said, count(folder)) == (-signal.SIGTERM, "", 300)
+    assert verify_trail(folder).level is Level.UNANCHORED
+
+
+def test_sigterm_while_the_main_thread_appends_flushes_what_came_before_it_and_does_not_hang(folder):
+    script = WAITING + 'while True: trail.append("a.c", b"{}")\n'
+    for delay in (0.0, 0.003, 0.01):
+        process = run(script, folder)
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(delay)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
+        assert process.returncode == -signal.SIGTERM
+    assert count(folder) == 900
+    assert verify_trail(folder).level is Level.UNANCHORED
+
+
+def test_sigterm_in_the_middle_of_durable_appends_loses_nothing_that_was_promised(folder):
+    script = """
+import sys
+from rlhf_audit_nb.trail import Trail
+with Trail.open(sys.argv[1], durability="always") as trail:
+    print("ready", flush=True)
+    while True:
+        print(trail.append("a.b", b"{}", run="r").index, flush=True)
+"""
+    process = run(script, folder)
+    process.stdout.readline()
+    time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGTERM
+    promised = [int(line) for line in out.splitlines()]
+    assert promised == list(range(1, 1 + len(promised)))
+    assert len(promised) <= count(folder) <= len(promised) + 2
+
+
+def test_a_second_sigterm_does_not_cut_the_flush_short(folder):
+    slow = """
+whole = w.Writer._commit
+def slowly(self, *args, **more):
+    time.sleep(0.5)
+    return whole(self, *args, **more)
+w.Writer._commit = slowly
+print("ready", flush=True)
+time.sleep(60)
+"""
+    process = run(OPENED + slow, folder)
+    process.stdout.readline()
+    for _ in range(3):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    process.communicate(timeout=30)
+    assert (process.returncode, count(folder)) == (-signal.SIGTERM, 300)
+
+
+def test_a_flush_that_does_not_come_to_an_end_is_given_up_and_said(folder):
+    stuck = """
+from rlhf_audit_nb.trail import ending
+ending.PATIENCE_SECONDS = 0.5
+trail._writer._commit_lock.acquire()
+print("ready", flush=True)
+time.sleep(60)
+"""
+    status, said = terminated(OPENED + stuck, folder)
+    assert status == -signal.SIGTERM
+    assert "rlhf-audit: what was appended last could not be written within 0 s of SIGTERM" in said
+
+
+def test_a_flush_that_fails_is_said(folder):
+    broken = """
+def broken(*_args):
+    raise OSError("no such disk")
+w.Writer._commit = broken
+print("ready", flush=True)
+time.sleep(60)
+"""
+    status, said = terminated(OPENED + broken, folder)
+    assert status == -signal.SIGTERM
+    assert "300 entries were not written" in said
+
+
+def test_a_users_own_handler_is_left_alone(folder):
+    own = "import signal, sys\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
+    status, _ = terminated(own + WAITING + "time.sleep(60)", folder)
+    assert (status, count(folder)) == (7, 300)
+
+
+def test_the_handler_is_there_only_while_a_trail_is_open(folder, tmp_path):
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with Trail.open(folder):
+        with Trail.open(tmp_path / "other"):
+            assert signal.getsignal(signal.SIGTERM) is ending.on_sigterm
+        assert signal.getsignal(signal.SIGTERM) is ending.on_sigterm
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_forked_child_dies_of_sigterm_too(folder):
+    with Trail.open(folder) as trail:
+        trail.append("a.b", b"{}").wait()
+        child = os.fork()
+        if child == 0:
+            trail.append("a.b", b"{}")
+            while True:
+                time.sleep(1)
+        time.sleep(0.2)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        assert len(list(trail.reader().entries(type="a.b"))) == 2
