@@ -282,7 +282,9 @@ class _Audit:
         try:
             checked = self.keys.check(self.policy, note)
         except FormatError as error:
-            self.fault(error.reason, where, error.message)
+            # An older checkpoint by a key that was revoked is no evidence, and no fault of a history that goes on.
+            if error.reason != "revoked-key" or where == NEWEST:
+                self.fault(error.reason, where, error.message)
             return None
         if checked.checkpoint.origin != self.head.origin:
             self.fault("origin", where, f"It is of {checked.checkpoint.origin}, not of {self.head.origin}.")

@@ -328,6 +328,16 @@ def test_a_key_that_was_replaced_before_can_be_revoked_later(folder, home):
     assert statement.signed_by(TrustPolicy.of(first.new).logs) == (first.new,)
 
 
+def test_what_a_revoked_key_had_signed_is_no_fault_of_the_history_that_goes_on(folder, home):
+    old = made(folder, entries=600)
+    with Trail.open(folder) as trail:
+        statement, rotation = revoke_key(trail, since=10)
+    grown(folder)
+    assert statement.since == 10
+    for keys in ((), (old,), (rotation.new,)):
+        assert level(folder, *keys) is Level.UNANCHORED
+
+
 @pytest.mark.parametrize(("key", "since", "code"), [("nobody+00000000+AA==", None, "no-key"), (None, 99, "since")])
 def test_a_revocation_that_makes_no_sense_changes_nothing(folder, home, key, since, code):
     old = made(folder)
