@@ -43,6 +43,8 @@ UNFINISHED = ".publishing"
 _PARALLEL = 16
 _ATTEMPTS = 3
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_NOT_A_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EISDIR)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOTSUP)
@@ -171,58 +173,49 @@ class _Folder:
     lists: bool = True
     parallel: int = 1
     touched: set[tuple[str, ...]] = field(default_factory=set)
+    base: int | None = None
 
     def __post_init__(self) -> None:
         self.name = str(self.folder)
 
     def read(self, name: str, most: int) -> bytes | None:
+        *folders, last = name.split("/")
         with self._errors(name, reading=True):
             try:
-                return self._bytes(name, most)
-            except (FileNotFoundError, NotADirectoryError):
-                return None
+                with self._opened(folders) as parent:
+                    return _read(last, parent, most)
             except OSError as error:
-                if error.errno in (errno.ELOOP, errno.ENXIO):
+                if error.errno in _NOT_A_FILE:
                     return None
                 raise
 
-    def _bytes(self, name: str, most: int) -> bytes | None:
-        *folders, last = name.split("/")
-        with self._opened(folders) as parent:
-            descriptor = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
-        with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                return None
-            data = file.read(most + 1)
-        return data if len(data) <= most else None
-
     def put_new(self, name: str, data: bytes) -> bool:
-        with self._errors(name):
-            self._refuse_link(name)
-            if not os.path.lexists(self.folder / name):
-                self._write(name, data, 0o444)
+        *folders, last = name.split("/")
+        with self._errors(name), self._opened(folders, make=True) as parent:
+            # Also where it is there: whoever put it may have been cut off before the name was durable.
+            self._touch(folders)
+            try:
+                there = _read(last, parent, len(data))
+            except FileNotFoundError:
+                self._write(last, parent, data, 0o444)
                 return True
-            # Whoever put it there may have been cut off before the name was durable.
-            self._touch(name)
-            if self._bytes(name, len(data)) != data:
+            if there != data:
                 raise _diverged(self.name, name)
         return False
 
     def replace(self, name: str, data: bytes) -> None:
         self.settle()
-        with self._errors(name):
-            self._refuse_link(name)
-            self._write(name, data, 0o644)
+        *folders, last = name.split("/")
+        with self._errors(name), self._opened(folders, make=True) as parent:
+            self._touch(folders)
+            self._write(last, parent, data, 0o644)
         self.settle()
 
     def remove(self, name: str) -> None:
         *folders, last = name.split("/")
-        with (
-            self._errors(name),
-            contextlib.suppress(FileNotFoundError, NotADirectoryError),
-            self._opened(folders) as parent,
-        ):
-            os.unlink(last, dir_fd=parent)
+        with self._errors(name), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            with self._opened(folders) as parent:
+                os.unlink(last, dir_fd=parent)
             if folders:
                 self._remove_empty(folders)
 
@@ -238,19 +231,19 @@ class _Folder:
         waiting = [folder]
         while waiting:
             at = waiting.pop()
-            with self._errors(at, reading=True):
-                for name, is_folder in self._list(at):
-                    if is_folder:
-                        waiting.append(f"{at}/{name}")
-                    else:
-                        yield f"{at}/{name}"
+            for name, is_folder in self._list(at):
+                if is_folder:
+                    waiting.append(f"{at}/{name}")
+                else:
+                    yield f"{at}/{name}"
 
     def _list(self, folder: str) -> list[tuple[str, bool]]:
-        try:
-            with self._opened(folder.split("/")) as opened, os.scandir(opened) as found:
-                return [(item.name, item.is_dir(follow_symlinks=False)) for item in found]
-        except (FileNotFoundError, NotADirectoryError):
-            return []
+        with self._errors(folder, reading=True):
+            try:
+                with self._opened(folder.split("/")) as opened, os.scandir(opened) as found:
+                    return [(item.name, item.is_dir(follow_symlinks=False)) for item in found]
+            except (FileNotFoundError, NotADirectoryError):
+                return []
 
     def settle(self) -> None:
         """The folders, the deepest first; the files were made durable before they got their names."""
@@ -264,69 +257,63 @@ class _Folder:
     def publishing(self, trail: Path) -> Iterator[bool]:  # noqa: ARG002 (the folder itself is locked)
         with self._errors(""):
             self._make()
-            lock = os.open(self.folder, _FOLDER)
+            self.base = os.open(self.folder, _FOLDER)
         try:
             with self._errors(""):
-                if not _lock(lock):
+                if not _lock(self.base):
                     raise _in_use(self.name)
                 cut_off = self._sweep()
             yield cut_off
             with self._errors(""), contextlib.suppress(FileNotFoundError):
-                (self.folder / UNFINISHED).rmdir()
+                os.rmdir(UNFINISHED, dir_fd=self.base)
         finally:
-            _unlock(lock)
+            base, self.base = self.base, None
+            _unlock(base)
 
     def _make(self) -> None:
         """The folder, and the names of those above that had to be made."""
-        missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        missing = []
+        path = self.folder
+        while not path.exists():
+            missing.append(path)
+            path = path.parent
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in missing:
             sync_folder(path.parent)
 
     def _sweep(self) -> bool:
         """Remove what a publish that was cut off has left unfinished; whether there was one."""
-        path = self.folder / UNFINISHED
-        if path.is_symlink():
-            raise _linked(str(path))
-        if not path.is_dir():
+        try:
+            with self._opened([UNFINISHED]) as opened:
+                for name in os.listdir(opened):  # noqa: PTH208 (of a descriptor)
+                    os.unlink(name, dir_fd=opened)
+        except FileNotFoundError:
             return False
-        for file in path.iterdir():
-            file.unlink()
         return True
 
-    def _refuse_link(self, name: str) -> None:
-        path = self.folder
-        for part in name.split("/"):
-            path /= part
-            if path.is_symlink():
-                raise _linked(str(path))
-
-    def _write(self, name: str, data: bytes, mode: int) -> None:
-        *folders, last = name.split("/")
-        with self._opened([UNFINISHED], make=True) as unfinished, self._opened(folders, make=True) as parent:
+    def _write(self, name: str, parent: int, data: bytes, mode: int) -> None:
+        with self._opened([UNFINISHED], make=True) as unfinished:
             temporary = secrets.token_hex(8)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            descriptor = os.open(temporary, flags, mode, dir_fd=unfinished)
+            descriptor = os.open(temporary, _CREATE, mode, dir_fd=unfinished)
             try:
-                with os.fdopen(descriptor, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.rename(temporary, last, src_dir_fd=unfinished, dst_dir_fd=parent)
+                try:
+                    _write_all(descriptor, data)
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+                os.rename(temporary, name, src_dir_fd=unfinished, dst_dir_fd=parent)
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.unlink(temporary, dir_fd=unfinished)
                 raise
-        self._touch(name)
 
-    def _touch(self, name: str) -> None:
-        folders = tuple(name.split("/")[:-1])
-        self.touched.update(folders[:count] for count in range(len(folders) + 1))
+    def _touch(self, folders: Sequence[str]) -> None:
+        self.touched.update(tuple(folders[:count]) for count in range(len(folders) + 1))
 
     @contextmanager
     def _opened(self, folders: Sequence[str], *, make: bool = False) -> Iterator[int]:
         """A folder below this one, no step of the way a link."""
-        at = os.open(self.folder, _FOLDER)
+        at = os.open(self.folder, _FOLDER) if self.base is None else os.dup(self.base)
         try:
             for part in folders:
                 try:
@@ -349,6 +336,9 @@ class _Folder:
         try:
             yield
         except OSError as error:
+            link = self._link(name)
+            if link is not None and error.errno in _NOT_A_FILE and not reading:
+                raise _linked(str(link)) from error
             reason = error.strerror or str(error)
             if reading:
                 raise StoreError(
@@ -367,6 +357,36 @@ class _Folder:
                 code="read-only" if error.errno in _REFUSED else "publish",
             ) from error
 
+    def _link(self, name: str) -> Path | None:
+        """The first link on the way to a name."""
+        path = self.folder
+        for part in name.split("/"):
+            path /= part
+            if path.is_symlink():
+                return path
+        return None
+
+
+def _read(name: str, parent: int, most: int) -> bytes | None:
+    """A file's bytes; ``None`` where it is no file, or larger than ``most``. A link raises ``ELOOP``."""
+    descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return None
+        parts, size = [], 0
+        while size <= most and (part := os.read(descriptor, most + 1 - size)):
+            parts.append(part)
+            size += len(part)
+    finally:
+        os.close(descriptor)
+    return b"".join(parts) if size <= most else None
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
 
 def _lock(descriptor: int) -> bool:
     """Lock an opened folder; ``False`` where another process holds it. Where there are no locks, nobody is asked."""
@@ -384,7 +404,8 @@ def _unlock(descriptor: int) -> None:
     # Said outright: a child forked meanwhile has a copy of the descriptor, which would go on holding it.
     with contextlib.suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_UN)
-    os.close(descriptor)
+    with contextlib.suppress(OSError):
+        os.close(descriptor)
 
 
 def _shown(url: str) -> tuple[str, tuple[str, ...]]:

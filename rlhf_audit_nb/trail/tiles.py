@@ -43,6 +43,7 @@ __all__ = [
     "MAX_CHECKPOINT_BYTES",
     "MAX_TILE_BYTES",
     "TILES",
+    "Endorse",
     "Progress",
     "Published",
     "TileName",
@@ -64,6 +65,8 @@ _MAX_LEVEL = 63
 
 Progress = Callable[[str, int, int], None]
 """Called as a publish goes on: ``checked`` or ``written``, how many entries, of how many."""
+Endorse = Callable[[str], str]
+"""Adds a signature to a checkpoint (a signed note)."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,12 @@ def parse_tile_path(path: str) -> TileName | None:
 
 
 def publish_tiles(
-    location: Path | str, target: Path | str, *, progress: Progress | None = None, everything: bool = False
+    location: Path | str,
+    target: Path | str,
+    *,
+    progress: Progress | None = None,
+    everything: bool = False,
+    endorse: Endorse | None = None,
 ) -> Published:
     """Publish the trail in the folder ``location`` to ``target``, or bring that up to date.
 
@@ -139,7 +147,8 @@ def publish_tiles(
         location: the trail's folder.
         target: a folder, or an address that fsspec can write to (``s3://BUCKET/FOLDER``).
         progress: called as it goes on.
-        everything: look at every file that is there, not only at the checkpoint, and write what is missing.
+        everything: look at every tile that is there, not only at the checkpoint, and write what is missing.
+        endorse: adds the log's second signature to the checkpoint that is published (`KeyRing.endorse`).
 
     Raises:
         StoreError: the trail cannot be read or does not hang together (``damaged``); the target cannot be written
@@ -148,15 +157,28 @@ def publish_tiles(
             before still holds.
     """
     store = Store(store_path(location), write=False)
-    if not store.exists():
+    try:
+        there = store.exists()
+    except OSError as error:
+        raise StoreError(
+            f"The trail {store.path} cannot be read: {error.strerror or error}.",
+            next_step="Make it readable.",
+            code="unreadable",
+        ) from error
+    if not there:
         raise StoreError(f"There is no trail at {store.path}.", next_step="Name its folder.", code="no-trail")
     opened = open_target(target)
     with opened.publishing(store.path.parent.absolute()) as cut_off:
-        return _Publish(store, opened, progress or _silent, everything).run(cut_off=cut_off)
+        publish = _Publish(store, opened, progress or _silent, endorse or _as_it_is, everything)
+        return publish.run(cut_off=cut_off)
 
 
 def _silent(_what: str, _done: int, _all: int) -> None:
     """No progress is told."""
+
+
+def _as_it_is(note: str) -> str:
+    return note
 
 
 def _damaged(what: str) -> StoreError:
@@ -174,6 +196,7 @@ class _Publish:
     store: Store
     target: Target
     progress: Progress
+    endorse: Endorse
     everything: bool
     written: int = 0
     seen: Checkpoint | None = None
@@ -191,8 +214,8 @@ class _Publish:
         self._check(head, frontier)
         if self.everything or head.size > before:
             self.written += put_all(self.target, self._tiles(head, 0 if self.everything else before))
-        note = self._checkpoint(head)
-        if there is None or not _holds(there, note):
+        note = self._checkpoint(head, there)
+        if there is None or there != note.encode():
             self._put_checkpoint(there, note)
         self._put_anchors(head.size)
         removed = self._drop(before, head.size, sweep=cut_off or self.everything)
@@ -286,15 +309,17 @@ class _Publish:
                 number, width = at // BUNDLE, min(BUNDLE, size - at)
                 yield (number, *_join([row for row in rows if row.first // BUNDLE == number], at, width))
 
-    def _checkpoint(self, head: Head) -> str:
-        """The note to publish: the trail's newest, with the cosignatures that are kept for this very size."""
-        own = parse_note(head.note)
-        try:
-            cosigned = AnchorFolder(self.store.path.parent).cosigned(head.size)
-            said = own if cosigned is None else parse_note(cosigned)
-        except FormatError:  # whoever wrote that file, the trail's own note is good
-            said = own
-        return _joined(own, said) if own.text == said.text else head.note
+    def _checkpoint(self, head: Head, there: bytes | None) -> str:
+        """The note to publish: the trail's newest, with all that was signed of this very size."""
+        folder = AnchorFolder(self.store.path.parent)
+        note = parse_note(head.note)
+        for kind in ("checkpoint", "cosigned"):
+            note = _joined(note, folder.read(f"{head.size}.{kind}"))
+        published = _parsed(there)
+        if published is not None and published.text == note.text and not self.everything:
+            # Others may have signed it since; it stays where it says all that this one says.
+            note = published if set(note.signatures) <= set(published.signatures) else note
+        return self.endorse(note.format())
 
     def _put_checkpoint(self, there: bytes | None, note: str) -> None:
         self.target.settle()
@@ -374,18 +399,18 @@ def _join(rows: Sequence[Bundle], first: int, width: int) -> tuple[list[bytes], 
     return entries[:width], pack_entries(entries[:width])
 
 
-def _joined(own: Note, said: Note) -> str:
-    """One note with the lines of both; of one key the first."""
-    known = {(line.name, line.key_id) for line in own.signatures}
-    more = tuple(line for line in said.signatures if (line.name, line.key_id) not in known)
-    return Note(own.text, (*own.signatures, *more)).format()
-
-
-def _holds(there: bytes, note: str) -> bool:
-    """Whether a published checkpoint says all that ``note`` does; then it is left as it is."""
+def _parsed(note: bytes | None) -> Note | None:
+    """A signed note; ``None`` where there is none, or whoever wrote it did not write one."""
     try:
-        published = parse_note(there)
+        return None if note is None else parse_note(note)
     except FormatError:
-        return False
-    given = parse_note(note)
-    return published.text == given.text and set(given.signatures) <= set(published.signatures)
+        return None
+
+
+def _joined(own: Note, said: bytes | None) -> Note:
+    """A note with the lines of another over the same text after its own; of one key the first."""
+    other = _parsed(said)
+    if other is None or other.text != own.text:
+        return own
+    known = {(line.name, line.key_id) for line in own.signatures}
+    return own.plus(*[line for line in other.signatures if (line.name, line.key_id) not in known])
