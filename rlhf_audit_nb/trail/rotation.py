@@ -23,7 +23,7 @@ from rlhf_audit_nb.trail.encoding import encode_base64
 from rlhf_audit_nb.trail.key_files import ROTATED, Change, Retired, now_text
 from rlhf_audit_nb.trail.keys import encode_private, log_signer, public_files
 from rlhf_audit_nb.trail.note import format_vkey, sign_note
-from rlhf_audit_nb.trail.signers import FileKey, HeldKey, SigningKey, kind_of, load_public
+from rlhf_audit_nb.trail.signers import FileKey, HeldKey, SigningKey
 from rlhf_audit_nb.trail.succession import (
     KEY_REVOKED,
     KEY_ROTATED,
@@ -134,12 +134,6 @@ def _check_held(role: str, key: HeldKey) -> None:
         raise KeyFileError(
             f"The {role} key cannot be held elsewhere: what uses it needs the key itself.",
             next_step="Use such a key for the log or for records.",
-            code="key-type",
-        )
-    if role == "record" and kind_of(load_public(key.spki)) == "ML-DSA-44":
-        raise KeyFileError(
-            "An ML-DSA-44 key is a record's second signature, not its first.",
-            next_step="Make one with `rlhf-audit keys add-mldsa`.",
             code="key-type",
         )
     # Asked before anything is written: what cannot sign now must not be named as what signs from now on.

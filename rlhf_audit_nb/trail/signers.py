@@ -202,9 +202,18 @@ class HeldKey:
     Args:
         uri: where, as ``securesystemslib`` names it.
         public: the public half.
+
+    Raises:
+        FormatError: it is an ML-DSA-44 key: what holds keys of that kind signs a hash, not the text itself.
     """
 
     def __init__(self, uri: str, public: PublicKey) -> None:
+        if isinstance(public, MLDSA44PublicKey):
+            raise FormatError(
+                "An ML-DSA-44 key cannot be held elsewhere.",
+                next_step="Make one in the ring: `rlhf-audit keys add-mldsa`.",
+                code="key-type",
+            )
         self.uri = uri
         self.public = public
         self._signer: tuple[int, Any] | None = None
