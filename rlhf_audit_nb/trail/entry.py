@@ -8,7 +8,8 @@ with the keys in this order and no space between them. It is encoded once and ne
 what is stored. ``seq`` counts from 0 without a gap within the entry's *stream*, which is its run, or
 ``writer:<writer>`` where it belongs to no run; ``time`` never runs back within a stream. ``sealed`` is the base64 of
 the 32-byte commitment to the event's private half and is left out where there is none. An entry has at most
-65,535 bytes, because the published form (C2SP tlog-tiles) gives its length in two.
+65,535 bytes, because the published form (C2SP tlog-tiles) gives its length in two, and a body nests at most 100 deep,
+so that whether an entry can be read does not hang on how deep its reader's own stack is.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rlhf_audit_nb.trail.encoding import decode_base64
 
 __all__ = [
     "ENVELOPE_VERSION",
+    "MAX_DEPTH",
     "MAX_ENTRY",
     "Entry",
     "Envelope",
@@ -37,9 +39,13 @@ __all__ = [
 
 ENVELOPE_VERSION = 1
 MAX_ENTRY = 65_535
+MAX_DEPTH = 100
 
 _TYPE = re.compile(r"[a-z0-9]+(?:[._-][a-z0-9]+)*")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
+_INNERMOST = re.compile(rb"\{\}|\[\]")
+_NO_BRACKET = bytes(set(range(256)) - set(b"{}[]"))
 _COMMITMENT_BYTES = 32
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -136,6 +142,22 @@ def stream_name(run: str | None, writer: str) -> str:
     return run if run is not None else "writer:" + writer
 
 
+def _nests_within(data: bytes, most: int) -> bool:
+    """Whether JSON nests at most ``most`` deep; of what is no JSON, whether it is worth handing to the decoder.
+
+    The decoder recurses: without a bound of our own, it would end in a `RecursionError` wherever the stack does.
+    """
+    if data.count(b"{") + data.count(b"[") <= most:
+        return True
+    left = _STRING.sub(b"", data).translate(None, _NO_BRACKET)
+    for _ in range(most):  # each turn takes away the innermost level
+        shorter = _INNERMOST.sub(b"", left)
+        if len(shorter) == len(left):
+            break
+        left = shorter
+    return not left
+
+
 @lru_cache(maxsize=4096)
 def _is_type(value: str) -> bool:
     return len(value) <= 64 and _TYPE.fullmatch(value) is not None  # noqa: PLR2004
@@ -171,11 +193,14 @@ def check_run(value: str) -> str:
 def check_body(body: bytes) -> bytes:
     """``body`` if it is one JSON object in UTF-8 without space around it; raises `EntryError` otherwise."""
     try:
-        if body[:1] == b"{" and body[-1:] == b"}":
+        if body[:1] != b"{" or body[-1:] != b"}":
+            reason = "it does not begin with { and end with }"
+        elif not _nests_within(body, MAX_DEPTH):
+            reason = f"it is not closed, or nests more than {MAX_DEPTH} deep"
+        else:
             str(body, "utf-8")
             _raw_decoder.decode(body)
             return body
-        reason = "it does not begin with { and end with }"
     except (UnicodeDecodeError, msgspec.DecodeError) as error:
         reason = str(error)
     raise EntryError(
@@ -193,6 +218,8 @@ def decode_envelope(data: bytes) -> Envelope:
     """
     if len(data) > MAX_ENTRY:
         raise FormatError(f"An entry of {len(data)} bytes is over {MAX_ENTRY}.", code="malformed-entry")
+    if not _nests_within(data, MAX_DEPTH + 1):
+        raise FormatError(f"An entry is not closed, or its body nests over {MAX_DEPTH} deep.", code="malformed-entry")
     try:
         envelope = _decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from rlhf_audit_nb.errors import EntryError, FormatError
-from rlhf_audit_nb.trail.entry import MAX_ENTRY, Entry, check_body, check_run, check_type, decode_envelope
+from rlhf_audit_nb.trail.entry import MAX_DEPTH, MAX_ENTRY, Entry, check_body, check_run, check_type, decode_envelope
 from rlhf_audit_nb.trail.entry import encode_envelope as encode
 from rlhf_audit_nb.trail.merkle import leaf_hash
 
@@ -100,3 +100,63 @@ def test_names_are_checked():
     for bad in ("", "a b", "a/b", "a" * 129, "a:b", "a\n"):
         with pytest.raises(EntryError):
             check_run(bad)
+
+
+def nested(deep: int, opening: bytes, closing: bytes, inside: bytes = b"1") -> bytes:
+    """A body that nests ``deep``, its own braces included."""
+    return b'{"a":' + opening * (deep - 1) + inside + closing * (deep - 1) + b"}"
+
+
+BRACKETS = {"arrays": (b"[", b"]"), "objects": (b'{"a":', b"}")}
+
+
+@pytest.mark.parametrize("kind", BRACKETS)
+@pytest.mark.parametrize(("deep", "holds"), [(1, True), (MAX_DEPTH, True), (MAX_DEPTH + 1, False), (10_000, False)])
+def test_a_body_nests_to_a_bound_whatever_the_stack_of_its_reader(kind, deep, holds):
+    body = nested(deep, *BRACKETS[kind])
+    data = entry(body={}).replace(b'"body":{}', b'"body":' + body)
+    for depth_of_stack in (0, 500):
+        if holds:
+            assert bytes(below(depth_of_stack, lambda: decode_envelope(data)).body) == body
+            assert below(depth_of_stack, lambda: check_body(body)) == body
+            continue
+        with pytest.raises(FormatError) as caught:
+            below(depth_of_stack, lambda: decode_envelope(data))
+        assert caught.value.reason == "malformed-entry"
+        with pytest.raises(EntryError):
+            below(depth_of_stack, lambda: check_body(body))
+
+
+def below(frames: int, call):
+    """What ``call`` gives with that many frames above it on the stack."""
+    return call() if frames == 0 else below(frames - 1, call)
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        b'"' + b"[" * 500 + b'"',
+        b'"' + b'\\"[{' * 500 + b'"',
+        b'"' + b"\\\\" * 500 + b'"',
+        b",".join([b"[{}]"] * 500),
+        b'{"b":[' + b",".join([b'{"c":"]}"}'] * 500) + b"]}",
+    ],
+)
+def test_brackets_within_strings_and_side_by_side_do_not_nest(inside):
+    for deep, holds in ((5, True), (MAX_DEPTH + 1, False)):
+        body = nested(deep, b"[", b"]", inside)
+        if holds:
+            assert check_body(body) == body
+            continue
+        with pytest.raises(EntryError, match="nests more than 100 deep"):
+            check_body(body)
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"a":' + b"[" * 60_000 + b"}", b'{"a":"' + b"[" * 60_000 + b"}", b"{" * 9_000 + b"}"]
+)
+def test_what_never_closes_is_refused(body):
+    with pytest.raises(EntryError):
+        check_body(body)
+    with pytest.raises(FormatError):
+        decode_envelope(entry(body={}).replace(b'"body":{}', b'"body":' + body)[:MAX_ENTRY])
