@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import textwrap
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ LEVELS = ("UNANCHORED", "TIMESTAMPED", "COSIGNED")
 PROOF_SUFFIX = ".tlog-proof"
 MAX_FILE = 64 << 20
 MOST_RUNS = 12
+MOST_LINES = 40
 QUIET_SECONDS = 2.0
 
 Notes = Sequence["Reason"]
@@ -80,33 +82,42 @@ def _progress() -> Callable[[int, int], None]:
 def _do_verify(args: argparse.Namespace) -> int:
     from rlhf_audit_nb.trail import Level
 
-    policy = read_policy(args)
-    verdict, notes = _verdict(args, policy)
+    verdict, notes, payload = _verdict(args, read_policy(args))
     require = Level[args.require] if args.require else None
-    words = verdict_words(verdict, notes)
+    words, result = verdict_words(verdict, notes), verdict.to_dict()
+    if payload:
+        words += _payload_words(payload)
+        result["payload"] = base64.b64encode(payload).decode()
     code = verdict.exit_code(require)
     if require is not None and code:
         words.append(f"  Required was {require.name}: refused.")
-    return finish(args, verdict.to_dict(), words, code)
+    return finish(args, result, words, code)
 
 
-def _verdict(args: argparse.Namespace, policy: TrustPolicy | None) -> tuple[Verdict, Notes]:
+def _verdict(args: argparse.Namespace, policy: TrustPolicy | None) -> tuple[Verdict, Notes, bytes | None]:
+    """The verdict, what is worth knowing beside it, and the private half that a disclosure opens."""
+    from rlhf_audit_nb.trail.disclosure import is_disclosure, verify_disclosure
     from rlhf_audit_nb.trail.published import is_published
 
     target = args.target
     published = is_published(target)
     if not published and Path(target).is_file() and _is_proof(target):
-        return _proof(args, policy), ()
+        return _proof(args, policy), (), None
     if args.entry:
         raise ConfigError(
             f"--entry goes with a proof file, and {target} is none.",
             next_step=f"`rlhf-audit trail show INDEX --proof FILE{PROOF_SUFFIX} --entry FILE` writes both.",
             code="usage",
         )
-    if not published and is_record(target):
+    if published or Path(target).is_dir():
+        return _trail(target, policy, _roots(args), openings=args.openings), (), None
+    if is_disclosure(target):
+        _refuse_for(args, "a disclosure")
+        verdict, payload = verify_disclosure(target, policy=policy)
+        return verdict, (), payload
+    if is_record(target):
         _refuse_for(args, "a record")
-        return _record(target, policy)
-    return _trail(target, policy, _roots(args), openings=args.openings), ()
+    return *_record(target, policy), None
 
 
 def _is_proof(target: str) -> bool:
@@ -232,6 +243,23 @@ def _opening_words(verdict: Verdict) -> list[str]:
     parts = [f"{found[name]:,} {word}" for name, word in _OPENINGS if found[name]]
     opened = ", each of them opened and compared" if found["decrypted"] and found["openings"] else ""
     return [f"  {total:,} private halves: {', '.join(parts) or 'none'}{opened}"]
+
+
+def _payload_words(payload: bytes) -> list[str]:
+    """The private half that a disclosure opens, as it may be shown on a terminal."""
+    import msgspec
+
+    from rlhf_audit_nb.compliance.words import visible
+
+    try:
+        text = msgspec.json.format(payload, indent=2).decode()
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return [f"  the private half: {len(payload):,} bytes that are not JSON (--json gives them)"]
+    lines = visible(text).splitlines()
+    more = (
+        [f"    … and {len(lines) - MOST_LINES:,} more lines (--json gives them all)"] if len(lines) > MOST_LINES else []
+    )
+    return ["  the private half:", *(f"    {line}" for line in lines[:MOST_LINES]), *more]
 
 
 _OPENINGS = (("openings", "in the vault"), ("erased", "erased"), ("missing", "missing"))

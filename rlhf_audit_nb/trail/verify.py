@@ -708,7 +708,7 @@ def _quorum_words(policy: TrustPolicy, anchors: Sequence[Anchor], size: int) -> 
     reached = max((at for at, root in earlier if quorum_reached(policy, anchors, at, root)), default=0)
     if not reached:
         return said
-    return f"{said} It did so up to entry {reached - 1}; the last {size - reached} rest on the log's key alone."
+    return f"{said} It did so up to entry {reached - 1}; what came after rests on the log's key alone."
 
 
 def _remember(heads: Heads, origin: str, note: str) -> Iterator[Reason]:
