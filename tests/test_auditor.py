@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from support.tiny import dpo_trainer, lora, reward_trainer, synthetic_pairs, tokenizer
+from support.tiny import dpo_trainer, kto_trainer, lora, reward_trainer, sft_trainer, synthetic_pairs, tokenizer
 from support.trails import events, kinds, private_half, without_cross_checks
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -137,6 +137,22 @@ def private(tmp_path_factory):
     with held.track_training("private") as run:
         output = trainer.train()
     return held, run, trainer, output, folder
+
+
+@pytest.mark.parametrize("make", [sft_trainer, kto_trainer], ids=["sft", "kto"])
+def test_other_trainers_are_recorded_as_private_runs_too(make, tmp_path):
+    held = auditor(tmp_path)
+    with held.track_training("other") as run:
+        trainer = make(PAIRS, tmp_path / "out", max_steps=2)
+        before = weights(trainer)
+        trainer.train()
+    assert not unchanged(trainer, before)
+    assert run.state.status == "completed"
+    reserved, settled = events(held.trail, PrivacyReserved), events(held.trail, PrivacySettled)
+    assert (reserved[0].units, settled[0].steps) == (20, 2)
+    assert not any(event.metrics for event in events(held.trail, Step))
+    assert events(held.trail, TrainerAttached)[0].trainer.endswith(type(trainer).__name__)
+    assert held.verify().reasons == ()
 
 
 def test_a_private_run_reserves_before_its_first_step_and_settles_after_its_last(private):

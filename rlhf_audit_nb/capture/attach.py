@@ -216,7 +216,8 @@ def _check_optimizer(optimizer: Any, *_: Any) -> None:
     if run.private:
         raise UnsupportedTrainerError(
             "An optimizer steps outside a trainer that can be made private, in a run under differential privacy.",
-            next_step="Train with TRL's DPOTrainer or RewardTrainer, or open the run without privacy.",
+            next_step="Train with TRL's DPOTrainer, RewardTrainer, SFTTrainer or KTOTrainer, or open the run without "
+            "privacy.",
             code="unrecorded-training",
         )
     run.warn("An optimizer stepped outside a recorded trainer; those steps are not in the trail.")

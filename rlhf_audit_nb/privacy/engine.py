@@ -5,7 +5,8 @@ everything back afterwards. One optimizer step is then
 
 1. sample: each unit is in with chance q, by sealed randomness; of a unit at most k pairs are drawn;
 2. for each sampled unit alone: the gradient of the trainer's own loss over its pairs (in chunks of the per-device
-   batch size, which is exact because the loss is a mean over pairs); its L2 norm over all trainable parameters in
+   batch size, which is exact because the loss is a mean over pairs, or for SFT a sum over tokens divided by a public
+   constant, `token_normaliser`); its L2 norm over all trainable parameters in
    float64; the whole gradient scaled to at most C and added to a sum, both in float64. A unit whose loss or gradient
    is not finite contributes nothing;
 3. once: N(0, (sigma C)^2) is added to each coordinate of every trainable parameter, and the result is divided by the
@@ -42,7 +43,7 @@ from transformers.trainer_utils import TrainOutput
 from rlhf_audit_nb.errors import AuditError, PrivacyError, UnsupportedTrainerError
 from rlhf_audit_nb.privacy.plan import data_fingerprint
 from rlhf_audit_nb.privacy.quiet import quiet_preparation
-from rlhf_audit_nb.privacy.supported import check_supported
+from rlhf_audit_nb.privacy.supported import check_supported, check_unit, token_normaliser
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.privacy.plan import Plan
@@ -73,8 +74,11 @@ class PrivateTraining:
         stopped_by_budget: whether training ended because the next step would have crossed the budget.
     """
 
-    def __init__(self, plan: Plan, randomness: SealedRandom, observer: PrivacyObserver | None) -> None:
+    def __init__(
+        self, plan: Plan, randomness: SealedRandom, observer: PrivacyObserver | None, tokens: int | None = None
+    ) -> None:
         self.plan = plan
+        self._tokens = tokens
         self.steps = 0
         self.stopped_by_budget = False
         self._random = randomness
@@ -204,7 +208,7 @@ class PrivateTraining:
             parameter.grad = None
         torch.manual_seed(self._random.torch_seed(step, unit))
         try:
-            loss = _unit_gradient(trainer, model, self.rows, rows)
+            loss = _unit_gradient(trainer, model, self.rows, rows, self._tokens)
         except (AuditError, KeyboardInterrupt):
             raise
         except Exception as error:
@@ -271,8 +275,9 @@ def private_training(
         PrivacyError: the trainer changed since the plan was made, or the seed has been used.
     """
     check_supported(trainer)
+    check_unit(trainer, plan.config.unit)
     randomness.claim()
-    engine = PrivateTraining(plan, randomness, observer)
+    engine = PrivateTraining(plan, randomness, observer, token_normaliser(trainer))
     with contextlib.ExitStack() as stack:
         stack.callback(engine.close)
         stack.enter_context(_swapped_class(trainer, engine))
@@ -487,16 +492,20 @@ def _without_private_results(output: Any) -> TrainOutput:
     return TrainOutput(output.global_step, math.nan, metrics)
 
 
-def _unit_gradient(trainer: Any, model: torch.nn.Module, data: Any, rows: list[int]) -> float:
-    """Leave the gradient of the mean loss over ``rows`` in ``.grad``; returns that loss (private)."""
+def _unit_gradient(trainer: Any, model: torch.nn.Module, data: Any, rows: list[int], tokens: int | None) -> float:
+    """Leave the gradient of the mean loss over ``rows`` in ``.grad``; returns that loss (private).
+
+    ``tokens`` is what a loss that sums over tokens is divided by, ``None`` for one that is a mean over rows.
+    """
+    public = {} if tokens is None else {"num_items_in_batch": tokens}
     chunk = max(1, trainer.args.per_device_train_batch_size)
     mean = 0.0
     for start in range(0, len(rows), chunk):
         part = rows[start : start + chunk]
         inputs = trainer._prepare_inputs(trainer.data_collator([data[row] for row in part]))  # noqa: SLF001
         with trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(model, inputs)
-        share = loss * (len(part) / len(rows))
+            loss = trainer.compute_loss(model, inputs, **public)
+        share = loss * ((len(part) if tokens is None else 1) / len(rows))
         share.backward()
         mean += float(share.detach())
     return mean

@@ -24,7 +24,7 @@ from rlhf_audit_nb.privacy.accountant import (
     max_steps,
 )
 from rlhf_audit_nb.privacy.sampling import GENERATOR
-from rlhf_audit_nb.privacy.supported import check_supported
+from rlhf_audit_nb.privacy.supported import check_supported, check_unit
 from rlhf_audit_nb.privacy.units import Units, build_units, read_ids
 
 if TYPE_CHECKING:
@@ -149,6 +149,7 @@ def plan_training(trainer: Any, config: PrivacyConfig, prior: Sequence[Mechanism
         PrivacyError: the accountants disagree.
     """
     check_supported(trainer)
+    check_unit(trainer, config.unit)
     dataset = _dataset(trainer)
     units = _units(dataset, config)
     rate = config.sampling_rate or _default_rate(trainer.args, len(units))

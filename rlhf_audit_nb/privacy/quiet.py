@@ -1,8 +1,9 @@
 """Keeping libraries from telling about private rows while data is prepared and trained on. Floor 2.
 
 Libraries report what they do: `datasets` shows how many rows it maps and how many it keeps, tokenizers print the
-length of a sequence that is too long, and TRL quotes the end of a prompt that does not tokenise as a prefix. Under
-differential privacy these are functions of private data, and in a notebook they would stand in its outputs.
+length of a sequence that is too long, TRL quotes the end of a prompt that does not tokenise as a prefix, and for KTO it
+advises on weights from how many answers were liked. Under differential privacy these are functions of private data,
+and in a notebook they would stand in its outputs.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ _TELLING = (
     "tokenized prompt is not a prefix",
     "Token indices sequence length",
     "Mismatch between tokenized prompt",
+    "different amounts of desirable",
 )
 _LIBRARIES = ("trl", "transformers", "datasets", "accelerate")
 _NOWHERE = -1  # below every handler's level, NOTSET included

@@ -15,7 +15,7 @@ from typing import Any
 
 from rlhf_audit_nb.errors import UnsupportedTrainerError
 
-__all__ = ["DPO_LOSSES", "check_supported"]
+__all__ = ["DPO_LOSSES", "check_supported", "check_unit", "token_normaliser"]
 
 DPO_LOSSES = frozenset(
     {
@@ -35,19 +35,24 @@ DPO_LOSSES = frozenset(
 )
 """DPO losses that are means over pairs, each pair's term depending on that pair alone."""
 
+_DPO, _REWARD, _SFT, _KTO = (f"trl.trainer.{name}_trainer" for name in ("dpo", "reward", "sft", "kto"))
 _TRAINERS = {
-    ("trl.trainer.dpo_trainer", "DPOTrainer"): "trl.trainer.dpo_trainer",
-    ("trl.trainer.reward_trainer", "RewardTrainer"): "trl.trainer.reward_trainer",
+    (_DPO, "DPOTrainer"): _DPO,
+    (_REWARD, "RewardTrainer"): _REWARD,
+    (_SFT, "SFTTrainer"): _SFT,
+    (_KTO, "KTOTrainer"): _KTO,
+}
+_NAMES = ", ".join(name for _, name in _TRAINERS)
+_COLLATORS = {
+    _DPO: "DataCollatorForPreference",
+    _REWARD: "DataCollatorForPreference",
+    _SFT: "DataCollatorForLanguageModeling",
+    _KTO: "DataCollatorForUnpairedPreference",
 }
 
 _WHY_NOT = {
-    "KTOTrainer": (
-        "its KL term is a mean over the batch and its KL completions come from neighbouring records, so one "
-        "annotator's gradient depends on the others' data"
-    ),
     "GRPOTrainer": "its advantages and normalisers are taken over groups and batches, which mixes units",
     "RLOOTrainer": "its baseline is taken over the other samples of a group, which mixes units",
-    "SFTTrainer": "its loss is divided by the number of tokens in the batch, which depends on everyone's data",
     "PPOTrainer": "its rollouts, advantages and value updates mix units",
 }
 
@@ -82,6 +87,12 @@ def _arg(name: str, *allowed: Any) -> Callable[[Any], bool]:
         return getattr(value, "value", value) not in allowed
 
     return broken
+
+
+def _orders_batches(trainer: Any) -> bool:
+    """Whether an order of batches was asked for that is neither random nor the trainer's own default."""
+    own = getattr(type(trainer.args), "train_sampling_strategy", "random")
+    return _arg("train_sampling_strategy", "random", getattr(own, "value", own))(trainer)
 
 
 _RULES = (
@@ -121,7 +132,7 @@ _RULES = (
         'Write include_num_input_tokens_seen="no".',
     ),
     _Rule(
-        _arg("train_sampling_strategy", "random"),
+        _orders_batches,
         "batches are drawn by Poisson sampling, which the accounting is for",
         'Leave out train_sampling_strategy (or write "random").',
     ),
@@ -212,38 +223,89 @@ _RULES = (
     ),
 )
 
+_NO_BALANCING = _Rule(
+    lambda trainer: bool(getattr(trainer, "aux_loss_enabled", False)),
+    "the mixture-of-experts balancing loss is a statistic over the batch",
+    "Write router_aux_loss_coef=0.0.",
+)
+_NO_PADDING_FREE = _Rule(
+    lambda trainer: bool(trainer.args.padding_free or getattr(trainer, "padding_free", False)),
+    "padding-free batches join records into one sequence",
+    "Write padding_free=False.",
+)
+_NO_PRECOMPUTING = _Rule(
+    _arg("precompute_ref_log_probs", False),
+    "reference log-probabilities computed ahead are made in batches that mix units and are cached with the data",
+    "Write precompute_ref_log_probs=False.",
+)
+_NO_VISION = _Rule(
+    lambda trainer: bool(getattr(trainer, "_is_vision_dataset", False)),
+    "vision data was not verified with per-unit gradients",
+    "Train on text.",
+)
+
 _DPO_RULES = (
-    _Rule(
-        lambda trainer: bool(getattr(trainer, "aux_loss_enabled", False)),
-        "the mixture-of-experts balancing loss is a statistic over the batch",
-        "Write router_aux_loss_coef=0.0.",
-    ),
-    _Rule(
-        _arg("padding_free", False),
-        "padding-free batches join records into one sequence",
-        "Write padding_free=False.",
-    ),
+    _NO_BALANCING,
+    _NO_PADDING_FREE,
+    _NO_PRECOMPUTING,
+    _NO_VISION,
     _Rule(
         _arg("sync_ref_model", False),
         "a reference model that moves with the policy was not verified",
         "Write sync_ref_model=False.",
     ),
     _Rule(
-        _arg("precompute_ref_log_probs", False),
-        "reference log-probabilities computed ahead are made in batches that mix units and are cached with the data",
-        "Write precompute_ref_log_probs=False.",
-    ),
-    _Rule(
         lambda trainer: "robust" in trainer.loss_types and not 0 <= trainer.label_smoothing < 0.5,  # noqa: PLR2004
         "with the robust loss, label_smoothing is a flip probability and must lie in [0, 0.5)",
         "Write label_smoothing=0.1, or what your flips are.",
     ),
+)
+
+_SFT_RULES = (
+    _NO_BALANCING,
+    _Rule(_arg("packing", False), "packing joins records into one sequence", "Write packing=False."),
+    _NO_PADDING_FREE,
+    _NO_VISION,
     _Rule(
-        lambda trainer: bool(getattr(trainer, "_is_vision_dataset", False)),
-        "vision data was not verified with per-unit gradients",
-        "Train on text.",
+        _arg("loss_type", "nll", "dft"),
+        "that loss was not verified with per-unit gradients",
+        'Write loss_type="nll" or "dft".',
+    ),
+    _Rule(
+        lambda trainer: getattr(trainer, "label_smoother", None) is not None,
+        "the smoothed loss is divided by the number of tokens in the batch, which depends on everyone's data",
+        "Write label_smoothing_factor=0.0.",
+    ),
+    _Rule(
+        _arg("assistant_only_loss", False),
+        "a row without an assistant's turn would end the preparation, which tells of it",
+        "Write assistant_only_loss=False, and prompt and completion as columns of their own.",
+    ),
+    _Rule(
+        lambda trainer: not trainer.args.max_length,
+        "the sum over tokens is divided by max_length, a public number, and there is none",
+        "Write max_length=1024, or how long your rows may be.",
     ),
 )
+
+_KTO_RULES = (
+    _NO_BALANCING,
+    _NO_PRECOMPUTING,
+    _NO_VISION,
+    _Rule(
+        _arg("loss_type", "apo_zero_unpaired"),
+        "its KL term is a mean over the batch and its KL completions come from neighbouring records, so one "
+        "annotator's gradient depends on the others' data",
+        'Write loss_type="apo_zero_unpaired".',
+    ),
+    _Rule(
+        _arg("sync_ref_model", False),
+        "a reference model that moves with the policy was not verified",
+        "Write sync_ref_model=False.",
+    ),
+)
+
+_OWN_RULES = {_DPO: _DPO_RULES, _REWARD: (), _SFT: _SFT_RULES, _KTO: _KTO_RULES}
 
 
 def check_supported(trainer: Any) -> None:
@@ -254,17 +316,37 @@ def check_supported(trainer: Any) -> None:
     """
     module = _check_class(trainer)
     _check_overrides(trainer)
-    rules: tuple[_Rule, ...] = _RULES
-    if module == "trl.trainer.dpo_trainer":
+    if module == _DPO:
         _check_dpo_losses(trainer)
-        rules += _DPO_RULES
-    for rule in rules:
+    for rule in (*_RULES, *_OWN_RULES[module]):
         if rule.broken(trainer):
             raise _refusal(
                 f"{type(trainer).__name__} cannot be made private as it is set up: {rule.why}.", rule.instead
             )
     _check_collator(trainer, module)
     _check_model(trainer.model)
+
+
+def check_unit(trainer: Any, unit: str) -> None:
+    """Refuse a unit that the trainer's rows do not stand for.
+
+    Raises:
+        UnsupportedTrainerError: ``pair`` with KTO, which takes a pair apart into two rows.
+    """
+    if unit == "pair" and _check_class(trainer) == _KTO:
+        raise _refusal(
+            "KTOTrainer takes a pair apart into two rows, and each row would be protected as if it stood alone.",
+            'Write unit="annotator".',
+        )
+
+
+def token_normaliser(trainer: Any) -> int | None:
+    """What a sum over tokens is divided by: a public constant; ``None`` where the loss is a mean over rows.
+
+    TRL divides SFT's sum by the number of tokens in the batch, which is a function of everybody's data; here it is
+    ``max_length``.
+    """
+    return int(trainer.args.max_length) if _check_class(trainer) == _SFT else None
 
 
 def _refusal(message: str, instead: str) -> UnsupportedTrainerError:
@@ -280,7 +362,7 @@ def _check_class(trainer: Any) -> str:
     if known is not None:
         raise _refusal(
             f"{kind.__name__} cannot be trained with differential privacy: {_WHY_NOT[known]}.",
-            "Use DPOTrainer or RewardTrainer, or train without a privacy configuration.",
+            f"Use one of {_NAMES}, or train without a privacy configuration.",
         )
     base = next((item.__name__ for item in kind.__mro__ if (item.__module__, item.__qualname__) in _TRAINERS), None)
     if base is not None:
@@ -289,7 +371,7 @@ def _check_class(trainer: Any) -> str:
             f"Use {base} itself, or train without a privacy configuration.",
         )
     raise _refusal(
-        f"{kind.__name__} is not among the trainers that can be made private (DPOTrainer, RewardTrainer).",
+        f"{kind.__name__} is not among the trainers that can be made private ({_NAMES}).",
         "Use one of these, or train without a privacy configuration.",
     )
 
@@ -331,7 +413,7 @@ def _check_dpo_losses(trainer: Any) -> None:
 
 def _check_collator(trainer: Any, module: str) -> None:
     kind = type(trainer.data_collator)
-    if (kind.__module__, kind.__qualname__) != (module, "DataCollatorForPreference"):
+    if (kind.__module__, kind.__qualname__) != (module, _COLLATORS[module]):
         raise _refusal(
             f"The data collator {kind.__name__} is not TRL's own; it cannot be shown to keep units apart.",
             "Leave out data_collator.",

@@ -16,7 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.tiny import causal_model, dpo_trainer, lora, perturb, preferences, reward_model, reward_trainer
+from support.tiny import (
+    causal_model,
+    dpo_trainer,
+    kto_trainer,
+    lora,
+    perturb,
+    preferences,
+    reward_model,
+    reward_trainer,
+    sft_trainer,
+)
 from torch.nn import functional
 from transformers import TrainerCallback
 
@@ -118,6 +128,42 @@ def reward_truth(model: Any, rows: list[Any]) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+def sft_truth(model: Any, rows: list[Any], tokens: int, *, dft: bool = False) -> dict[str, torch.Tensor]:
+    """The gradient of the mean over ``rows`` of (sum of the completion's token losses) / ``tokens``."""
+    model.zero_grad()
+    for row in rows:
+        labels = torch.tensor(row["labels"])[1:]
+        found = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].log_softmax(-1)
+        kept = labels != -100
+        picked = found[kept].gather(-1, labels[kept][:, None])[:, 0]
+        losses = -picked * picked.exp().detach() if dft else -picked
+        (losses.sum() / tokens / len(rows)).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def kto_truth(model: Any, reference: Any, rows: list[Any], beta: float, length: int) -> dict[str, torch.Tensor]:
+    """The gradient of the mean unpaired APO-zero loss over ``rows``, from the formula."""
+    model.zero_grad()
+    for row in rows:
+        prompt = row["prompt_ids"]
+        completion = row["completion_ids"][: length - len(prompt)]
+        with torch.no_grad():
+            base = log_probability(reference, prompt, completion)
+        chance = torch.sigmoid(beta * (log_probability(model, prompt, completion) - base))
+        ((1 - chance if row["label"] else chance) / len(rows)).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def rows_by_annotator(trainer: Any, rotate: int = 0) -> list[list[Any]]:
+    """The prepared rows of each unit; with ``rotate``, every row under its neighbour's annotator."""
+    rows = list(trainer.train_dataset)
+    owners = [row["annotator_id"] for row in rows]
+    units: dict[str, list[Any]] = {owner: [] for owner in owners}
+    for owner, row in zip(owners, rows[rotate:] + rows[:rotate], strict=True):
+        units[owner].append(row)
+    return list(units.values())
+
+
 def copied(model: Any, trainer: Any) -> Any:
     """A fresh model in float64 with the trainer's weights, without what TRL patched into it."""
     if hasattr(trainer.model, "peft_config"):
@@ -202,6 +248,40 @@ def test_reward_unit_gradients_equal_float64_brute_force(tmp_path: Path) -> None
     rotated = [reward_truth(model, rows) for rows in unit_rows(trainer, rotate=1)]
     bound = sorted(norm_of(truth) for truth in truths)[1] * 0.9
     found = clipped_by_engine(trainer, bound)
+    for unit, truth in enumerate(truths):
+        assert error(found[unit], clip(truth, bound)) <= TOLERANCE
+        assert error(found[unit], clip(rotated[unit], bound)) > 0.05
+        assert norm_of(found[unit]) <= bound * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("chunk", [2, 8])
+@pytest.mark.parametrize("loss", ["nll", "dft"])
+def test_sft_unit_gradients_equal_float64_brute_force(tmp_path: Path, chunk: int, loss: str) -> None:
+    settings = {**STILL, "loss_type": loss, "per_device_train_batch_size": chunk, "max_length": 256}
+    rows = [{**row, "chosen": row["chosen"][: 40 + 9 * at]} for at, row in enumerate(rows_of_units())]
+    trainer = sft_trainer(rows, tmp_path, **settings)
+    perturb(trainer.model)
+    model, tokens = copied(causal_model(), trainer), trainer.args.max_length
+    truths = [sft_truth(model, rows, tokens, dft=loss == "dft") for rows in rows_by_annotator(trainer)]
+    rotated = [sft_truth(model, rows, tokens, dft=loss == "dft") for rows in rows_by_annotator(trainer, rotate=1)]
+    bound = sorted(norm_of(truth) for truth in truths)[1] * 0.9
+    found = clipped_by_engine(trainer, bound)
+    for unit, truth in enumerate(truths):
+        assert error(found[unit], clip(truth, bound)) <= TOLERANCE
+        assert error(found[unit], clip(rotated[unit], bound)) > 0.05
+        assert norm_of(found[unit]) <= bound * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("chunk", [3, 16])
+def test_kto_unit_gradients_equal_float64_brute_force(tmp_path: Path, chunk: int) -> None:
+    trainer = kto_trainer(rows_of_units(), tmp_path, **STILL, per_device_train_batch_size=chunk)
+    perturb(trainer.model)
+    model, reference = copied(causal_model(), trainer), causal_model().double().eval()
+    settings = (trainer.beta, trainer.args.max_length)
+    truths = [kto_truth(model, reference, rows, *settings) for rows in rows_by_annotator(trainer)]
+    rotated = [kto_truth(model, reference, rows, *settings) for rows in rows_by_annotator(trainer, rotate=1)]
+    bound = sorted(norm_of(truth) for truth in truths)[1] * 0.9
+    found = clipped_by_engine(trainer, bound, max_pairs_per_unit=2 * max(SIZES))
     for unit, truth in enumerate(truths):
         assert error(found[unit], clip(truth, bound)) <= TOLERANCE
         assert error(found[unit], clip(rotated[unit], bound)) > 0.05

@@ -16,7 +16,17 @@ import torch
 from datasets import Dataset
 from datasets.utils import are_progress_bars_disabled
 from scipy import stats
-from support.tiny import causal_model, dpo_trainer, lora, perturb, preferences, reward_trainer, synthetic_pairs
+from support.tiny import (
+    causal_model,
+    dpo_trainer,
+    kto_trainer,
+    lora,
+    perturb,
+    preferences,
+    reward_trainer,
+    sft_trainer,
+    synthetic_pairs,
+)
 from transformers import TrainerCallback, set_seed
 from transformers.utils.notebook import NotebookProgressCallback
 
@@ -24,6 +34,7 @@ from rlhf_audit_nb.config import PrivacyConfig
 from rlhf_audit_nb.errors import PrivacyError, UnsupportedTrainerError
 from rlhf_audit_nb.privacy import PrivateTraining, SealedRandom, engine, plan_training, private_training, settle_event
 from rlhf_audit_nb.privacy.accountant import compose
+from rlhf_audit_nb.privacy.quiet import quiet_preparation
 
 SEED = bytes(range(32))
 STILL = {"learning_rate": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0}
@@ -190,10 +201,12 @@ def other_data(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     ]
 
 
-def told(rows: list[dict[str, str]], folder: Path, capfd: Any, private: bool, **args: Any) -> str:
+def told(
+    rows: list[dict[str, str]], folder: Path, capfd: Any, private: bool, make: Any = dpo_trainer, **args: Any
+) -> str:
     """Everything that a training prints, logs, returns and saves about itself, but the privatised gradient's norm."""
     folder.mkdir()
-    trainer = dpo_trainer(rows, folder, **{"max_steps": 4, "save_strategy": "steps", "save_steps": 4, **args})
+    trainer = make(rows, folder, **{"max_steps": 4, "save_strategy": "steps", "save_steps": 4, **args})
     perturb(trainer.model)
     capfd.readouterr()
     if private:
@@ -208,7 +221,9 @@ def told(rows: list[dict[str, str]], folder: Path, capfd: Any, private: bool, **
         entry.pop("grad_norm", None)
     lines = [line for line in printed.out.splitlines() if "grad_norm" not in line]
     lines += [
-        line for line in printed.err.replace("\r", "\n").splitlines() if "Warning" not in line and "warn" not in line
+        line
+        for line in printed.err.replace("\r", "\n").splitlines()
+        if "Warning" not in line and "warn" not in line and "Writing model shards" not in line  # the disk's speed
     ]
     return "\n".join([*lines, json.dumps(state), repr(trainer.state.log_history), repr(output), repr(trainer._metrics)])
 
@@ -219,6 +234,30 @@ def test_two_data_sets_with_one_roster_leave_the_same_words(tmp_path: Path, capf
     first = told(rows, tmp_path / "one", capfd, private=True, disable_tqdm=quiet)
     second = told(other_data(rows), tmp_path / "two", capfd, private=True, disable_tqdm=quiet)
     assert first == second.replace(str(tmp_path / "two"), str(tmp_path / "one"))
+
+
+@pytest.mark.parametrize("make", [sft_trainer, kto_trainer, reward_trainer], ids=["sft", "kto", "reward"])
+def test_other_trainers_tell_as_little(tmp_path: Path, capfd: Any, make: Any) -> None:
+    rows = [{**row, "prompt": row["prompt"][:20]} for row in preferences(40)]
+    first, second = (
+        told(data, tmp_path / name, capfd, True, make, max_length=256).replace(str(tmp_path / name), "")
+        for name, data in (("one", rows), ("two", other_data(rows)))
+    )
+    assert first == second
+
+
+def test_what_kto_says_of_how_many_were_liked_is_not_heard_while_it_is_built(tmp_path: Path, caplog: Any) -> None:
+    def build() -> None:
+        rows = [{"prompt": "Q", "completion": f" a{n}", "label": n < 9, "annotator_id": f"p{n}"} for n in range(10)]
+        with caplog.at_level(logging.WARNING):
+            logging.getLogger("trl").propagate = True
+            kto_trainer(rows, tmp_path)
+
+    with quiet_preparation():
+        build()
+    assert "different amounts" not in caplog.text
+    build()
+    assert "different amounts" in caplog.text
 
 
 def test_that_comparison_would_notice_a_leak(tmp_path: Path, capfd: Any) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import trl
-from support.tiny import dpo_trainer, reward_trainer, synthetic_pairs
+from support.tiny import dpo_trainer, kto_trainer, reward_trainer, sft_trainer, synthetic_pairs
 from transformers import Trainer
 from trl import LogCompletionsCallback
 
 from rlhf_audit_nb.errors import UnsupportedTrainerError
-from rlhf_audit_nb.privacy.supported import DPO_LOSSES, check_supported
+from rlhf_audit_nb.privacy.supported import DPO_LOSSES, check_supported, check_unit
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +34,44 @@ def refused(trainer: Any, why: str) -> None:
     assert caught.value.exit_code == 3
 
 
-def test_the_two_trainers_are_accepted(trainer: Any, folder: Path) -> None:
+def test_the_four_trainers_are_accepted(trainer: Any, folder: Path) -> None:
     check_supported(trainer)
-    check_supported(reward_trainer(synthetic_pairs(3), folder))
+    for make in (reward_trainer, sft_trainer, kto_trainer):
+        check_supported(make(synthetic_pairs(3), folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"packing": True, "packing_strategy": "wrapped"}, "packing joins records"),
+        ({"padding_free": True, "max_length": None}, "join records"),
+        ({"max_length": None}, "there is none"),
+        ({"label_smoothing_factor": 0.1}, "number of tokens in the batch"),
+    ],
+)
+def test_options_of_sft_that_couple_units_are_refused(folder: Path, changes: dict[str, Any], why: str) -> None:
+    refused(sft_trainer(synthetic_pairs(3), folder, **changes), why)
+
+
+def test_ktos_own_loss_is_refused_for_its_kl_term(folder: Path) -> None:
+    trainer = kto_trainer(synthetic_pairs(3), folder, loss_type="kto", train_sampling_strategy="sequential")
+    trainer.args.train_sampling_strategy = "random"
+    refused(trainer, "neighbouring records")
+
+
+def test_pairs_that_kto_takes_apart_cannot_be_units(folder: Path) -> None:
+    trainer = kto_trainer(synthetic_pairs(3), folder)
+    check_unit(trainer, "annotator")
+    with pytest.raises(UnsupportedTrainerError, match="takes a pair apart"):
+        check_unit(trainer, "pair")
+    check_unit(sft_trainer(synthetic_pairs(3), folder), "pair")
 
 
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("KTOTrainer", "neighbouring records"),
         ("GRPOTrainer", "groups"),
         ("RLOOTrainer", "baseline"),
-        ("SFTTrainer", "number of tokens in the batch"),
     ],
 )
 def test_trainers_that_couple_units_are_refused_with_the_reason(name: str, why: str) -> None:

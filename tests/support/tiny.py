@@ -18,11 +18,13 @@ import pytest
 __all__ = [
     "causal_model",
     "dpo_trainer",
+    "kto_trainer",
     "lora",
     "perturb",
     "preferences",
     "reward_model",
     "reward_trainer",
+    "sft_trainer",
     "shared_folder",
     "synthetic_pairs",
     "tokenizer",
@@ -210,4 +212,37 @@ def reward_trainer(
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer(),
         peft_config=lora(task_type="SEQ_CLS") if peft == "lora" else peft,
+    )
+
+
+def sft_trainer(rows: list[dict[str, str]], output: Path, *, model: Any = None, peft: Any = "lora", **args: Any) -> Any:
+    """An SFTTrainer on the chosen answers of ``rows``, with LoRA unless ``peft=None``."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    shown = [
+        {"prompt": row["prompt"], "completion": row["chosen"], "annotator_id": row["annotator_id"]} for row in rows
+    ]
+    return SFTTrainer(
+        model=model or causal_model(),
+        args=SFTConfig(**_arguments(args, output)),
+        train_dataset=Dataset.from_list(shown),
+        processing_class=tokenizer(),
+        peft_config=lora() if peft == "lora" else peft,
+    )
+
+
+def kto_trainer(rows: list[dict[str, str]], output: Path, *, model: Any = None, peft: Any = "lora", **args: Any) -> Any:
+    """A KTOTrainer with the loss that has no KL term; each row's two answers become one liked and one not."""
+    from datasets import Dataset
+    from trl import KTOConfig, KTOTrainer
+
+    adapter = lora() if peft == "lora" else peft
+    return KTOTrainer(
+        model=model or causal_model(),
+        ref_model=None if adapter is not None else causal_model(),
+        args=KTOConfig(**_arguments({"loss_type": "apo_zero_unpaired", **args}, output)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
+        peft_config=adapter,
     )
