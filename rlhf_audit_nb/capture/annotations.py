@@ -8,8 +8,8 @@ row, stated for all, or unknown, and how many rows there are. `annotation_rows` 
 and reads.
 
 What is open to all who see the trail: how many annotations there are, the order in which they were handed in, the day
-on which each was (`DAY_US`; entries and checkpoints around them may narrow that down), and what the import's own entry
-says. Who gave which, and how many each gave, is not.
+on which each was (`DAY_US`; what stands before and after it, and checkpoints, may narrow that down), and what the
+import's own entry says. Who gave which, and how many each gave, is not.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 DAY_US = 86_400_000_000
-"""Entries of annotations carry the day and no more: when a person worked is hers."""
+"""Of its own time an entry of an annotation tells the day and no more: when a person worked is hers."""
 
 State = Literal["open", "erased", "missing"]
 Headers = MutableMapping[tuple[str, str | None, bytes], str]

@@ -6,6 +6,10 @@ import base64
 import csv
 import gzip
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +20,7 @@ from support.trails import events, kinds
 
 from rlhf_audit_nb import AuditableRLHF, AuditConfig, PrivacyConfig
 from rlhf_audit_nb.capture.annotations import DAY_US, import_owner, read_annotations
-from rlhf_audit_nb.errors import ConfigError, DataError, StoreError
+from rlhf_audit_nb.errors import AuditError, ConfigError, DataError, StoreError
 from rlhf_audit_nb.events import Annotation, AnnotationRecorded, AnnotationsImported, Step, StepPrivate
 from rlhf_audit_nb.trail import TrailReader, Vault, verify_trail
 from rlhf_audit_nb.trail.erasure import erase
@@ -296,6 +300,50 @@ def test_an_import_that_was_cut_short_shows_as_not_complete(auditor, monkeypatch
         auditor.log_annotations(rows)
     (summary,) = auditor.annotation_imports()
     assert (summary.rows, summary.recorded, summary.complete) == (4, 2, False)
+
+
+CHILD = """
+import sys
+from rlhf_audit_nb import AuditableRLHF, AuditConfig
+
+held = AuditableRLHF(audit_config=AuditConfig(trail=sys.argv[1]))
+rows = 60_000
+held.log_annotations(
+    responses=[("a", "b")] * rows, choices=["tie"] * rows, annotator_ids=[f"w{n % 50}" for n in range(rows)],
+    drawn_from=sys.argv[2],
+)
+"""
+
+
+@pytest.mark.slow
+def test_an_import_that_is_killed_leaves_whole_groups_and_says_how_many_there_are(tmp_path):
+    folder = tmp_path / "audit"
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(folder), __file__], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (folder / "trail.sqlite").exists() or not size_of(folder) > 2:
+            assert child.poll() is None, "the import ended before it could be killed"
+            assert time.monotonic() < deadline, "the import wrote nothing"
+            time.sleep(0.002)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    held = AuditableRLHF(audit_config=AuditConfig(trail=str(folder)))
+    (summary,) = held.annotation_imports()
+    assert summary.rows == 60_000
+    assert 0 < summary.recorded < 60_000
+    assert not summary.complete
+    assert held.verify().level.name == "UNANCHORED"
+    assert {item.state for item in held.annotations()} == {"open"}
+    again = held.log_annotations(responses=[PAIR], choices=["tie"], annotator_ids=["w1"])
+    assert again.first >= summary.recorded + 2
+
+
+def size_of(folder):
+    try:
+        return TrailReader.open(folder).size
+    except AuditError:
+        return 0  # the trail is being made
 
 
 # --- the real thing --------------------------------------------------------------------------------------------------
