@@ -334,11 +334,12 @@ class Witness:
                 when = _time(clock, last)
                 state.execute(_REMEMBER, (head.origin, head.size, head.root, own.format(), when))
                 return when
-        reply, seen = against
+        refused, seen = against
         if seen is not None:
             kept = Heads(self.folder).keep_evidence(head.origin, seen.note, own.format())
-            reply = _RefusedError(reply.reply.status, f"{reply.reply.said}; kept in {kept.name}", reply.reply.body)
-        raise reply
+            reply = refused.reply
+            refused = _RefusedError(reply.status, f"{reply.said}; kept in {kept.name}", reply.body, reply.kind)
+        raise refused
 
     @staticmethod
     def _against(

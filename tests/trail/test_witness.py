@@ -178,7 +178,8 @@ def test_two_heads_of_one_size_are_kept_as_evidence_also_when_the_request_is_sta
     assert {path.read_text() for path in witness.evidence()} == {log.head(10), fork.head(10)}
     witness.add_checkpoint(log.body(10, 20))
     other = log.forked(8, "third")
-    assert witness.add_checkpoint(other.body(0, 10)).status == 409
+    stale = witness.add_checkpoint(other.body(0, 10))
+    assert (stale.status, stale.kind, stale.body) == (409, "text/x.tlog.size", b"20\n")
     assert {path.read_text() for path in witness.evidence()} == {log.head(10), fork.head(10), other.head(10)}
 
 
