@@ -49,6 +49,7 @@ __all__ = [
     "StepPrivate",
     "TrailCreated",
     "TrainerAttached",
+    "VaultErased",
     "WeightsSaved",
     "decode_body",
     "decode_private",
@@ -113,6 +114,22 @@ class KeyRevoked(Event, frozen=True, kw_only=True):
     since: int
     reason: str
     signature: str
+
+
+class VaultErased(Event, frozen=True, kw_only=True):
+    """An annotator's private payloads were erased from the vault; neither who nor which entries.
+
+    ``commitment`` (base64) is over the commitments that were erased, with a salt that only the vault has;
+    ``generation`` is that of the vault's master key since then; ``reason`` is ``request``, ``retention`` or
+    ``withdrawn``.
+    """
+
+    TYPE: ClassVar[str] = "vault.erased"
+
+    erasure: str
+    commitment: str
+    generation: int
+    reason: str
 
 
 class RunStarted(Event, frozen=True, kw_only=True):

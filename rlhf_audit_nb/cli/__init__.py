@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 from rlhf_audit_nb import __version__
-from rlhf_audit_nb.cli import anchoring, annotating, checking, publishing, reading, recording, saying
+from rlhf_audit_nb.cli import anchoring, annotating, checking, keys, publishing, reading, recording, saying, vault
 from rlhf_audit_nb.cli.shared import PROGRAM, WIDTH, Parser, Section, note
 from rlhf_audit_nb.errors import AuditError, ConfigError
 
@@ -34,6 +34,8 @@ COMMANDS = (
     *saying.COMMANDS,
     *publishing.COMMANDS,
     *anchoring.COMMANDS,
+    *keys.COMMANDS,
+    *vault.COMMANDS,
 )
 
 

@@ -587,6 +587,18 @@ class Vault:
         if number != before.number:
             raise self._other_generation(number)
 
+    def count(self, owner: str) -> int:
+        """How many openings of an annotator there are.
+
+        Raises:
+            VaultError: ``unknown-owner`` where the vault holds nothing of theirs.
+        """
+        if not self.exists():
+            raise self.unknown_owner()
+        with self._transaction() as session:
+            number = self._owner_id(session, self._generation(session), owner)
+            return sum(1 for _ in session.execute(_OWNED_BY, {"of": number}))
+
     def settle(self) -> None:
         """Bring an erasure that was begun to its end: empty the write-ahead log, forget the old key.
 
