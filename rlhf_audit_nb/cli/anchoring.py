@@ -23,7 +23,7 @@ from rlhf_audit_nb.cli.shared import (
     read_policy,
     trail_folder,
 )
-from rlhf_audit_nb.errors import AnchorError, ConfigError, FormatError
+from rlhf_audit_nb.errors import AnchorError, ConfigError, FormatError, KeyFileError
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.trail.anchoring import Anchoring, Asked
@@ -73,7 +73,7 @@ def _when(seconds: int | None) -> str:
 
 
 def _tsa_roots(args: argparse.Namespace) -> Sequence[bytes] | None:
-    from rlhf_audit_nb.trail.keys import home_folder
+    from rlhf_audit_nb.trail.home import home_folder
     from rlhf_audit_nb.trail.timestamp import trusted_authorities
 
     return trusted_authorities(home_folder(), args.tsa_ca) if args.tsa_ca else None
@@ -95,10 +95,27 @@ def _do_anchor(args: argparse.Namespace) -> int:
         witnesses=args.witness,
         authorities=args.tsa or (),
         tsa_roots=roots,
+        endorse=_endorse,
         timeout=args.timeout,
     )
     answer = {**done.to_dict(), **({"added": [vars(item) for item in added]} if added else {})}
     return finish(args, answer, [*map(_asked_words, added), *_anchor_words(done)], done.exit_code)
+
+
+def _endorse(checkpoint: str) -> str:
+    """The checkpoint with the log's own lasting signature too, where this user has the key for it at hand."""
+    from rlhf_audit_nb.trail.checkpoint import checkpoint_of
+    from rlhf_audit_nb.trail.home import home_folder, keys_folder
+    from rlhf_audit_nb.trail.keys import load_keys
+
+    home, origin = home_folder(), checkpoint_of(checkpoint).origin
+    if not (keys_folder(home, origin) / "mldsa.vkey").is_file():
+        return checkpoint
+    try:
+        return load_keys(home, origin).endorse(checkpoint)
+    except KeyFileError as error:
+        note(f"the checkpoint is anchored without the log's ML-DSA-44 signature: {error.message}")
+        return checkpoint
 
 
 def _asked_words(item: Asked) -> str:
@@ -341,7 +358,8 @@ def _do_evidence(args: argparse.Namespace) -> int:
 
 
 def _own_keys(origin: str) -> Sequence[Verifier]:
-    from rlhf_audit_nb.trail.keys import home_folder, local_policy
+    from rlhf_audit_nb.trail.home import home_folder
+    from rlhf_audit_nb.trail.keys import local_policy
 
     return local_policy(home_folder(), origin).logs
 

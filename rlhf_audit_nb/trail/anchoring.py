@@ -30,7 +30,8 @@ from rlhf_audit_nb.trail.anchors import (
 )
 from rlhf_audit_nb.trail.checkpoint import Checkpoint, checkpoint_of, parse_size
 from rlhf_audit_nb.trail.heads import Heads
-from rlhf_audit_nb.trail.keys import home_folder, local_policy
+from rlhf_audit_nb.trail.home import home_folder
+from rlhf_audit_nb.trail.keys import local_policy
 from rlhf_audit_nb.trail.note import Note, Verifier, format_vkey, parse_note, verify_note
 from rlhf_audit_nb.trail.submission import format_submission, submission_of
 from rlhf_audit_nb.trail.succession import KEY_TYPES, KeySuccession, known_limits

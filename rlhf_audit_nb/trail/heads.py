@@ -17,7 +17,7 @@ from pathlib import Path
 from rlhf_audit_nb.errors import AuditError, FormatError, StoreError
 from rlhf_audit_nb.trail.checkpoint import Checkpoint, checkpoint_of
 from rlhf_audit_nb.trail.durable import write_durably
-from rlhf_audit_nb.trail.keys import folder_name
+from rlhf_audit_nb.trail.home import folder_name
 
 __all__ = ["MAX_EVIDENCE", "Heads"]
 
