@@ -95,7 +95,8 @@ def finish_erasures(trail: Trail) -> tuple[ErasureDone, ...]:
     Where another process reads the vault, its old pages are left to the next opening.
 
     Raises:
-        VaultError: ``vault-old`` or ``key-old`` where vault and key do not belong together.
+        VaultError: ``vault-old`` or ``key-old`` where vault and key do not belong together, ``vault-changed`` where the
+            vault holds an erasure that was not made with its key.
         StoreError: vault or trail cannot be read or written.
         KeyFileError: the key file cannot be used.
     """
@@ -124,7 +125,7 @@ def _finish(trail: Trail, vault: Vault) -> list[ErasureDone]:
         vault.erase_again(undone)
     else:
         vault.settle()
-    return [_log(trail, vault, item, finished=True) for item in vault.erasures() if not item.logged]
+    return [_log(trail, vault, item, finished=True) for item in vault.unlogged()]
 
 
 def _undone(vault: Vault, reader: TrailReader) -> list[Erased]:

@@ -113,6 +113,7 @@ _erasures = sa.Table(
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("openings", sa.Integer, nullable=False),
     sa.Column("logged", sa.Boolean, nullable=False),
+    sa.Column("seal", sa.LargeBinary, nullable=False),
 )
 
 
@@ -142,7 +143,7 @@ _ERASED_BY = Statement(
     sa.select(_openings.c.commitment).where(_openings.c.erasure == sa.bindparam("of")).order_by(_openings.c.commitment)
 )
 _ADD_ERASURE = Statement(
-    _erasures.insert(), ["name", "salt", "commitment", "generation", "reason", "openings", "logged"]
+    _erasures.insert(), ["name", "salt", "commitment", "generation", "reason", "openings", "logged", "seal"]
 )
 _ERASURES = Statement(
     sa.select(
@@ -156,7 +157,16 @@ _ERASURES = Statement(
         _erasures.c.salt,
     ).order_by(_erasures.c.id)
 )
-_UNLOGGED = Statement(sa.select(_erasures.c.id).where(_erasures.c.logged.is_(sa.false())))
+_UNLOGGED = Statement(
+    sa.select(
+        _erasures.c.name,
+        _erasures.c.commitment,
+        _erasures.c.generation,
+        _erasures.c.reason,
+        _erasures.c.openings,
+        _erasures.c.seal,
+    ).where(_erasures.c.logged.is_(sa.false()))
+)
 _LOGGED = Statement(_erasures.update().where(_erasures.c.name == sa.bindparam("of")).values(logged=sa.true()))
 # Overwritten where it stands, with zeros of the same length, before the row shrinks: no page that is rearranged then
 # can keep a copy of what is to go.
@@ -319,6 +329,11 @@ class _Wrapping:
         plain += bytes(-len(plain) % _NAME_BUCKET)
         nonce = os.urandom(_NONCE_BYTES)
         return nonce + self._cipher.encrypt(nonce, plain, tag)
+
+    def seal(self, erasure: Erasure) -> bytes:
+        """Shows, until the trail has its entry, that an erasure was made with the key and not with the file alone."""
+        said = msgspec.json.encode(asdict(replace(erasure, logged=False)))
+        return hmac.digest(self._tag_key, b"rlhf-audit/erasure-seal/v1\0" + said, "sha256")
 
     def unwrap(self, wrapped: bytes, tag: bytes) -> tuple[bytes, str]:
         plain = self._cipher.decrypt(wrapped[:_NONCE_BYTES], wrapped[_NONCE_BYTES:], tag)
@@ -551,7 +566,7 @@ class Vault:
             self._check_number(session, before)
             number = self._owner_id(session, before, owner)
             name, salt = before.erasure(_name_of(owner))
-            erasure = self._bury(session, number, Erasure(name, b"", after.number, reason, 0), salt)
+            erasure = self._bury(session, number, Erasure(name, b"", after.number, reason, 0), salt, after)
             self._rewrap(session, before, after, {number})
         self.settle()
         return erasure
@@ -577,7 +592,7 @@ class Vault:
                 then = before.at(said.generation - 1)
                 number = next((names[name] for name in names if then.erasure(name)[0] == said.erasure), None)
                 erasure = Erasure(said.erasure, b"", said.generation, said.reason, 0, logged=True)
-                self._bury(session, number, erasure, then.salt(said.erasure))
+                self._bury(session, number, erasure, then.salt(said.erasure), after)
                 gone.add(number)
             self._rewrap(session, before, after, gone)
         self.settle()
@@ -640,11 +655,12 @@ class Vault:
             code="unknown-owner",
         )
 
-    def _bury(self, session: Session, owner: int | None, erasure: Erasure, salt: bytes) -> Erasure:
+    def _bury(self, session: Session, owner: int | None, erasure: Erasure, salt: bytes, after: Generation) -> Erasure:
         rows = session.execute(_OWNED_BY, {"of": owner})
         commitment, count = erasure_commitment(salt, erasure.name, (row[0] for row in rows))
         erasure = replace(erasure, commitment=commitment, openings=count)
-        made = session.execute(_ADD_ERASURE, {**asdict(erasure), "salt": salt})
+        seal = _Wrapping(after).seal(erasure)
+        made = session.execute(_ADD_ERASURE, {**asdict(erasure), "salt": salt, "seal": seal})
         session.execute(_BLANK, {"of": owner})
         session.execute(_BURY, {"of": owner, "by": made.lastrowid})
         return erasure
@@ -684,6 +700,25 @@ class Vault:
         return tuple(
             Erasure(name, over, number, why, count, bool(logged)) for name, over, number, why, count, logged, *_ in rows
         )
+
+    def unlogged(self) -> tuple[Erasure, ...]:
+        """The erasures that the trail has no entry of yet.
+
+        Raises:
+            VaultError: ``vault-changed`` where somebody who has not the key put one there.
+        """
+        with self._transaction() as session:
+            wrapping, found = self._wrapping_now(session), []
+            for *fields, seal in session.execute(_UNLOGGED).fetchall():
+                erasure = Erasure(*fields)
+                if not hmac.compare_digest(wrapping.seal(erasure), seal):
+                    raise VaultError(
+                        f"The vault {self.path} holds an erasure that was not made with its key: the file was changed.",
+                        next_step="Put a copy of the vault back from after the last erasure.",
+                        code="vault-changed",
+                    )
+                found.append(erasure)
+        return tuple(found)
 
     def mark_logged(self, name: str) -> None:
         """Note that the trail has the entry of an erasure."""

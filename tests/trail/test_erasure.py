@@ -245,6 +245,23 @@ def test_an_erasure_that_the_trail_does_not_tell_of_yet_is_said(folder):
     assert look(folder)[1] == set()
 
 
+@pytest.mark.parametrize("seal", ["zeroblob(32)", "x'00'"])
+def test_who_has_only_the_file_cannot_make_an_erasure_that_the_trail_would_tell_of(folder, seal):
+    filled(folder)
+    with sqlite3.connect(folder / "vault.sqlite") as raw:
+        raw.execute("UPDATE openings SET owner = NULL, sealed = NULL, erasure = 1 WHERE owner = 1")
+        raw.execute(
+            "INSERT INTO erasures VALUES (1, '00112233445566778899aabbccddeeff', zeroblob(32), zeroblob(32), 1,"
+            f" 'request', 4, 0, {seal})"
+        )
+    raw.close()
+    assert look(folder)[1] == {"erasure-unfinished", "opening-missing"}
+    with pytest.raises(VaultError) as caught:
+        Trail.open(folder)
+    assert caught.value.reason == "vault-changed"
+    assert erasures(folder) == []
+
+
 # --- stopped half-way ---
 
 # Erases in each of the folders, in a child of its own that stops before the n-th call that could change a file
