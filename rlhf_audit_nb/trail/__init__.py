@@ -1,8 +1,9 @@
 """The trail: an append-only, tamper-evident log with signed checkpoints. Floor 0.
 
-Knows nothing of training, notebooks or reports. One module a format: `entry`, `merkle`, `note`, `checkpoint`,
-`proof`, `policy`; `keys` (key rings); `store`, `writer`, `vault`, `heads` and `liveness` keep it; `verify`
-checks it; `trail` is what the floors above hold.
+Knows nothing of training, notebooks or reports. One module a format: `entry`, `merkle`, `encoding`, `frame`
+and `vkey` (what a signed note and a key look like), `checkpoint`, `statement` and `cosignature` (what cosigners sign),
+`note` (who signs, and what counts), `proof`, `policy`; `keys` (key rings); `store`, `writer`, `vault`, `heads` and
+`liveness` keep it; `verify` checks it; `trail` is what the floors above hold.
 """
 
 from __future__ import annotations
