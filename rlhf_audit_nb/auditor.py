@@ -219,8 +219,9 @@ class AuditableRLHF:
         }
         if data is not None:
             _refuse_lists(lists, annotator_ids)
-            names = {"annotator_id": None, **(columns or {})} if annotator_ids is None else columns
-            prepared = prepare_rows(data, columns=names, extra=tuple(extra or ()), **said)
+            if annotator_ids is None and isinstance(columns, Mapping | None):
+                columns = {"annotator_id": None, **(columns or {})}
+            prepared = prepare_rows(data, columns=columns, extra=extra or (), **said)
         else:
             _refuse_columns(columns, annotator_ids)
             prepared = prepare_values(annotator_ids=annotator_ids, extra=extra, **lists, **said)

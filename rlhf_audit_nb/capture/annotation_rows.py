@@ -106,7 +106,7 @@ def prepare_rows(
     shown: str | None = None,
     guideline: str | None = None,
     guideline_file: Path | str | None = None,
-    extra: Sequence[str] = (),
+    extra: str | Sequence[str] = (),
     drawn_from: Path | str | Sequence[Path | str] | None = None,
     public_digest: bool = False,
 ) -> Prepared:
@@ -115,8 +115,10 @@ def prepare_rows(
     Raises:
         DataError: the source cannot be read, lacks a column, or a row cannot stand; the message names the row.
     """
+    _check_mappings(columns=columns, words=words)
+    extra = (extra,) if isinstance(extra, str) else tuple(extra)
     table = read_table(data)
-    names = _resolve(table, columns or {}, tuple(extra))
+    names = _resolve(table, columns or {}, extra)
     taken = {ours: table.columns[theirs] for ours, theirs in names.items()}
     fields = _Fields(rows=table.rows, where=f"{table.name}, row" if table.name else "Row")
     fields.text_only = table.form == "csv"
@@ -165,6 +167,7 @@ def prepare_values(
     Raises:
         DataError: as `prepare_rows`.
     """
+    _check_mappings(words=words, extra=extra)
     given = {
         "prompts": prompts,
         "responses": responses,
@@ -197,6 +200,18 @@ def prepare_values(
         guideline_file,
         public_digest=public_digest,
     )
+
+
+def _check_mappings(**given: object) -> None:
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Mapping):
+            raise DataError(
+                f"{name} is a {type(value).__name__}, not a dict.",
+                next_step={"columns": 'Write {"prompt": "question"}.', "words": 'Write {"A": "first"}.'}.get(
+                    name, 'Write {"reason": [...]}, one value for each row.'
+                ),
+                code="wrong-type",
+            )
 
 
 def _digested(files: Path | str | Sequence[Path | str] | None) -> tuple[Source, ...]:
@@ -245,7 +260,8 @@ def _responses_of(taken: Mapping[str, Column], table: Table | None) -> tuple[Col
         either = "; ".join(" and ".join(way) for way in ways)
         raise DataError(
             f"The responses are given in {len(ways)} ways: {either}." if ways else "There are no responses.",
-            next_step="Give chosen and rejected, or first and second, or responses (in a file: one column of a list), "
+            next_step=("Leave one way out (of a file: columns response=, in Python None). " if ways else "")
+            + "Give chosen and rejected, or first and second, or responses (in a file: one column of a list), "
             "or one response each with its reward"
             + (f"; the source has {', '.join(table.columns)}." if table is not None else "."),
             code="responses",
@@ -273,8 +289,12 @@ def _state(fields: _Fields, name: str, said: str | None, column: Column | None) 
             code=name,
         )
     if said is not None:
-        if not said.strip():
-            raise DataError(f"{name} is empty.", next_step="Leave it out where it is not known.", code=name)
+        if not isinstance(said, str) or not said.strip():
+            raise DataError(
+                f"{name} is {_called(said)}, not one word for all rows.",
+                next_step="Leave it out where it is not known.",
+                code=name,
+            )
         fields.stated[name] = said
     elif column is not None:
         setattr(fields, "shown" if name == "shown" else "guidelines", column)
@@ -475,7 +495,8 @@ def _choices(fields: _Fields, words: Words | None) -> Column | None:
         if column is not None:
             raise DataError(
                 "chosen and rejected say what was chosen, and choices as well.",
-                next_step="Give the pair as first and second (responses) with choices, or leave choices out.",
+                next_step="Give the pair as first and second (responses) with choices, or leave choices out (of a "
+                "file: columns choice=, in Python None).",
                 code="choices",
             )
         return [0] * fields.rows
@@ -489,6 +510,13 @@ def _choices(fields: _Fields, words: Words | None) -> Column | None:
             return quick
     found: Column = []
     for row, (value, responses) in enumerate(zip(column, fields.responses, strict=True)):
+        if len(responses) < _PAIR:
+            fields.refuse(
+                row,
+                "there is a choice, and one response to choose from",
+                "Give both responses; a rating of one response is a reward.",
+                "choice",
+            )
         choice = _looked_up(table, value)
         if choice is _ABSENT and type(value) is int and words is None:
             choice = value
@@ -505,7 +533,7 @@ def _choices(fields: _Fields, words: Words | None) -> Column | None:
             fields.refuse(
                 row,
                 f"the choice is of another response than the {len(responses)} there are",
-                "Count them from 0; a rating of one response is a reward.",
+                "Count them from 0.",
                 "choice",
             )
         found.append(choice)

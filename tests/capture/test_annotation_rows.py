@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rlhf_audit_nb.capture.annotation_rows import CHOICES, prepare_rows, prepare_values
 from rlhf_audit_nb.errors import DataError
@@ -156,6 +158,44 @@ def test_the_sources_own_words_are_translated_and_the_numbers_then_are_no_places
         values(choices=[0, 2], words={"1": "first", "2": "second"})
 
 
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+
+
+@given(
+    st.lists(
+        st.builds(
+            Annotation,
+            prompt=TEXT,
+            responses=st.lists(TEXT, min_size=2, max_size=2),
+            choice=st.sampled_from([0, 1, "tie", "undecided"]),
+            reward=st.one_of(st.integers(-5, 5), st.floats(allow_nan=False, allow_infinity=False)),
+            shown=st.sampled_from([None, [0, 1], [1, 0]]),
+            guideline=st.one_of(st.none(), TEXT.filter(len)),
+            made_at=st.one_of(st.none(), TEXT.filter(len)),
+            annotator=TEXT.filter(str.strip),
+            extra=st.fixed_dictionaries({"why": st.one_of(st.none(), TEXT, st.integers(-9, 9))}),
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_whatever_can_be_said_comes_back_as_it_was_said(halves):
+    columns = {name: [getattr(half, name) for half in halves] for name in Annotation.__struct_fields__}
+    prepared = prepare_values(
+        prompts=columns["prompt"],
+        responses=columns["responses"],
+        choices=columns["choice"],
+        rewards=columns["reward"],
+        shown=columns["shown"],
+        guideline=columns["guideline"],
+        made_at=columns["made_at"],
+        annotator_ids=columns["annotator"],
+        extra={"why": [half.extra["why"] for half in halves]},
+    )
+    assert said(prepared) == halves
+    assert prepared.owners == columns["annotator"]
+
+
 # --- sources ---------------------------------------------------------------------------------------------------------
 
 
@@ -256,6 +296,7 @@ def test_the_files_that_lists_were_drawn_from_are_counted_and_digested(tmp_path)
         ({"choices": ["first", ["x"]]}, "Row 2: the choice is none of the known words"),
         ({"choices": [0, 2]}, "Row 2: the choice is of another response than the 2"),
         ({"choices": [0, -1]}, "Row 2: the choice is of another response"),
+        ({"responses": [PAIR, "alone"]}, "Row 2: there is a choice, and one response to choose from"),
         ({"rewards": [1, math.nan]}, "Row 2: the reward is not finite"),
         ({"rewards": [1, True]}, "Row 2: the reward is a bool"),
         ({"rewards": [1, "4"]}, "Row 2: the reward is a str"),
@@ -283,7 +324,9 @@ def test_the_files_that_lists_were_drawn_from_are_counted_and_digested(tmp_path)
         ({"responses": None, "chosen": ["a", "b"], "rejected": ["c", "d"]}, "say what was chosen, and choices as well"),
         ({"choices": None}, "Neither a choice nor a reward"),
         ({"words": {"A": "left"}}, "words says that 'A' means 'left'"),
-        ({"guideline": " "}, "guideline is empty"),
+        ({"guideline": " "}, "guideline is empty, not one word"),
+        ({"extra": ["why"]}, "extra is a list, not a dict"),
+        ({"words": "A=first"}, "words is a str, not a dict"),
         ({"shown": "left"}, "Row 1: shown says no order"),
         ({"drawn_from": "/nowhere/votes.csv"}, "cannot be read"),
     ],
@@ -303,6 +346,9 @@ def test_a_row_that_cannot_stand_is_named(changed, complaint):
         ({"columns": {**RENAMED, "anotator": "worker"}}, r"renames 'anotator'.*Did you mean 'annotator_id'"),
         ({"columns": {k: v for k, v in RENAMED.items() if k != "annotator_id"}}, "no column 'annotator_id'"),
         ({"extra": ["reason"]}, "no column 'reason'"),
+        ({"extra": "reason"}, "no column 'reason'"),
+        ({"columns": "prompt=question"}, "columns is a str, not a dict"),
+        ({"shown": ["first", "second"]}, "shown is a list, not one word for all rows"),
         ({"columns": {**RENAMED, "rejected": "b"}}, "in 2 ways"),
         ({"columns": {**RENAMED, "guideline": "other"}, "guideline": "v3"}, "guideline is said once for all rows"),
     ],
