@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import secrets
 import shutil
@@ -28,7 +29,7 @@ from rlhf_audit_nb.trail.signers import HeldKey, kind_of, load_public, read_publ
 from rlhf_audit_nb.trail.succession import Limit, known_limits
 from rlhf_audit_nb.trail.vault_key import backup_master, reseal_master, restore_master, unusable_keys
 
-__all__ = ["KeyInfo", "backup_keys", "check_passphrase", "encrypt_keys", "list_keys", "restore_keys"]
+__all__ = ["KeyInfo", "backup_keys", "check_passphrase", "encrypt_keys", "key_id", "list_keys", "restore_keys"]
 
 _BACKUP_VERSION = 1
 _BACKUP_SCRYPT = {"n": 1 << 16, "r": 8, "p": 1}
@@ -242,6 +243,20 @@ class KeyInfo:
     since: str
     status: str = "in force"
     until: int | None = None
+
+    @property
+    def id(self) -> str:
+        """The short name by which a person tells keys apart."""
+        return key_id(self.role, self.key)
+
+
+def key_id(role: str, key: str) -> str:
+    """A key's short name: its verifier key's id, or the beginning of its DSSE key id; ``-`` where it is not known."""
+    if not key:
+        return "-"
+    if role in ("log", "mldsa"):
+        return parse_vkey(key).key_id.hex()
+    return hashlib.sha256(base64.b64decode(key)).hexdigest()[:16]
 
 
 def _when(path: Path) -> str:
