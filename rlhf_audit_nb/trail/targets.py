@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
 from rlhf_audit_nb.errors import StoreError
 from rlhf_audit_nb.trail.durable import sync_folder
@@ -421,7 +421,7 @@ def _shown(url: str) -> tuple[str, tuple[str, ...]]:
         ) from error
     if parts.scheme.lower() in _CONTAINER and ":" not in user:
         host, user = user + at + host, ""
-    hidden = {user, password, parts.query, parts.fragment}
+    hidden = {user, password, parts.query, parts.fragment, *(value for _, value in parse_qsl(parts.query))}
     hidden |= {unquote(text) for text in hidden}
     shown = urlunsplit((parts.scheme, host, parts.path, "", ""))
     return shown.rstrip("/") or shown, tuple(sorted(hidden - {""}, key=len, reverse=True))

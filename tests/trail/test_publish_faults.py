@@ -161,12 +161,9 @@ shutil.rmtree(counted)
 
 # Stopped at a call that changes nothing, a publish leaves what it leaves at the next one that does.
 faults = {call: ("KILL", "EIO", "ENOSPC") if call in MUTATE else ("EIO",) for call in count}
-groups = sorted(((call, fault) for call in count for fault in faults[call]), key=lambda group: -count[group[0]])
-for at, (call, fault) in enumerate(groups):
-    if at % 2 != int(share):
-        continue
+for call, fault in sorted((call, fault) for call in count for fault in faults[call]):
     inject = f"inject={call}:" + ("signal=KILL" if fault == "KILL" else f"error={fault}")
-    numbers = range(1, count[call] + 1)
+    numbers = range(1 + int(share), count[call] + 1, 2)
     cases = [prepared(f"{start}-{call}-{fault}-{when}") for when in numbers]
     if call in VAIN:
         runs = [publisher(case, call, count[call] - when, when) for case, when in zip(cases, numbers)]
