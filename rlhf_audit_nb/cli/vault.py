@@ -63,25 +63,27 @@ def _do_erase(args: argparse.Namespace) -> int:
     with Trail.open(trail_folder(args), create=False) as trail:
         trail.flush()
         try:
-            count = trail.vault.count(owner)
+            count = trail.vault.count(owner, stream=args.run or "")
         except VaultError as error:
             finished = _finished(trail) if error.reason == "unknown-owner" else None
             if finished is None:
                 raise
             return _tell(args, finished)
         if not args.yes:
-            _ask(trail, count)
-        return _tell(args, erase(trail, owner, reason=args.reason))
+            _ask(trail, count, "that annotator" if args.run is None else f"the run {args.run}")
+        return _tell(args, erase(trail, owner, reason=args.reason, run=args.run))
 
 
-def _owner(args: argparse.Namespace) -> str:
+def _owner(args: argparse.Namespace) -> str | None:
     """The annotator's id, which need not stand on the command line (nor in the shell's history)."""
-    if (args.annotator is None) == (args.from_file is None):
+    if sum(item is not None for item in (args.annotator, args.from_file, args.run)) != 1:
         raise ConfigError(
-            "Name one annotator: the id, - to read it from stdin, or --from-file FILE.",
+            "Name one annotator: the id, - to read it from stdin, or --from-file FILE; or one run with --run.",
             next_step="See rlhf-audit erase --help.",
             code="usage",
         )
+    if args.run is not None:
+        return None
     if args.from_file is None and args.annotator != "-":
         return str(args.annotator)
     try:
@@ -115,8 +117,8 @@ def _finished(trail: Trail) -> ErasureDone | None:
     return ErasureDone(said.erasure, entries[-1].index, count, said.generation, said.reason, finished=True)
 
 
-def _ask(trail: Trail, count: int) -> None:
-    note(f"This takes {_payloads(count)} of that annotator out of the vault of {trail.location}, for good.")
+def _ask(trail: Trail, count: int, whose: str) -> None:
+    note(f"This takes {_payloads(count)} of {whose} out of the vault of {trail.location}, for good.")
     note("The trail keeps its entries and still verifies; it will say that something was erased, and not whose.")
     note("Every copy of vault.sqlite and vault.key from before is void afterwards, for all annotators.")
     if not sys.stdin.isatty():
@@ -146,6 +148,7 @@ def _add_erase(parser: Parser) -> None:
     parser.set_defaults(do=_do_erase)
     parser.add_argument("annotator", metavar="ANNOTATOR_ID", nargs="?", help="whom; - reads the id from stdin")
     parser.add_argument("--from-file", metavar="FILE", help="read the id from a file, so that no history keeps it")
+    parser.add_argument("--run", metavar="RUN", help="what a run itself holds (measurements, digests, seed) instead")
     parser.add_argument(
         "--reason",
         choices=REASONS,

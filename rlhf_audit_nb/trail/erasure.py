@@ -53,8 +53,11 @@ class ErasureDone:
     finished: bool = False
 
 
-def erase(trail: Trail, owner: str, *, reason: str) -> ErasureDone:
+def erase(trail: Trail, owner: str | None = None, *, reason: str, run: str | None = None) -> ErasureDone:
     """Erase an annotator from the vault of ``trail``, for good; the trail still verifies, and says ``erased``.
+
+    What a run holds of its own (measurements of its private steps, digests of its data, its seed) belongs to no
+    annotator; ``run=`` in the place of ``owner`` erases that.
 
     Where an erasure had been begun and the annotator is already gone, that one is brought to its end.
 
@@ -62,8 +65,10 @@ def erase(trail: Trail, owner: str, *, reason: str) -> ErasureDone:
         trail: the trail, open.
         owner: the annotator's id, as it was handed in with the payloads.
         reason: one of `REASONS`.
+        run: the run whose own payloads are to go.
 
     Raises:
+        ValueError: neither ``owner`` nor ``run`` was given, or both.
         VaultError: ``reason`` is none of them; ``unknown-owner`` where the vault holds nothing of theirs (nothing was
             changed); ``vault-busy`` where another process reads the vault (the erasure holds, and opening the trail
             later finishes it); ``vault-old`` or ``key-old`` where vault and key do not belong together.
@@ -74,6 +79,8 @@ def erase(trail: Trail, owner: str, *, reason: str) -> ErasureDone:
         raise VaultError(
             f"The reason {reason!r} is not known.", next_step=f"Write one of {', '.join(REASONS)}.", code="reason"
         )
+    if (owner is None) == (run is None):
+        raise ValueError("name either an annotator or a run")
     trail.flush()
     with _vault(trail) as vault:
         if not vault.exists():
@@ -81,7 +88,7 @@ def erase(trail: Trail, owner: str, *, reason: str) -> ErasureDone:
         with trail.keys.master.exclusive():
             finished = _finish(trail, vault)
             try:
-                erasure = vault.erase(owner, reason)
+                erasure = vault.erase(owner, reason, stream=run or "")
             except VaultError as error:
                 if error.reason == "unknown-owner" and finished:
                     return finished[-1]

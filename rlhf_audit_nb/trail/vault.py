@@ -549,23 +549,26 @@ class Vault:
 
     # --- erasing; what changes anything, under the key's lock (`MasterKey.exclusive`) ---
 
-    def erase(self, owner: str, reason: str) -> Erasure:
-        """Take an annotator's key and payloads out for good; the erasure has no entry in the trail yet.
+    def erase(self, owner: str | None, reason: str, *, stream: str = "") -> Erasure:
+        """Take the key and the payloads of an annotator (``None``: of a stream itself) out for good.
+
+        The erasure has no entry in the trail yet.
 
         Raises:
             VaultError: ``unknown-owner`` where the vault holds nothing of theirs; nothing was changed. ``vault-busy``
                 where another process reads it: the erasure holds, and `settle` clears the old pages.
             StoreError: the vault cannot be written; where nothing was erased, all is as it was.
         """
+        whose = _name_of(owner, stream)
         with self._transaction() as session:
             before = self._generation(session)
-            self._owner_id(session, before, owner)
+            self._owner_id(session, before, whose)
         after = before.next()
         self._master.keep(before, after)
         with self._transaction() as session:
             self._check_number(session, before)
-            number = self._owner_id(session, before, owner)
-            name, salt = before.erasure(_name_of(owner))
+            number = self._owner_id(session, before, whose)
+            name, salt = before.erasure(whose)
             erasure = self._bury(session, number, Erasure(name, b"", after.number, reason, 0), salt, after)
             self._rewrap(session, before, after, {number})
         self.settle()
@@ -602,8 +605,8 @@ class Vault:
         if number != before.number:
             raise self._other_generation(number)
 
-    def count(self, owner: str) -> int:
-        """How many openings of an annotator there are.
+    def count(self, owner: str | None, *, stream: str = "") -> int:
+        """How many openings of an annotator (``None``: of a stream itself) there are.
 
         Raises:
             VaultError: ``unknown-owner`` where the vault holds nothing of theirs.
@@ -611,7 +614,7 @@ class Vault:
         if not self.exists():
             raise self.unknown_owner()
         with self._transaction() as session:
-            number = self._owner_id(session, self._generation(session), owner)
+            number = self._owner_id(session, self._generation(session), _name_of(owner, stream))
             return sum(1 for _ in session.execute(_OWNED_BY, {"of": number}))
 
     def settle(self) -> None:
@@ -641,8 +644,8 @@ class Vault:
             raise self._other_generation(number)
         return generation
 
-    def _owner_id(self, session: Session, generation: Generation, owner: str) -> int:
-        row = session.execute(_OWNER_OF_TAG, {"of": _Wrapping(generation).tag(_name_of(owner))}).fetchone()
+    def _owner_id(self, session: Session, generation: Generation, name: str) -> int:
+        row = session.execute(_OWNER_OF_TAG, {"of": _Wrapping(generation).tag(name)}).fetchone()
         if row is None:
             raise self.unknown_owner()
         return int(row[0])
@@ -650,7 +653,7 @@ class Vault:
     def unknown_owner(self) -> VaultError:
         """The refusal to erase whom the vault does not know."""
         return VaultError(
-            f"The vault {self.path} holds nothing of that annotator.",
+            f"The vault {self.path} holds nothing under that name.",
             next_step="Check how the id is written; nothing was changed.",
             code="unknown-owner",
         )

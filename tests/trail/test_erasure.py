@@ -173,6 +173,24 @@ def test_who_is_unknown_is_not_erased_and_nothing_is_changed(folder, home):
     assert look(folder)[0].openings == 12
 
 
+def test_what_a_run_holds_of_its_own_can_be_erased_too(folder, home):
+    sealed = filled(folder)
+    with Trail.open(folder) as trail:
+        assert erase(trail, run="r", reason="retention").openings == 4
+        with pytest.raises(VaultError) as caught:
+            trail.vault.open_payload("r", 2, sealed[2])
+        assert caught.value.reason == "erased"
+        assert trail.vault.open_payload("r", 0, sealed[0])
+        with pytest.raises(VaultError) as caught:
+            erase(trail, run="r", reason="retention")
+        assert caught.value.reason == "unknown-owner"
+        for wrong in ({}, {"owner": ANN, "run": "r"}):
+            with pytest.raises(ValueError, match="either"):
+                erase(trail, reason="request", **wrong)
+    assert look(folder)[0].erased == 4
+    assert look(folder)[1] == set()
+
+
 def test_nobody_is_known_where_nothing_was_ever_sealed(folder):
     with Trail.open(folder) as trail:
         with pytest.raises(VaultError) as caught:
