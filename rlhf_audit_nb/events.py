@@ -445,12 +445,12 @@ class AnnotationsImported(Event, frozen=True, kw_only=True):
     digests: list[str] = []
 
 
-class Annotation(Private, frozen=True, kw_only=True):
+class Annotation(Private, frozen=True, kw_only=True, omit_defaults=True):
     """What one person said of one response or of several.
 
     ``choice`` is the place of the preferred response in ``responses``, ``tie`` or ``undecided``; ``shown`` the places
     of the responses in the order in which they were shown. ``made_at`` is the source's own word for the time. What the
-    source did not know is ``None``.
+    source did not know is ``None`` and left out of the bytes.
     """
 
     responses: list[Text]
