@@ -34,8 +34,9 @@ class WriterLock:
     def leave(self) -> None:
         """Close this process's copy only: in a forked child, where the parent's hold must not end."""
         if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+            descriptor, self._descriptor = self._descriptor, -1
+            with contextlib.suppress(OSError):  # the descriptor is gone all the same; nothing was written to it
+                os.close(descriptor)
 
     def release(self) -> None:
         """Give the lock up and remove its file."""
