@@ -238,7 +238,10 @@ def test_an_erased_annotator_is_gone_and_the_others_stay(auditor):
     found = list(auditor.annotations())
     assert [item.state for item in found] == ["erased", "open", "erased"]
     assert [item.annotation.annotator for item in found if item.annotation] == ["worker-23"]
-    assert verify_trail(auditor.trail.location).size == len(list(auditor.trail.reader().entries()))
+    verdict = verify_trail(auditor.trail.location)
+    assert (verdict.level.name, verdict.reasons) == ("UNANCHORED", ())
+    assert verdict.openings is not None
+    assert (verdict.openings["erased"], verdict.openings["missing"]) == (2, 0)
 
 
 def test_an_opening_that_is_lost_is_missing_and_not_erased(auditor):
@@ -250,6 +253,7 @@ def test_an_opening_that_is_lost_is_missing_and_not_erased(auditor):
         vault.execute("DELETE FROM openings WHERE commitment = ?", (lost,))
     vault.close()
     assert [item.state for item in auditor.annotations()] == ["open", "missing", "open"]
+    assert "opening-missing" in [reason.code for reason in auditor.verify().reasons]
 
 
 def test_without_a_vault_all_are_missing_and_none_is_made(auditor):
