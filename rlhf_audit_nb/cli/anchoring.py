@@ -35,6 +35,7 @@ __all__ = ["COMMANDS"]
 
 DEFAULT_PORT = 8742
 MAX_FILE = 1 << 20
+PREPARED = "Have it timestamped, and keep the answer: rlhf-audit anchor --add ANSWER.tsr"
 LEVEL_WORDS = {
     "COSIGNED": "the quorum of witnesses has cosigned this checkpoint",
     "TIMESTAMPED": "a timestamp bounds when this checkpoint was written",
@@ -80,9 +81,12 @@ def _tsa_roots(args: argparse.Namespace) -> Sequence[bytes] | None:
 
 
 def _do_anchor(args: argparse.Namespace) -> int:
-    from rlhf_audit_nb.trail.anchoring import add_anchor, anchor_trail
+    from rlhf_audit_nb.trail.anchoring import add_anchor, anchor_trail, keep_checkpoint
 
     policy, roots, trail = read_policy(args), _tsa_roots(args), trail_folder(args)
+    if args.prepare:
+        path = keep_checkpoint(trail, policy=policy, endorse=_endorse)
+        return finish(args, {"file": str(path)}, [f"kept  {path}", f"  {PREPARED}"])
     added = [
         add_anchor(trail, _read(name, "anchor"), policy=policy, tsa_roots=roots, name=name) for name in args.add or ()
     ]
@@ -156,7 +160,9 @@ def _add_anchor(parser: Parser) -> None:
         metavar="FILE",
         help="the authority's root certificate, PEM (default: those in tsa/ in the keys' home)",
     )
-    parser.add_argument("--add", action="append", metavar="FILE", help="keep an answer that came as a file")
+    files = parser.add_mutually_exclusive_group()
+    files.add_argument("--add", action="append", metavar="FILE", help="keep an answer that came as a file")
+    files.add_argument("--prepare", action="store_true", help="ask nobody; write the file that is to be timestamped")
     parser.add_argument("--timeout", type=_seconds, default=30.0, metavar="S", help="how long to wait for each (30)")
 
 

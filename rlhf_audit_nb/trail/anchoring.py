@@ -44,7 +44,7 @@ from rlhf_audit_nb.trail.web import TIMEOUT, Answer, check_url, get, post
 if TYPE_CHECKING:
     from rlhf_audit_nb.trail.policy import TrustPolicy
 
-__all__ = ["Anchoring", "Asked", "add_anchor", "anchor_trail", "request_cosignature"]
+__all__ = ["Anchoring", "Asked", "add_anchor", "anchor_trail", "keep_checkpoint", "request_cosignature"]
 
 _AT_ONCE = 8
 _TRIES = 3
@@ -250,14 +250,7 @@ def anchor_trail(
         StoreError: the trail cannot be read, or the anchors cannot be written.
         KeyFileError: no policy was given and the user has no key for this trail.
     """
-    try:
-        job = _Job.open(location, policy, tsa_roots, home, timeout)
-    except FormatError as error:
-        raise AnchorError(
-            f"The newest checkpoint cannot be anchored: {error.message}",
-            next_step="Check the trail with `rlhf-audit verify`, and the policy.",
-            code=error.reason,
-        ) from error
+    job = _opened(location, policy, tsa_roots, home, timeout)
     chosen = _chosen(job.policy, witnesses)
     for url in authorities:
         check_url(url)
@@ -278,13 +271,59 @@ def anchor_trail(
     return _ask_all(job, chosen, authorities, endorse)
 
 
-def _ask_all(
-    job: _Job, chosen: Sequence[_WitnessAt], authorities: Sequence[str], endorse: Callable[[str], str] | None
-) -> Anchoring:
+def _opened(
+    location: Path | str,
+    policy: TrustPolicy | None,
+    tsa_roots: Sequence[bytes] | None,
+    home: Path | None,
+    timeout: float = TIMEOUT,
+) -> _Job:
+    try:
+        return _Job.open(location, policy, tsa_roots, home, timeout)
+    except FormatError as error:
+        raise AnchorError(
+            f"The newest checkpoint cannot be anchored: {error.message}",
+            next_step="Check the trail with `rlhf-audit verify`, and the policy.",
+            code=error.reason,
+        ) from error
+
+
+def _keep(job: _Job, endorse: Callable[[str], str] | None) -> bytes:
     note = job.reader.checkpoint()
     if endorse is not None and job.folder.read(f"{job.head.size}.checkpoint") is None:
         note = endorse(note)
-    kept = job.folder.keep(note)
+    return job.folder.keep(note)
+
+
+def keep_checkpoint(
+    location: Path | str,
+    *,
+    policy: TrustPolicy | None = None,
+    home: Path | None = None,
+    endorse: Callable[[str], str] | None = None,
+) -> Path:
+    """Keep the newest checkpoint as the file that an authority timestamps, and ask nobody; that file.
+
+    Raises:
+        AnchorError: it is not signed by whom the policy trusts, or is not of the history seen before (``diverged``).
+        StoreError: the trail cannot be read, or the anchors cannot be written.
+        KeyFileError: no policy was given and the user has no key for this trail.
+    """
+    job = _opened(location, policy, (), home)
+    if job.reasons:
+        raise AnchorError(
+            f"The newest checkpoint cannot be anchored: {job.reasons[0].message}",
+            next_step="Keep the trail and the evidence as they are; `rlhf-audit verify` says more.",
+            code="diverged",
+        )
+    _keep(job, endorse)
+    return job.folder.path / f"{job.head.size}.checkpoint"
+
+
+def _ask_all(
+    job: _Job, chosen: Sequence[_WitnessAt], authorities: Sequence[str], endorse: Callable[[str], str] | None
+) -> Anchoring:
+    kept = _keep(job, endorse)
     before = [anchor for anchor in job.anchors()[0] if anchor.size == job.head.size]
     asked: list[Asked] = []
     with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -493,7 +532,7 @@ def add_anchor(
             history, both signed heads being kept as evidence.
         StoreError: the trail cannot be read, or the anchors cannot be written.
     """
-    job = _Job.open(location, policy, tsa_roots, home)
+    job = _opened(location, policy, tsa_roots, home)
     try:
         return _add_token(job, data, name) if data[:1] == b"\x30" else _add_note(job, data)
     except FormatError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ __all__ = ["TIMEOUT", "Answer", "check_url", "get", "post"]
 
 TIMEOUT = 30.0
 _MAX_ANSWER = 1 << 20
+_READ = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -76,20 +78,28 @@ def _ask(url: str, body: bytes | None, headers: dict[str, str], timeout: float) 
     request = urllib.request.Request(check_url(url), body, headers)  # noqa: S310 (http or https: checked)
     try:
         with urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout) as reply:
-            return _answer(url, reply.status, reply)
+            return _answer(url, reply.status, reply, timeout)
     except urllib.error.HTTPError as error:
         with error:
-            return _answer(url, error.code, error)
+            return _answer(url, error.code, error, timeout)
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise _unreachable(url, f"gave no answer: {reason}") from error
 
 
-def _answer(url: str, status: int, reply: http.client.HTTPResponse | urllib.error.HTTPError) -> Answer:
-    data = reply.read(_MAX_ANSWER + 1)
-    if len(data) > _MAX_ANSWER:
-        raise _unreachable(url, f"answered with more than {_MAX_ANSWER} bytes")
-    return Answer(status, reply.headers.get_content_type(), data)
+def _answer(url: str, status: int, reply: http.client.HTTPResponse | urllib.error.HTTPError, timeout: float) -> Answer:
+    until, parts, size = time.monotonic() + timeout, [], 0
+    while part := reply.read1(_READ):
+        parts.append(part)
+        size += len(part)
+        if size > _MAX_ANSWER:
+            raise _unreachable(url, f"answered with more than {_MAX_ANSWER} bytes")
+        if time.monotonic() > until:
+            raise _unreachable(url, f"did not finish its answer in {timeout:g} s")
+    length = reply.headers.get("Content-Length", str(size))
+    if length != str(size):
+        raise _unreachable(url, f"hung up after {size} of {length} bytes")
+    return Answer(status, reply.headers.get_content_type(), b"".join(parts))
 
 
 def _unreachable(url: str, what: str) -> AnchorError:
