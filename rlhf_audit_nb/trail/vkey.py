@@ -27,7 +27,6 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA44PublicKey
-from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
 
@@ -116,8 +115,6 @@ def _plain_ed25519(key: Verifier, text: str, signature: bytes) -> int:
 
 
 def _plain_ecdsa(key: Verifier, text: str, signature: bytes) -> int:
-    if encode_dss_signature(*decode_dss_signature(signature)) != signature:
-        raise ValueError("the signature is not in its one DER encoding")
     public = load_der_public_key(key.public)
     assert isinstance(public, ec.EllipticCurvePublicKey)  # what _sound_ecdsa has seen to
     public.verify(signature, text.encode(), ec.ECDSA(SHA256()))

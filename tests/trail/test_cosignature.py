@@ -170,6 +170,7 @@ def test_the_bytes_of_a_cosignature_are_read_in_one_form_or_refused(data, length
     except FormatError:
         assert len(data) != 8 + length or data[0] >= 0x80
         return
+    assert len(signature) == length
     assert format_timestamped(when, signature) == data
 
 
