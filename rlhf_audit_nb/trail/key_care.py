@@ -189,7 +189,9 @@ def restore_keys(home: Path, data: bytes, passphrase: str) -> str:
         return origin
     making = folder.path.with_name(f".{secrets.token_hex(8)}")
     try:
-        (making / "retired").mkdir(parents=True, mode=0o700)
+        folder.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        making.mkdir(mode=0o700)
+        (making / "retired").mkdir(mode=0o700)
         for name, content in files.items():
             write_durably(making / name, content)
         making.rename(folder.path)

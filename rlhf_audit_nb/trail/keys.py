@@ -73,6 +73,7 @@ __all__ = [
     "public_files",
     "ring_not_written",
     "ring_origins",
+    "settle_ring",
 ]
 
 VAULT_KEY = "vault.key"

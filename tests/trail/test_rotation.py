@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from support.dying import in_child
 
 from rlhf_audit_nb.errors import FormatError, KeyFileError, StoreError
 from rlhf_audit_nb.trail import Level, Trail, TrailReader, TrustPolicy, verify_trail
@@ -163,42 +163,6 @@ def test_an_encrypted_ring_stays_encrypted(folder, home, monkeypatch):
 
 # -- crashes --------------------------------------------------------------------------------------------------------
 
-CALLS = ("open", "fsync", "replace", "rename", "unlink", "mkdir", "write", "utime")
-
-
-def _dying(at: int) -> None:
-    """From now on this process dies without a word at the ``at``-th call that changes a file."""
-    left = [at]
-
-    def dying(real):
-        def call(*args, **keywords):
-            left[0] -= 1
-            if left[0] == 0:
-                os._exit(9)
-            return real(*args, **keywords)
-
-        return call
-
-    for name in CALLS:
-        setattr(os, name, dying(getattr(os, name)))
-
-
-def _in_child(work, at: int) -> bool:
-    """Whether ``work`` came to its end in a child that dies at the ``at``-th call."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            _dying(at)
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(pid, 0)
-    code = os.waitstatus_to_exitcode(status)
-    assert code in (0, 9), f"call {at}: exit code {code}"
-    return code == 0
-
 
 @pytest.mark.parametrize("role", ["log", "mldsa"])
 def test_a_rotation_that_is_killed_at_any_call_is_done_or_not_begun(folder, home, tmp_path, monkeypatch, role):
@@ -212,7 +176,7 @@ def test_a_rotation_that_is_killed_at_any_call_is_done_or_not_begun(folder, home
         for copy, target in ((kept_trail, folder), (kept_home, home)):
             shutil.rmtree(target)
             shutil.copytree(copy, target)
-        finished = _in_child(lambda: _rotate_once(folder, role), at)
+        finished = in_child(lambda: _rotate_once(folder, role), at)
         # Looked at before anybody opens it: the checks hold in any state.
         assert level(folder, first) is Level.UNANCHORED, at
         grown(folder)
