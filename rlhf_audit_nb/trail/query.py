@@ -31,15 +31,13 @@ from rlhf_audit_nb.trail.merkle import leaf_hash, prove_inclusion
 from rlhf_audit_nb.trail.proof import InclusionProof
 from rlhf_audit_nb.trail.sqlite import reading
 from rlhf_audit_nb.trail.store import Bundle, Store, unpack_entries
-from rlhf_audit_nb.trail.verify import store_path
+from rlhf_audit_nb.trail.verify import CLOCK_SLACK_US, store_path
 from rlhf_audit_nb.trail.writer import RUN_STARTED
 
 __all__ = ["Damaged", "Filter", "Item", "Look", "parse_range", "parse_time"]
 
 ROWS = 32
 POLL_SECONDS = 0.25
-CLOCK_SLACK_US = 60_000_000
-"""How far a clock may have been set back between an entry and its commit; further, and a time filter may miss it."""
 
 _FRONT = re.compile(
     rb'\{"v":1,"type":"([a-z0-9._-]+)","time":([0-9]+),"run":(?:null|"([A-Za-z0-9._-]+)"),"seq":[0-9]+,"writer":"'

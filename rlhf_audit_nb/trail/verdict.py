@@ -28,6 +28,7 @@ ADVISORY = frozenset(
         "anchor",
         "anchor-time",
         "anchor-unknown",
+        "commit-time",
         "erasure-unfinished",
         "last-seen",
         "quorum",

@@ -30,6 +30,7 @@ from rlhf_audit_nb.trail.keys import home_folder, load_keys, local_policy
 from rlhf_audit_nb.trail.liveness import is_alive
 from rlhf_audit_nb.trail.merkle import HASH_BYTES, Frontier, leaf_hash
 from rlhf_audit_nb.trail.proof import parse_proof
+from rlhf_audit_nb.trail.sqlite import reading
 from rlhf_audit_nb.trail.store import Bundle, Head, Store, StreamState, Transaction, unpack_entries
 from rlhf_audit_nb.trail.succession import KEY_TYPES, KeySuccession, known_limits
 from rlhf_audit_nb.trail.timestamp import trusted_authorities
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.trail.verdict import Anchor
 
 __all__ = [
+    "CLOCK_SLACK_US",
     "MAX_REASONS",
     "EntryChecker",
     "Progress",
@@ -55,6 +57,8 @@ __all__ = [
 
 MAX_REASONS = 100
 TRIES = 3
+CLOCK_SLACK_US = 60_000_000
+"""How far a clock may have been set back between an entry and its commit; further, and a time filter may miss it."""
 OPEN = "open"
 NEWEST = "newest checkpoint"
 LAST_SEEN = "last-seen head"
@@ -98,6 +102,7 @@ class EntryChecker:
         self._streams: dict[str, StreamState] = {}
         self._runs: dict[str, _Run] = {}
         self._last = -1
+        self.latest = 0
         self.reasons: list[Reason] = []
 
     @property
@@ -134,6 +139,8 @@ class EntryChecker:
             self._fault("time", index, f"Its time {time} is before {state.time}, the last of stream {stream}.")
         else:
             state.time = time
+            if time > self.latest:  # noqa: PLR1730 (a third of the cost of max, for every entry)
+                self.latest = time
         if run is not None:
             self._count(run, entry)
         elif envelope.type == RUN_INTERRUPTED:
@@ -256,6 +263,9 @@ class _Audit:
     wrong_root: bool = False
     unsaid: int = 0
     summary: Mapping[str, Any] | None = None
+    commits: Iterator[tuple[int, int]] = field(default_factory=lambda: iter(()))
+    late: int | None = None
+    _commit: tuple[int, int] | None = (-1, 0)
     _expected: Iterator[_Expected] = field(default_factory=lambda: iter(()))
     _next: _Expected | None = None
 
@@ -273,6 +283,7 @@ class _Audit:
         self._expect(newest)
         for bundle in self.transaction.bundles(-(1 << 63), (1 << 63) - 1):
             self._bundle(bundle)
+            self._commit_times()
             if self.progress is not None:
                 self.progress(self.frontier.size, self.head.size)
         self._end(newest)
@@ -340,6 +351,14 @@ class _Audit:
         for term in self._entries(bundle.first, entries):
             self.terms.add(term, bundle.first)
         self._grow(leaves)
+
+    def _commit_times(self) -> None:
+        """Whether entries are as old as the checkpoints above them, by which a query by time finds its beginning."""
+        while self._commit is not None and self._commit[0] <= self.frontier.size:
+            size, when = self._commit
+            if size == self.frontier.size and self.checker.latest > when + CLOCK_SLACK_US:
+                self.late = self.late or size
+            self._commit = next(self.commits, None)
 
     def _entries(self, first: int, entries: list[bytes]) -> set[str]:
         """Look at the entries of a row; the index terms that it should have."""
@@ -577,16 +596,17 @@ class _Job:
         with self.store.reading() as transaction:
             head = transaction.head()
             before = None if seen is None else checkpoint_of(seen)
-            with closing(self._openings()) as check:
-                audit = _Audit(
-                    transaction, head, policy, self._keys(transaction), before, claimed, self.progress, check
-                )
+            keys = self._keys(transaction)
+            with closing(self._openings()) as check, reading(self.store.path) as session:
+                audit = _Audit(transaction, head, policy, keys, before, claimed, self.progress, check)
+                # Of a later state perhaps; the rows of this one stay as they are.
+                audit.commits = session.raw.execute("SELECT size, time FROM checkpoints ORDER BY size")
                 checked, newest = audit.run()
         reasons = audit.reasons
         if checked is not None and not reasons:
             reasons += self._forks(audit, heads)
         level = conclude(checked, reasons, policy, heads, seen, head.note, audit.seen_root, audit.anchors)
-        reasons += chain(said[:MAX_REASONS], self._unended(audit.checker))
+        reasons += chain(said[:MAX_REASONS], self._unended(audit.checker), _late(audit))
         size = newest.size if newest else audit.frontier.size
         root = base64.b64encode(newest.root if newest else audit.frontier.root()).decode()
         signers = checked.signers if checked else ()
@@ -645,6 +665,12 @@ class _Job:
             with self.store.reading() as transaction:
                 still = {f"run {run}" for run in transaction.open_runs()}
             yield from (reason for reason in found if reason.where in still)
+
+
+def _late(audit: _Audit) -> Iterator[Reason]:
+    if audit.late is not None:
+        message = "Entries below it are later than its commit time says; a query by time could miss them."
+        yield Reason("commit-time", f"checkpoint {audit.late}", message)
 
 
 def _lives(folder: Path, writer: str) -> bool | None:

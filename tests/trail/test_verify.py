@@ -401,6 +401,13 @@ def test_whether_a_run_still_goes_on_is_not_guessed_where_it_cannot_be_known():
     assert list(checker.unended(lambda _writer: True)) == []
 
 
+def test_a_commit_time_that_would_hide_entries_from_a_query_is_said(tall):
+    assert verify_trail(tall).reasons == ()
+    change(tall, "UPDATE checkpoints SET time = time - 120000000 WHERE size = (SELECT max(size) FROM checkpoints)")
+    verdict = verify_trail(tall)
+    assert (verdict.level, codes(verdict)) == (Level.UNANCHORED, {"commit-time"})
+
+
 # What others have said.
 
 WITNESS = Signer("witness.example/one", Ed25519PrivateKey.generate())
