@@ -18,6 +18,7 @@ from rlhf_audit_nb.errors import KeyFileError, StoreError, VaultError
 from rlhf_audit_nb.trail import Level, Trail, TrailReader, verify_trail
 from rlhf_audit_nb.trail.erasure import erase, finish_erasures
 from rlhf_audit_nb.trail.vault import VAULT_ERASED, OpeningsCheck, Vault
+from rlhf_audit_nb.trail.vault_file import Wrapping
 
 ROOT = Path(__file__).parents[2]
 ANN, BEN = "ann-7f3a@example.com", "ben-19c2@example.com"
@@ -61,7 +62,7 @@ def secrets_of(folder: Path, owner: str) -> dict[str, bytes]:
     """All that is of an owner in the vault, and what only they could be read with."""
     with Trail.open(folder) as trail:
         vault, master = trail.vault, trail.keys.master.newest
-        wrapping = vault._wrapping_now.__globals__["_Wrapping"](master)
+        wrapping = Wrapping(master)
         tag = wrapping.tag("a:" + owner)
         raw = sqlite3.connect(folder / "vault.sqlite")
         number, wrapped = raw.execute("SELECT id, wrapped FROM owners WHERE tag = ?", (tag,)).fetchone()
