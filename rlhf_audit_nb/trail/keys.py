@@ -331,6 +331,8 @@ def open_ring(folder: RingFolder, origin: str, secret: bytes | None) -> KeyRing:
     """The keys in a ring's folder, which nobody changes meanwhile; errors as `load_keys`."""
     log, record = (_load_signing(folder, role, secret) for role in ("log", "record"))
     model = _load_pem(folder, "model", secret)
+    if b"ENCRYPTED" not in folder.read("model.pem"):
+        secret = None  # a passphrase that is not this ring's must not encrypt what is written into it later
     mldsa = _load_pem(folder, "mldsa", secret) if folder.has("mldsa.pem") else None
     if not isinstance(model, ec.EllipticCurvePrivateKey):
         raise unusable_keys(folder.path, ValueError("model.pem must hold a P-256 key"))

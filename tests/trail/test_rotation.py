@@ -161,6 +161,16 @@ def test_an_encrypted_ring_stays_encrypted(folder, home, monkeypatch):
     assert refused.value.reason == "passphrase"
 
 
+def test_a_ring_without_a_passphrase_stays_so_though_one_is_set(folder, home, monkeypatch):
+    made(folder)
+    monkeypatch.setenv("RLHF_AUDIT_PASSPHRASE", "of another ring")
+    with Trail.open(folder) as trail:
+        for role in ROLES:
+            rotate_key(trail, role)
+    monkeypatch.delenv("RLHF_AUDIT_PASSPHRASE")
+    assert load_keys(home, "example.org/keys").mldsa is not None
+
+
 # -- crashes --------------------------------------------------------------------------------------------------------
 
 
