@@ -181,3 +181,99 @@ def test_a_forked_child_dies_of_sigterm_too(folder):
         os.kill(child, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
         assert len(list(trail.reader().entries(type="a.b"))) == 2
+
+
+# --- a kernel ---
+
+
+@pytest.fixture
+def kernel(tmp_path, home):
+    from jupyter_client.manager import KernelManager
+
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(cwd=str(ROOT), env={**os.environ, "RLHF_AUDIT_HOME": str(home)})
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
+def execute(manager, code: str) -> str:
+    """Run a cell; what it prints."""
+    client = manager.blocking_client()
+    client.start_channels()
+    client.wait_for_ready(timeout=60)
+    said: list[str] = []
+
+    def hear(message) -> None:
+        if message["msg_type"] == "stream":
+            said.append(message["content"]["text"])
+
+    reply = client.execute_interactive(code, timeout=60, output_hook=hear)
+    client.stop_channels()
+    assert reply["content"]["status"] == "ok", reply["content"]
+    return "".join(said)
+
+
+CELL = """
+from rlhf_audit_nb.trail import Trail
+import rlhf_audit_nb.trail.writer as w
+w.LINGER_SECONDS = {linger}
+trail = Trail.open({folder!r})
+trail.append("run.started", b"{{}}", run="r")
+promised = trail.append("a.b", b'{{"n":0}}', run="r").wait()
+for number in range(1, 300):
+    trail.append("a.b", b'{{"n":%d}}' % number, run="r")
+print(promised)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "least"), [("restart", 300), ("shutdown", 300), ("restart now", 1)])
+def test_a_kernel_that_is_restarted_or_shut_down_writes_what_is_queued_first(folder, kernel, how, least):
+    """A restart "now" is a kill: what is acknowledged is there, what is queued may be lost."""
+    linger = 0.02 if how == "restart now" else 1000
+    promised = int(execute(kernel, CELL.format(folder=str(folder), linger=linger)))
+    if how == "shutdown":
+        kernel.shutdown_kernel()
+    else:
+        kernel.restart_kernel(now=how == "restart now")
+    found = TrailReader.open(folder)
+    assert found.size > promised
+    assert count(folder) >= least
+    assert [reason.code for reason in verify_trail(folder).reasons] == ["run-open"]
+    with Trail.open(folder) as trail:
+        (run,) = trail.recovery.interrupted
+        assert (run.run, run.last_sequence) == ("r", count(folder))
+    (summary,) = verify_trail(folder).runs
+    assert summary.status == "interrupted"
+
+
+@pytest.mark.slow
+def test_what_is_older_than_the_window_is_there_after_a_kernel_was_killed(folder, kernel):
+    execute(kernel, CELL.format(folder=str(folder), linger=0.02) + "import time; time.sleep(0.2)")
+    kernel.restart_kernel(now=True)
+    assert count(folder) == 300
+
+
+@pytest.mark.slow
+def test_a_restarted_kernel_goes_on_where_the_trail_was(folder, kernel):
+    execute(kernel, CELL.format(folder=str(folder), linger=1000))
+    kernel.restart_kernel()
+    opened = f"from rlhf_audit_nb.trail import Trail\ntrail = Trail.open({str(folder)!r})\n"
+    said = execute(
+        kernel, opened + 'print([run.run for run in trail.recovery.interrupted], trail.append("a.b", b"{}").wait())'
+    )
+    assert said == "['r'] 303\n"
+
+
+@pytest.mark.slow
+def test_a_kernel_that_is_restarted_in_the_middle_of_a_cell_writes_what_is_queued(folder, kernel):
+    execute(kernel, CELL.format(folder=str(folder), linger=1000))
+    client = kernel.blocking_client()
+    client.start_channels()
+    client.execute(
+        "import time\nfor number in range(300, 400):\n    trail.append('a.b', b'{}', run='r')\ntime.sleep(60)"
+    )
+    time.sleep(1)
+    client.stop_channels()
+    kernel.restart_kernel()
+    assert count(folder) == 400

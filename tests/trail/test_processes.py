@@ -95,6 +95,43 @@ def test_two_processes_append_at_once_without_a_gap_or_a_double(folder):
     assert len(writers) == 2
 
 
+MIXED = """
+import sys, threading
+from rlhf_audit_nb.trail import Draft, Trail
+folder, name, durability, asynchronous = sys.argv[1:]
+asynchronous = {"None": None, "True": True, "False": False}[asynchronous]
+trail = Trail.open(folder, durability=durability, asynchronous=asynchronous)
+def work(thread):
+    for number in range(60):
+        private = b"x" if number % 20 == 0 else None
+        trail.append("a.b", b'{"n":%d}' % number, run=f"{name}.{thread}", private=private)
+        trail.append("a.c", b'{"n":%d}' % number, run="all")
+    trail.append_many(Draft("a.b", b'{"n":%d}' % number, run=f"{name}.{thread}") for number in range(60, 100))
+threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+trail.append("a.d", b"{}")
+"""
+
+
+def test_processes_and_threads_of_every_pace_append_at_once_without_a_gap_or_a_double(folder):
+    Trail.open(folder).close()
+    paces = [("always", None), ("always", True), ("batched", None), ("batched", False)]
+    every = [start(MIXED, folder, f"p{number}", *pace) for number, pace in enumerate(paces)]
+    for process in every:
+        finish(process)
+    entries = list(TrailReader.open(folder).entries())
+    for name in (f"p{number}.{thread}" for number in range(4) for thread in range(3)):
+        own = [entry for entry in entries if entry.run == name]
+        assert [(entry.seq, json.loads(entry.body)["n"]) for entry in own] == [(n, n) for n in range(100)]
+    shared = [entry for entry in entries if entry.run == "all"]
+    assert [entry.seq for entry in shared] == list(range(720))
+    assert Counter(json.loads(entry.body)["n"] for entry in shared) == dict.fromkeys(range(60), 12)
+    assert sum(entry.type == "a.d" for entry in entries) == 4
+    verdict = verify_trail(folder)
+    assert (verdict.level, verdict.reasons, verdict.size) == (Level.UNANCHORED, (), 1 + 1200 + 720 + 4)
+
+
 def test_four_processes_race_for_three_and_exactly_three_are_taken(folder):
     Trail.open(folder).close()
     got = [int(finish(process)) for process in [start(RESERVER, folder) for _ in range(4)]]
