@@ -91,11 +91,11 @@ def verify_published(
     """
     opened = open_target(target)
     home = home_folder(home)
-    # Read in this order: the checkpoint is written before the anchors that belong to it, and whatever was seen before
-    # must be in the checkpoint that is read afterwards, while somebody publishes.
-    names = _anchor_names(opened)
     try:
         origin = checkpoint_of(_checkpoint(opened)).origin
+        # Read before the checkpoint that counts: while somebody publishes, anchors come after the checkpoint that they
+        # belong to, and whatever was seen before must be in it.
+        names = _anchor_names(opened)
         trusted = policy or local_policy(home, origin)
         heads = Heads(home)
         seen = heads.note(origin)
@@ -121,8 +121,8 @@ def _checkpoint(target: Target) -> bytes:
     data = target.read(CHECKPOINT, MAX_CHECKPOINT_BYTES)
     if data is None:
         raise StoreError(
-            f"There is no published trail at {target.name}.",
-            next_step="Name the folder or the address that holds the file checkpoint.",
+            f"There is no published trail at {target.name}, or it may not be read.",
+            next_step="Name the folder or the address that holds the file checkpoint, and check your rights there.",
             code="no-trail",
         )
     return data

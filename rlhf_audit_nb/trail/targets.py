@@ -47,6 +47,7 @@ _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _NOT_A_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EISDIR)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_FOLDER = (errno.EEXIST, errno.ENOENT, errno.ENOTDIR)
 _NO_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOTSUP)
 _GONE = (403, 404, 410)  # a static store answers 403 for a missing file where it does not let its files be listed
 # Stores of objects: what is put is there whole or not at all. Elsewhere a file could be seen half written.
@@ -148,8 +149,9 @@ def _ahead(parallel: int, calls: Iterable[Callable[[], _T]]) -> Iterator[_T]:
 
 def _diverged(target: str, name: str) -> StoreError:
     return StoreError(
-        f"{target} was published from another history: {name} there has another content.",
-        next_step="Keep it as evidence and publish elsewhere, after `rlhf-audit verify` of both.",
+        f"{target}/{name} is not what this trail has there: it was changed, or published from another history.",
+        next_step="Keep it as evidence. Where `rlhf-audit verify` finds nothing else wrong there, take that file away "
+        "and run `rlhf-audit publish --all`; else publish to another place.",
         code="diverged",
     )
 
@@ -350,11 +352,15 @@ class _Folder:
                     next_step="Free some space, then publish again: it goes on where it stopped.",
                     code="disk-full",
                 ) from error
-            step = "Make it writable, or name another one." if error.errno in _REFUSED else "Check the disk."
+            refused = error.errno in _REFUSED
+            if error.errno in _NO_FOLDER and not name:
+                reason, step = "no folder can be made there", "Name another one."
+            else:
+                step = "Make it writable, or name another one." if refused else "Check the disk."
             raise StoreError(
                 f"{path} cannot be written: {reason}.",
                 next_step=f"{step} Then publish again: it goes on where it stopped.",
-                code="read-only" if error.errno in _REFUSED else "publish",
+                code="read-only" if refused else "publish",
             ) from error
 
     def _link(self, name: str) -> Path | None:
@@ -599,7 +605,10 @@ class _Remote:
         """Before the first file: the mark by which it is seen that a publish was cut off."""
         if not self.begun:
             with self._errors(UNFINISHED, "cannot be written"):
-                self.system.makedirs(self._path(UNFINISHED), exist_ok=True)
+                if (
+                    self.scheme not in _WHOLE
+                ):  # a store of objects has no folders, and would make a bucket of a wrong name
+                    self.system.makedirs(self._path(UNFINISHED), exist_ok=True)
                 self.system.pipe_file(self._path(f"{UNFINISHED}/begun"), b"A publish is going on, or was cut off.\n")
             self.begun = True
 

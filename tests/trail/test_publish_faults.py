@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -354,3 +355,45 @@ def test_a_store_that_fails_at_any_put_holds_the_old_or_the_new_and_the_next_pub
         assert verdict() == size
         if size == NEW:
             assert shelf(store) == undisturbed
+
+
+FLUSHED = """
+import sys
+from rlhf_audit_nb.trail.tiles import publish_tiles
+publish_tiles(sys.argv[1], sys.argv[2])
+"""
+
+
+def test_nothing_gets_its_name_before_it_is_durable_and_the_checkpoint_comes_last(begun, tmp_path, strace):
+    """What a loss of power cannot undo: the order of the system calls, as the kernel saw them."""
+    target, log = tmp_path / "deep" / "www", tmp_path / "log"
+    command = [strace, "-f", "-qq", "-y", "-o", str(log), "-e", "trace=renameat,renameat2,rename,fsync,mkdirat,mkdir"]
+    subprocess.run(
+        [*command, sys.executable, "-c", FLUSHED, str(begun / "trail"), str(target)], check=True, cwd=ROOT, timeout=60
+    )
+    flushed: set[str] = set()
+    unsafe: set[str] = set()  # folders with a name in them that is not durable yet
+    renamed = []
+    for line in log.read_text().splitlines():
+        if line.rpartition("=")[2].strip() != "0":
+            continue
+        call, words = line.split(maxsplit=1)[1].split("(", 1)
+        paths = re.findall(r'<([^>]*)>|"([^"]*)"', words)
+        if call == "fsync":
+            flushed.add(paths[0][0])
+            unsafe.discard(paths[0][0])
+        elif call == "mkdirat":
+            unsafe.add(paths[0][0])
+        elif call == "mkdir":
+            unsafe.add(str(Path(paths[0][1]).parent))
+        else:
+            (source, _), (_, old), (folder, _), (_, new) = paths
+            assert f"{source}/{old}" in flushed, line
+            name = Path(folder, new).relative_to(target.resolve()).as_posix()
+            if name == "checkpoint":
+                assert {path for path in unsafe if path.startswith(str(tmp_path))} == set(), line
+            renamed.append(name)
+            unsafe.add(folder)
+    assert renamed[-1] == "checkpoint"
+    assert sorted(renamed) == sorted(contents(target))
+    assert {path for path in unsafe if path.startswith(str(tmp_path))} == set()
