@@ -93,11 +93,18 @@ def _fields(values: dict[str, Any]) -> str:
 
 def _what(entry: Entry, width: int) -> str:
     """The body in a line: its fields until the line is full, and whether there is a private half."""
-    from rlhf_audit_nb.compliance.words import visible
-
     sealed = "[sealed] " if entry.envelope.sealed is not None else ""
     text = " ".join(_fields(json.loads(entry.body)).split())
-    return _cut(sealed + visible(text[: 4 * width]), width)
+    return _cut(sealed + _visible(text[: 4 * width]), width)
+
+
+def _visible(text: str) -> str:
+    """``text`` with nothing in it that could deceive; what is plain costs no import."""
+    if text.isascii() and text.isprintable():
+        return text
+    from rlhf_audit_nb.compliance.words import visible
+
+    return visible(text)
 
 
 class _Table:
@@ -271,7 +278,6 @@ def _in_full(item: Item, look: Look, size: int) -> Iterator[str]:
     """An entry on as many lines as it needs."""
     import msgspec
 
-    from rlhf_audit_nb.compliance.words import visible
     from rlhf_audit_nb.trail.merkle import leaf_hash
     from rlhf_audit_nb.trail.query import Damaged
 
@@ -293,7 +299,7 @@ def _in_full(item: Item, look: Look, size: int) -> Iterator[str]:
     yield f"  leaf      {base64.b64encode(leaf).decode()}"
     yield f"  proof     {holds} the checkpoint of {head.size} entries, root {head.root_base64}"
     yield f"  body      {len(item.body):,} of {len(item.data):,} bytes"
-    yield from (f"    {line}" for line in visible(msgspec.json.format(item.body, indent=2).decode()).splitlines())
+    yield from (f"    {_visible(line)}" for line in msgspec.json.format(item.body, indent=2).decode().split("\n"))
 
 
 def _do_tail(args: argparse.Namespace) -> int:

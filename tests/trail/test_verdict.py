@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIL = REPOSITORY / "rlhf_audit_nb" / "trail"
 # What says something of a history: every code that is written out there stands in the table.
 SAYING = {"Reason", "fault", "_fault", "say"}
-SAYING_MODULES = ("verify", "published", "anchors", "vault", "succession")
+SAYING_MODULES = tuple(sorted(path.stem for path in TRAIL.glob("*.py")))
 # What a history's own bytes are read with: the codes of their refusals become reasons.
 READING_MODULES = ("checkpoint", "encoding", "entry", "frame", "note", "succession", "vkey")
 # Refusals of what a caller hands in (a key, a policy, a file beside the trail), which is no history.
