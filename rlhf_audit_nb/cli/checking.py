@@ -195,7 +195,7 @@ def verdict_words(verdict: Verdict, notes: Notes) -> list[str]:
     for found in notes:
         lines += _reason_words(found, worth_knowing=True)
     if verdict.size:
-        signers = ", ".join(verdict.signers) or "nobody that is trusted here"
+        signers = verdict.signed_by or "nobody that is trusted here"
         lines.append(f"  {verdict.origin}: {verdict.size} entries, root {short(verdict.root)}, signed by {signers}")
     lines += _anchor_words(verdict)
     lines += _opening_words(verdict)

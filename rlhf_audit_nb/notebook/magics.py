@@ -421,7 +421,7 @@ def _verdict_html(verdict: Any) -> str:
         "trail": verdict.origin,
         "entries": verdict.size,
         "root": verdict.root,
-        "signed by": ", ".join(verdict.signers) or "nobody known",
+        "signed by": verdict.signed_by or "nobody known",
         "runs": ", ".join(f"{run.run[:8]} {run.status}" for run in verdict.runs) or "none",
         "reasons": "; ".join(f"{reason.where}: {reason.message}" for reason in verdict.reasons) or "none",
     }

@@ -42,6 +42,8 @@ ADVISORY = frozenset(
 DIVERGING = frozenset({"anchor-fork", "fork", "rollback"})
 """Codes of reasons that show another history than this one, every hash and signature of both holding."""
 
+_LONG_KEY = 512
+
 
 class Level(IntEnum):
     """How far a verdict reaches, the least first."""
@@ -152,8 +154,14 @@ class Verdict:
             least = Level.COSIGNED
         return 0 if self.level >= least else self.level.exit_code
 
+    @property
+    def signed_by(self) -> str:
+        """The signers for a person: their verifier keys, the long ones of ML-DSA-44 by name and id; may be empty."""
+        shown = (key if len(key) <= _LONG_KEY else "+".join(key.split("+")[:2]) + "+…" for key in self.signers)
+        return ", ".join(shown)
+
     def __str__(self) -> str:
-        signers = ", ".join(self.signers) or "nobody that is trusted"
+        signers = self.signed_by or "nobody that is trusted"
         head = f"{self.level.name}: {self.origin}, {self.size} entries, root {self.root}, signed by {signers}"
         return "\n".join([head, *(f"  {reason.where}: {reason.message} [{reason.code}]" for reason in self.reasons)])
 

@@ -223,3 +223,12 @@ def test_both_signatures_are_accepted_by_securesystemslib_each_under_its_own_key
     keyid = key_id(ring.record_spki)
     key = SSlibKey.from_crypto(ring.record.key.public_key(), keyid=keyid)
     assert keyid in dsse.Envelope.from_dict(copy.deepcopy(envelope)).verify([key], 1)
+
+
+def test_a_person_is_not_shown_a_whole_mldsa_key(folder, home):
+    (added,) = rotate(folder, "mldsa")
+    verdict = opened(made(folder), home).verdict
+    assert added.new in verdict.signers
+    assert len(added.new) > 1000
+    assert "+".join(added.new.split("+")[:2]) in verdict.signed_by
+    assert len(verdict.signed_by) < 300
