@@ -146,8 +146,8 @@ class TrustPolicy:
     def split_view_unsafe(self) -> bool:
         """Whether the quorum can be met twice by witnesses of whom none is in both.
 
-        Then the log can show two histories, each fully cosigned, without one witness signing both. It takes fewer
-        than half of a group for that, or an even half; ``quorum none`` takes nobody, so it is unsafe too.
+        Then the log can show two histories, each fully cosigned, and no witness has signed both. Among witnesses
+        alone that is so where the threshold is at most half of them. ``quorum none`` asks nobody and is unsafe too.
 
         A group of n with threshold k is met twice where 2k <= n + s, s being the members that can themselves be met
         twice: these serve both sides, any other one side, and no witness stands in two groups.
@@ -207,7 +207,10 @@ class _PolicyParser:
     def _key(self, text: str, types: frozenset[int], url: Iterable[str]) -> Verifier:
         verifier = parse_vkey(text)
         if verifier.algorithm not in types:
-            raise FormatError(f"the key {verifier.name} is of the wrong type {verifier.algorithm:#04x} for its line.")
+            allowed = " or ".join(f"{kind:#04x}" for kind in sorted(types))
+            raise FormatError(
+                f"the key {verifier.name} is of type {verifier.algorithm:#04x}; this line takes {allowed}."
+            )
         if verifier.public in self._publics:
             raise FormatError(f"the key {verifier.name} stands twice.")
         self._publics.add(verifier.public)
