@@ -497,6 +497,53 @@ class TestAnchors:
         verdict = verify_published(before, policy=policy, home=tmp_path / "other")
         assert (verdict.level, [item.code for item in verdict.reasons]) == (Level.DIVERGED, ["rollback"])
 
+    def test_a_publish_cut_off_anywhere_never_shows_an_anchor_before_its_checkpoint(
+        self, folder, cosigned, tmp_path, monkeypatch
+    ):
+        published, policy = cosigned
+        with Trail.open(folder) as trail:
+            grow(trail, 800)
+        cosign(folder)
+        seen, stop = set(), 0
+        while stop >= 0:
+            stop += 1
+            target = shutil.copytree(published, tmp_path / f"cut-{stop}")
+            moved = []
+
+            def cut_off(*args, real=os.rename, moved=moved, stop=stop, **options):
+                moved.append(args)
+                if len(moved) == stop:
+                    raise KeyboardInterrupt
+                real(*args, **options)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "rename", cut_off)
+                try:
+                    publish_tiles(folder, target)
+                    stop = -1  # it had fewer files to put
+                except KeyboardInterrupt:
+                    pass
+            verdict = verify_published(target, policy=policy, home=tmp_path / f"home-{stop}")
+            assert (verdict.level, verdict.reasons) == (Level.COSIGNED, ())
+            seen.add((verdict.size, len(verdict.anchors)))
+        assert seen == {(600, 2), (800, 2), (800, 3)}
+
+    def test_an_anchor_that_came_while_publishing_waits_for_its_checkpoint(self, folder, cosigned, tmp_path):
+        published, policy = cosigned
+        with Trail.open(folder) as trail:
+            grow(trail, 610)
+
+            def meanwhile(what, done, size):
+                if what == "written":
+                    grow(trail, 620)
+                    cosign(folder)
+
+            publish_tiles(folder, published, progress=meanwhile)
+        assert "620.cosigned" in AnchorFolder(folder).names()
+        verdict = verify_published(published, policy=policy, home=tmp_path / "other")
+        assert (verdict.level, verdict.size) == (Level.UNANCHORED, 610)
+        assert [reason.code for reason in verdict.reasons] == ["quorum"]
+
 
 class TestElsewhere:
     def test_ten_thousand_entries_over_http(self, folder, tmp_path, serve):

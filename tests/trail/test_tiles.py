@@ -240,6 +240,25 @@ class TestAgain:
             "tile/entries/000",
         ]
 
+    def test_what_a_publish_that_was_cut_off_would_have_dropped_the_next_one_drops(self, folder, tmp_path, monkeypatch):
+        target = tmp_path / "www"
+        with Trail.open(folder) as trail:
+            grow(trail, 250)
+            publish_tiles(folder, target)
+            grow(trail, 300)
+
+            def cut_off(name, **options):
+                raise KeyboardInterrupt
+
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(os, "unlink", cut_off)
+                publish_tiles(folder, target)
+            assert (target / "tile/0/000.p/250").exists()
+            assert verify_published(target).reasons == ()
+            again = publish_tiles(folder, target)
+            assert (again.before, again.written, again.removed) == (300, 0, 2)
+        assert not (target / "tile/0/000.p").exists()
+
     def test_it_costs_what_is_new_and_not_the_trail(self, folder, monkeypatch):
         store = fsspec.filesystem("memory")
         with Trail.open(folder) as trail:
