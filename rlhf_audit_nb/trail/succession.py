@@ -287,13 +287,25 @@ class KeySuccession:
             checked = replace(policy, logs=tuple(dict.fromkeys(known))).check(note, self.origin)
         except FormatError:
             return None
-        key = checked.signers[0]
+        # Not a witness's line, which may stand before the log's.
+        key = next(key for key in checked.signers if parse_vkey(key).name == self.origin)
         limit, revoked = self._limit(key)
         signed = f"The checkpoint of size {size} is signed only by {key}, which"
         step = "Ask the key-holder for the trail's newest state."
         if size > limit and revoked:
             return FormatError(f"{signed} was revoked beyond size {limit:.0f}.", next_step=step, code="revoked-key")
+        if self._heir_of_a_revoked(key, policy.log_keys):
+            return FormatError(f"{signed} a revoked key has named as its heir.", next_step=step, code="revoked-key")
         return FormatError(f"{signed} is not the key of that size.", next_step=step, code="retired-key")
+
+    def _heir_of_a_revoked(self, vkey: str, trusted: Sequence[str]) -> bool:
+        """Whether a key is in the chain only by a rotation that a revoked key signed for itself."""
+        spans, leading = self._spans["log"], self._followed(set(trusted))
+        for before, after, led, follows in zip(spans, spans[1:], leading, leading[1:], strict=False):
+            known = self._limits.get(before.key)
+            if after.key == vkey and not follows and led and known is not None:
+                return known.revoked
+        return False
 
     def _limit(self, vkey: str) -> tuple[float, bool]:
         """For how many entries a key counts, and whether that is because it was revoked."""

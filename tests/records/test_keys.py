@@ -107,6 +107,8 @@ def test_a_record_with_an_mldsa_key_carries_two_signatures_that_others_can_check
     assert len(lines) == 2
     assert opened(record, home).verdict.level is Level.UNANCHORED
     assert added.new in opened(record, home).verdict.signers
+    alone = TrustPolicy.parse(f"log {added.new}\nquorum none\n")
+    assert opened(record, home, alone).verdict.signers == (added.new,)
 
 
 def test_a_second_signature_that_is_taken_away_damaged_or_anothers_makes_the_record_invalid(folder, home, tmp_path):

@@ -189,6 +189,7 @@ def test_a_rotation_that_is_killed_at_any_call_is_done_or_not_begun(folder, home
         finished = in_child(lambda: _rotate_once(folder, role), at)
         # Looked at before anybody opens it: the checks hold in any state.
         assert level(folder, first) is Level.UNANCHORED, at
+        assert level(folder) is Level.UNANCHORED, at
         grown(folder)
         entries = list(TrailReader.open(folder).entries(type=KEY_ROTATED))
         ring = load_keys(home, "example.org/keys")

@@ -223,6 +223,9 @@ def test_in_a_fork_a_revoked_key_cannot_name_an_heir_of_its_own():
     limits = {vkey(A): Limit(20, vkey(B))}
     fork = chain(created(A), rotated(10, A, THIEF), limits=limits)
     assert counts(fork, [A], 50) == set()
+    with pytest.raises(FormatError, match="a revoked key has named") as refused:
+        fork.check(policy(A), note(50, THIEF))
+    assert refused.value.reason == "revoked-key"
     honest = chain(created(A), rotated(25, A, B), limits=limits)
     assert counts(honest, [A], 50) == {"B"}
     without_heir = chain(created(A), rotated(25, A, B), limits={vkey(A): Limit(20)})
