@@ -12,14 +12,16 @@ from pathlib import Path
 
 import pytest
 import witness_log
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from support.tsa import Authority, serve
 from support.witnesses import Log, b64, tree
 
 from rlhf_audit_nb.errors import AnchorError, ConfigError, KeyFileError, StoreError
 from rlhf_audit_nb.trail import Level, Trail, TrailReader, TrustPolicy, verify_trail
-from rlhf_audit_nb.trail.anchoring import add_anchor, anchor_trail, request_cosignature
+from rlhf_audit_nb.trail.anchoring import add_anchor, anchor_trail, keep_checkpoint, request_cosignature
 from rlhf_audit_nb.trail.anchors import AnchorFolder
-from rlhf_audit_nb.trail.note import parse_note
+from rlhf_audit_nb.trail.cosignature import CosignerEd25519
+from rlhf_audit_nb.trail.note import format_vkey, parse_note
 from rlhf_audit_nb.trail.tile_reader import PublishedTree
 from rlhf_audit_nb.trail.tiles import publish_tiles
 from rlhf_audit_nb.trail.witness import Witness
@@ -218,6 +220,98 @@ def test_a_witness_that_is_always_elsewhere_is_asked_a_few_times_only(folder, al
         done = anchor_trail(folder, policy=policy_of(policy.log_keys[0], ("alice", witness.vkeys[0], served.url)))
     assert [item.outcome for item in done.asked] == ["stale"]
     assert len(served.asked) == 3
+
+
+def cosigner(name: str = "witness.example/alice") -> CosignerEd25519:
+    return CosignerEd25519(name, Ed25519PrivateKey.generate())
+
+
+def answering(*cosigners: CosignerEd25519, when: int):
+    """A witness without scruples: it cosigns whatever it is sent, dated as it likes."""
+
+    def answer(body: bytes) -> bytes:
+        note = parse_note(body.split(b"\n\n", 1)[1])
+        return "".join(one.cosign(note, when).format() + "\n" for one in cosigners).encode()
+
+    return answer
+
+
+def test_what_a_witness_says_for_others_is_not_kept(folder):
+    vkey, own, other = grow(folder, 5), cosigner(), cosigner("witness.example/other")
+    with serve(answering(other, own, when=int(time.time()))) as served:
+        policy = policy_of(vkey, ("alice", format_vkey(own.verifier()), served.url))
+        assert anchor_trail(folder, policy=policy).level is Level.COSIGNED
+    names = [line.name for line in parse_note(AnchorFolder(folder).cosigned(5)).signatures]
+    assert names == ["example.com/team", "witness.example/alice"]
+
+
+def test_a_cosignature_from_the_future_is_not_kept(folder):
+    vkey, own = grow(folder, 5), cosigner()
+    with serve(answering(own, when=int(time.time()) + 4000)) as served:
+        policy = policy_of(vkey, ("alice", format_vkey(own.verifier()), served.url))
+        done = anchor_trail(folder, policy=policy)
+    assert [item.outcome for item in done.asked] == ["refused"]
+    assert "future" in done.asked[0].message
+    assert AnchorFolder(folder).cosigned(5) is None
+
+
+def test_a_witness_that_answers_a_fork_with_the_size_that_it_was_sent_is_understood(folder):
+    """An earlier text of the protocol answers another root of the same size with 409 and that size."""
+    vkey, own = grow(folder, 5), cosigner()
+    with serve(lambda _: (409, {"Content-Type": "text/x.tlog.size"}, b"5\n")) as served:
+        policy = policy_of(vkey, ("alice", format_vkey(own.verifier()), served.url))
+        done = anchor_trail(folder, policy=policy)
+    assert (done.level, done.exit_code) == (Level.DIVERGED, 30)
+    assert "ours alone is kept" in done.reasons[0].message
+    assert len(served.asked) == 2
+
+
+def test_a_file_that_a_witness_has_cosigned_and_the_log_has_not_signed_is_refused(folder):
+    vkey, own = grow(folder, 5), cosigner()
+    text = parse_note(TrailReader.open(folder).checkpoint()).text
+    forged = parse_note(Log("example.com/team").signed(text))
+    data = forged.plus(own.cosign(forged, int(time.time()))).format().encode()
+    with pytest.raises(AnchorError) as caught:
+        add_anchor(folder, data, policy=policy_of(vkey, ("alice", format_vkey(own.verifier()), "")))
+    assert caught.value.reason == "unsigned"
+    assert not (folder / "anchors").exists()
+
+
+def test_a_checkpoint_can_be_prepared_and_nobody_is_asked(folder, monkeypatch):
+    grow(folder, 5)
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("nobody was named"))
+    path = keep_checkpoint(folder)
+    assert path == folder / "anchors" / "5.checkpoint"
+    assert path.read_text() == TrailReader.open(folder).checkpoint()
+    shutil.copytree(folder, folder.with_name("older"))
+    grow(folder, 8)
+    with pytest.raises(AnchorError) as caught:
+        keep_checkpoint(folder.with_name("older"))
+    assert caught.value.reason == "diverged"
+
+
+def test_a_trail_can_be_anchored_while_others_append_to_it(folder, alice):
+    witness, policy, _ = alice
+    stop = threading.Event()
+
+    def append() -> None:
+        with Trail.open(folder) as trail:
+            while not stop.is_set():
+                trail.append("a.b", b"{}").wait()
+
+    appending = threading.Thread(target=append)
+    appending.start()
+    try:
+        sizes = [anchor_trail(folder, policy=policy) for _ in range(6)]
+    finally:
+        stop.set()
+        appending.join(30)
+    assert all(done.complete for done in sizes)
+    assert [done.size for done in sizes] == sorted(done.size for done in sizes)
+    verdict = verify_trail(folder, policy=policy)
+    assert verdict.level in (Level.UNANCHORED, Level.COSIGNED)
+    assert {done.size for done in sizes} == {anchor.size for anchor in verdict.anchors}
+    assert witness.size("example.com/team") == sizes[-1].size
 
 
 def home_now() -> Path:

@@ -174,7 +174,9 @@ def test_a_witness_key_is_no_log(witness, tmp_path):
 def test_two_heads_of_one_size_are_kept_as_evidence_also_when_the_request_is_stale(witness, log):
     witness.add_checkpoint(log.body(0, 10))
     fork = log.forked(9)
-    assert "kept in" in witness.add_checkpoint(fork.body(10, 10)).said
+    said = witness.add_checkpoint(fork.body(10, 10)).said
+    assert "another root of size 10" in said
+    assert "kept in" in said
     assert {path.read_text() for path in witness.evidence()} == {log.head(10), fork.head(10)}
     witness.add_checkpoint(log.body(10, 20))
     other = log.forked(8, "third")
