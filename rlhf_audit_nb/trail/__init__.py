@@ -2,7 +2,8 @@
 
 Knows nothing of training, notebooks or reports. One module a format: `entry`, `merkle`, `encoding`, `frame`
 and `vkey` (what a signed note and a key look like), `checkpoint`, `statement` and `cosignature` (what cosigners sign),
-`note` (who signs, and what counts), `proof`, `policy`; `keys` (key rings); `store`, `writer`, `vault`, `heads` and
+`note` (who signs, and what counts), `proof`, `policy`; `keys`, `key_files`, `key_care` and `signers` (key rings),
+`succession` and `rotation` (which key counts when, and how keys change); `store`, `writer`, `vault`, `heads` and
 `liveness` keep it; `verify` checks it; `trail` is what the floors above hold.
 """
 

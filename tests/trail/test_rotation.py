@@ -12,12 +12,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from support.dying import in_child
 
 from rlhf_audit_nb.errors import FormatError, KeyFileError, StoreError
-from rlhf_audit_nb.trail import Level, Trail, TrailReader, TrustPolicy, verify_trail
+from rlhf_audit_nb.trail import Draft, Level, Trail, TrailReader, TrustPolicy, verify_trail
 from rlhf_audit_nb.trail.key_files import RingFolder
 from rlhf_audit_nb.trail.keys import encode_private, load_keys, local_policy
 from rlhf_audit_nb.trail.note import format_vkey, parse_note
+from rlhf_audit_nb.trail.published import verify_published
 from rlhf_audit_nb.trail.rotation import keys_over_time, revoke_key, rotate_key
 from rlhf_audit_nb.trail.succession import KEY_ROTATED, known_limits, parse_revocation
+from rlhf_audit_nb.trail.tiles import publish_tiles
 
 ROLES = ("log", "record", "model", "mldsa")
 
@@ -26,9 +28,9 @@ def ring_folder(home: Path) -> Path:
     return next((home / "keys").glob("[!.]*"))
 
 
-def made(folder: Path, entries: int = 3) -> str:
+def made(folder: Path, entries: int = 3, origin: str = "example.org/keys") -> str:
     """A trail of some entries; its first log key."""
-    with Trail.open(folder, origin="example.org/keys") as trail:
+    with Trail.open(folder, origin=origin) as trail:
         for number in range(entries):
             trail.append("note.taken", b'{"n":%d}' % number)
         return trail.log_vkey
@@ -65,6 +67,20 @@ def test_after_a_rotation_the_new_key_signs_and_both_policies_verify(folder, hom
     assert level(folder) is Level.UNANCHORED
     assert level(folder, old) is Level.UNANCHORED
     assert level(folder, rotation.new) is Level.UNANCHORED
+
+
+def test_a_published_trail_verifies_by_any_of_its_keys(folder, home, tmp_path):
+    keys = [made(folder, entries=300)]
+    with Trail.open(folder) as trail:
+        keys.append(rotate_key(trail, "log").new)
+        trail.append_many([Draft("note.taken", b"{}")] * 300)
+        keys.append(rotate_key(trail, "log").new)
+    publish_tiles(folder, tmp_path / "published")
+    for number, key in enumerate(keys):
+        verdict = verify_published(tmp_path / "published", policy=TrustPolicy.of(key), home=tmp_path / f"new{number}")
+        assert (verdict.level, verdict.reasons) == (Level.UNANCHORED, ())
+    stranger = TrustPolicy.of(made(tmp_path / "other", origin="example.org/other"))
+    assert verify_published(tmp_path / "published", policy=stranger, home=tmp_path / "new").level is Level.INVALID
 
 
 def test_the_commit_that_names_the_new_key_is_signed_by_both(folder, home):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rlhf_audit_nb.errors import FormatError, KeyFileError
 from rlhf_audit_nb.events import EVENTS, encode_body
@@ -91,6 +93,56 @@ def note(size: int, *signers: Signer) -> str:
 
 def policy(*signers: Signer) -> TrustPolicy:
     return TrustPolicy(tuple(signer.verifier() for signer in signers))
+
+
+@given(
+    gaps=st.lists(st.integers(1, 4), max_size=4),
+    trusted=st.sets(st.integers(0, 5), max_size=3),
+    revoked_at=st.none() | st.tuples(st.integers(0, 4), st.integers(0, 25)),
+    known=st.none() | st.tuples(st.integers(0, 4), st.integers(0, 25), st.none() | st.integers(0, 5)),
+)
+@settings(max_examples=200, deadline=None)
+def test_every_chain_agrees_with_the_rules_as_they_are_told(gaps, trusted, revoked_at, known):
+    keys = [key(seed) for seed in range(10, 16)]
+    at, places = 0, []
+    for gap in gaps:
+        at += gap
+        places.append(at)
+    entries = [created(keys[0])]
+    entries += [rotated(index, keys[n], keys[n + 1]) for n, index in enumerate(places)]
+    since = {}
+    if revoked_at is not None and revoked_at[0] <= len(gaps):
+        since[revoked_at[0]] = revoked_at[1]
+        entries.append(revoked(at + 1, keys[revoked_at[0]], revoked_at[1], keys[len(gaps)]))
+    limits = {}
+    if known is not None:
+        heir = None if known[2] is None else vkey(keys[known[2]])
+        limits[vkey(keys[known[0]])] = Limit(known[1], heir)
+        since[known[0]] = min(known[1], since.get(known[0], 99))
+    found = chain(*entries, limits=limits)
+    assert found.reasons == []
+
+    def followed(number: int) -> bool:
+        """Trusted, or led to."""
+        if number in trusted or number == 0:
+            return number in trusted
+        if not followed(number - 1):
+            return False
+        if known is None or known[0] != number - 1:
+            return True
+        return places[number - 1] < known[1] if known[2] is None else known[2] == number
+
+    for size in range(30):
+        expected = {number for number in trusted if number > len(gaps)}
+        for number in range(len(gaps) + 1):
+            first = 0 if number == 0 else places[number - 1] + 1
+            last = 99 if number == len(gaps) else places[number] + (1 if followed(number) else 0)
+            counted = followed(number) or any(followed(later) for later in range(number, len(gaps) + 1))
+            if counted and first <= size <= last:
+                expected.add(number)
+        expected = {number for number in expected if size <= since.get(number, 99)}
+        told = found.log_verifiers([keys[number].verifier() for number in sorted(trusted)], size)
+        assert {number for number in range(6) if keys[number].verifier() in told} == expected, size
 
 
 THREE = (created(A), rotated(10, A, B), rotated(20, B, C))
