@@ -34,7 +34,7 @@ def test_help_lists_every_command_under_its_section(run):
     assert code == 0
     for command in cli.COMMANDS:
         assert f"{command.section}:" in out
-        assert f"{command.name:<11} {command.help}" in out
+        assert f"{command.name:<12} {command.help}" in out
     assert run()[1] == out
 
 
@@ -188,12 +188,14 @@ def test_a_published_trail_is_verified_from_its_files_and_a_changed_one_is_inval
         trail.append("a.b", b"{}", run="r").wait()
     code, out, _ = run("publish", tmp_path / "www", "--trail", tmp_path / "audit", "--json")
     assert code == 0
-    assert json.loads(out) == {"target": str(tmp_path / "www"), "size": 2, "written": 3}
+    assert json.loads(out) == {"target": str(tmp_path / "www"), "size": 2, "before": 0, "written": 3, "removed": 0}
     code, out, _ = run("verify", tmp_path / "www", "--json")
     assert code == 0
     assert json.loads(out) == json.loads(run("verify", tmp_path / "audit", "--json")[1])
     bundle = tmp_path / "www" / "tile" / "entries" / "000.p" / "2"
-    bundle.write_bytes(bundle.read_bytes().replace(b'"a.b"', b'"a.c"'))
+    changed = bundle.read_bytes().replace(b'"a.b"', b'"a.c"')
+    bundle.unlink()  # nobody can write to what is there
+    bundle.write_bytes(changed)
     code, out, _ = run("verify", tmp_path / "www", "--json")
     assert code == 40
     assert "entry 1" in json.loads(out)["reasons"][0]["message"]
