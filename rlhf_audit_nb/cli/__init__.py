@@ -44,7 +44,7 @@ def _overview() -> str:
     for title in get_args(Section):
         found = [command for command in COMMANDS if command.section == title]
         if found:
-            lines += [f"{title}:", *(f"  {command.name:<11} {command.help}" for command in found), ""]
+            lines += [f"{title}:", *(f"  {command.name:<12} {command.help}" for command in found), ""]
     lines += [
         f"{PROGRAM} COMMAND --help tells what a command takes. Exit codes: 0 done, 1 a notebook failed,",
         "2 usage or bad input, 3 refused (budget, policy); verdicts: 10 below what was required, 30 DIVERGED,",

@@ -98,9 +98,8 @@ def read_policy(args: argparse.Namespace) -> TrustPolicy | None:
         return None
     from rlhf_audit_nb.trail import TrustPolicy
 
-    text = _text(args.policy, "trust policy")
     try:
-        return TrustPolicy.parse(text)
+        return TrustPolicy.parse(_bytes(args.policy, "trust policy"))
     except FormatError as error:
         raise ConfigError(
             f"{args.policy} is not a trust policy. {error.message}",
@@ -109,11 +108,11 @@ def read_policy(args: argparse.Namespace) -> TrustPolicy | None:
         ) from error
 
 
-def _text(path: str, what: str) -> str:
+def _bytes(path: str, what: str) -> bytes:
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        return Path(path).read_bytes()
+    except OSError as error:
+        reason = error.strerror or error
         raise ConfigError(f"The {what} {path} cannot be read: {reason}.", next_step="Check the path.") from error
 
 
