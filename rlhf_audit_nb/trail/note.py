@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from rlhf_audit_nb.errors import FormatError
@@ -71,7 +72,11 @@ class Signer:
 
     def sign_line(self, text: str) -> Signature:
         """The signature line over a note's text."""
-        return Signature(self.name, self.verifier().key_id, self.key.sign(text.encode()))
+        return Signature(self.name, self._key_id, self.key.sign(text.encode()))
+
+    @cached_property
+    def _key_id(self) -> bytes:
+        return self.verifier().key_id
 
 
 @dataclass(frozen=True)

@@ -12,23 +12,23 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from urllib.parse import quote
 
-import sqlalchemy as sa
-from sqlalchemy import event
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.pool import NullPool
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from rlhf_audit_nb.errors import StoreError
 
-__all__ = ["Database", "Session", "Statement", "connect", "reading", "store_errors"]
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+
+__all__ = ["Database", "Session", "Statement", "Writing", "reading", "store_errors"]
 
 BUSY_SECONDS = 60.0
 
@@ -54,20 +54,32 @@ _ADVICE = (
 
 
 def _advice(path: Path, error: BaseException) -> StoreError:
-    text = str(getattr(error, "orig", None) or error)
+    text = str(error)
     for mark, code, what, step in _ADVICE:
         if mark in text:
             return StoreError(f"The store {path}: {what} ({text}).", next_step=step, code=code)
     return StoreError(f"The store {path} failed: {text}.", next_step="Check the file and its disk, then open it again.")
 
 
-@contextmanager
-def store_errors(path: Path) -> Iterator[None]:
+_TRANSLATED = (sqlite3.Error, UnicodeDecodeError)
+
+
+class store_errors:  # noqa: N801 (a context that is used like a function)
     """Turn database and file errors on ``path`` into one `StoreError` that says what to do."""
-    try:
-        yield
-    except (DBAPIError, sqlite3.Error, UnicodeDecodeError) as error:
-        raise _advice(path, error) from error
+
+    __slots__ = ("_path",)
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        """Begin."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, _TRANSLATED):
+            raise _advice(self._path, error) from error
 
 
 class Statement:
@@ -169,26 +181,19 @@ class Database:
             self._raw = raw
         return self._raw
 
-    @contextmanager
-    def transaction(self) -> Iterator[Session]:
+    def transaction(self) -> Writing[Session]:
         """One writing transaction: durable at the end, rolled back on any exception. Not within another.
 
         Raises:
             StoreError: the file cannot be opened, locked, read or written.
         """
-        with store_errors(self.path):
-            raw = self.opened()
-            if raw.in_transaction:  # an interrupt came between a rollback's cause and the rollback
-                raw.execute("ROLLBACK")
-            try:
-                raw.execute("BEGIN IMMEDIATE")
-                yield Session(raw)
-                raw.execute("COMMIT")
-            except BaseException:
-                if raw.in_transaction:  # SQLite itself rolls back after some errors
-                    with suppress(sqlite3.Error):
-                        raw.execute("ROLLBACK")
-                raise
+        return Writing(self, _itself)
+
+    def roll_back(self) -> None:
+        """Let go of the write lock where an interrupt, in the one moment that no context sees, left it taken."""
+        if self._raw is not None and self._raw.in_transaction:
+            with suppress(sqlite3.Error):
+                self._raw.execute("ROLLBACK")
 
     def fold(self) -> None:
         """Move what the write-ahead log holds into the file, and cut the log to nothing.
@@ -214,6 +219,58 @@ class Database:
                 raw.close()
 
 
+_Given = TypeVar("_Given")
+
+
+def _itself(session: Session) -> Session:
+    return session
+
+
+class Writing(Generic[_Given]):
+    """A writing transaction as a context (a class: as a generator it would cost more than its statements).
+
+    Args:
+        database: the file.
+        give: makes of the session what the context gives.
+    """
+
+    __slots__ = ("_database", "_give", "_raw")
+
+    def __init__(self, database: Database, give: Callable[[Session], _Given]) -> None:
+        self._database = database
+        self._give = give
+
+    def __enter__(self) -> _Given:
+        """Take the write lock."""
+        with store_errors(self._database.path):
+            raw = self._raw = self._database.opened()
+            self._database.roll_back()
+            try:
+                raw.execute("BEGIN IMMEDIATE")
+                return self._give(Session(raw))
+            except BaseException:
+                self._database.roll_back()
+                raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Commit, or roll back."""
+        path = self._database.path
+        if error is None:
+            try:
+                self._raw.execute("COMMIT")
+            except BaseException as failure:
+                self._database.roll_back()
+                if isinstance(failure, sqlite3.Error):
+                    raise _advice(path, failure) from failure
+                raise
+            return
+        self._database.roll_back()
+        if isinstance(error, _TRANSLATED):
+            raise _advice(path, error) from error
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[Session]:
     """One consistent state of the file, on a connection of its own: safe from any thread.
@@ -224,20 +281,6 @@ def reading(path: Path) -> Iterator[Session]:
     with store_errors(path), closing(_connect(path, _reading_mode(path))) as raw:
         raw.execute("BEGIN")
         yield Session(raw)
-
-
-def connect(path: Path, *, write: bool, secure_delete: bool = False) -> sa.Engine:
-    """An engine on one SQLite file; each connection is a fresh one, and a writing one begins by taking the lock."""
-
-    def create() -> sqlite3.Connection:
-        if write:
-            return Database(path, secure_delete=secure_delete).opened()
-        return _connect(path, _reading_mode(path))
-
-    engine = sa.create_engine("sqlite://", creator=create, poolclass=NullPool)
-    begin = "BEGIN IMMEDIATE" if write else "BEGIN"
-    event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(begin))
-    return engine
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:

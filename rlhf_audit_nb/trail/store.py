@@ -30,7 +30,7 @@ from sqlalchemy.dialects.sqlite import insert as upsert
 
 from rlhf_audit_nb.errors import FormatError, StoreError
 from rlhf_audit_nb.trail.merkle import HASH_BYTES, node_hash
-from rlhf_audit_nb.trail.sqlite import Database, Session, Statement, connect, reading, store_errors
+from rlhf_audit_nb.trail.sqlite import Database, Session, Statement, Writing, reading, store_errors
 
 __all__ = [
     "BUNDLE",
@@ -40,7 +40,6 @@ __all__ = [
     "StoreHashes",
     "StreamState",
     "Transaction",
-    "connect",
     "pack_entries",
     "store_errors",
     "unpack_entries",
@@ -371,12 +370,13 @@ class Transaction:
 
     def add_terms(self, terms: Iterable[tuple[str, int]]) -> None:
         """Insert into the query index."""
-        self._session.execute_many(_INSERT_TERM, [{"term": term, "first": first} for term, first in terms])
+        for term, first in terms:
+            self._session.execute(_INSERT_TERM, {"term": term, "first": first})
 
     def put_streams(self, states: Mapping[str, StreamState]) -> None:
         """Write where streams stand now."""
-        rows = [{"stream": name, "next": state.next, "time": state.time} for name, state in states.items()]
-        self._session.execute_many(_UPSERT_STREAM, rows)
+        for name, state in states.items():
+            self._session.execute(_UPSERT_STREAM, {"stream": name, "next": state.next, "time": state.time})
 
     def start_run(self, run: str, writer: str) -> None:
         """Note that a run is open."""
@@ -472,8 +472,7 @@ class Store:
                 self._checked = True
             yield transaction
 
-    @contextmanager
-    def transaction(self) -> Iterator[Transaction]:
+    def transaction(self) -> Writing[Transaction]:
         """One transaction: committed at the end, rolled back on any exception. Not for two threads at once.
 
         Raises:
@@ -481,8 +480,11 @@ class Store:
         """
         if not self._write:
             raise ValueError(f"{self.path} was opened for reading only")
-        with self._database.transaction() as session:
-            yield Transaction(session)
+        return Writing(self._database, Transaction)
+
+    def roll_back(self) -> None:
+        """Let go of the write lock, where an interrupt left it taken."""
+        self._database.roll_back()
 
     def abandon(self) -> object:
         """Forget the connection without closing it: after a fork it is the parent's. Returns what must stay alive."""

@@ -720,6 +720,7 @@ class Writer:
             self._fail(error)
         except BaseException as error:
             if self._leads and not isinstance(error, Exception):
+                self._store.roll_back()
                 raise
             failure = StoreError(f"The commit failed: {type(error).__name__}: {error}.", code="commit")
             failure.__cause__ = error
