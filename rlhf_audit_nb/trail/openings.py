@@ -17,10 +17,8 @@ from rlhf_audit_nb.trail.commitment import check_opening, place_of
 from rlhf_audit_nb.trail.sqlite import Session, reading, store_errors
 from rlhf_audit_nb.trail.vault_file import (
     ERASED_BY,
-    ERASURES,
     FIND,
     FIND_READING,
-    GENERATION,
     OWNER_OF_ID,
     VAULT_ERASED,
     WALK,
@@ -29,6 +27,8 @@ from rlhf_audit_nb.trail.vault_file import (
     Wrapping,
     decode_erased,
     erasure_commitment,
+    erasures_of,
+    generation_of,
     has_tables,
     mark_of,
     open_sealed,
@@ -110,15 +110,22 @@ class OpeningsCheck:
         self._stack = ExitStack()
         self._checked = path.is_file()
         if self._checked:
-            session = self._stack.enter_context(reading(path))
-            if has_tables(session, path):
-                self._session = session
-                self._rows = session.execute(self._walk, {"after": 0})
-                if master is not None:
-                    self._wrapping = self._open(session, master)
+            with ExitStack() as undo:
+                undo.callback(self.close)
+                with store_errors(path):
+                    self._open(master)
+                undo.pop_all()
 
-    def _open(self, session: Session, master: MasterKey) -> Wrapping:
-        number = session.execute(GENERATION).fetchone()[0]
+    def _open(self, master: MasterKey | None) -> None:
+        session = self._stack.enter_context(reading(self.path))
+        if has_tables(session, self.path):
+            self._session = session
+            self._rows = session.execute(self._walk, {"after": 0})
+            if master is not None:
+                self._wrapping = self._wraps(session, master)
+
+    def _wraps(self, session: Session, master: MasterKey) -> Wrapping:
+        number = generation_of(session, self.path)
         generation = master.generation(number)
         if generation is None:
             raise other_generation(self.path, number, master)
@@ -184,7 +191,7 @@ class OpeningsCheck:
             return False
         try:
             opening, place = open_sealed(cipher, commitment, sealed)
-        except (InvalidTag, ValueError):
+        except InvalidTag:
             return False
         if place != place_of(entry.type, entry.stream, entry.seq):
             return False
@@ -195,7 +202,7 @@ class OpeningsCheck:
         row = self._session.execute(OWNER_OF_ID, {"of": owner}).fetchone()
         try:
             return None if row is None else AESGCM(wrapping.unwrap(row[1], row[0])[0])
-        except (InvalidTag, ValueError):
+        except InvalidTag:
             return None
 
     def _fault(self, code: str, where: str, message: str) -> None:
@@ -226,11 +233,12 @@ class OpeningsCheck:
     def _accounted(self, session: Session) -> set[int]:
         """The erasures in the vault that the trail has an entry of, each being what the entry commits to."""
         accounted, names = set(), set()
-        for name, _, _, _, _, logged, number, salt in session.execute(ERASURES).fetchall():
+        for number, salt, erasure in erasures_of(session, self.path):
+            name = erasure.name
             names.add(name)
             said = self._said.get(name)
             if said is None:
-                if not logged:
+                if not erasure.logged:
                     message = (
                         f"The erasure {name} was begun and the trail does not tell of it yet; open the trail once."
                     )

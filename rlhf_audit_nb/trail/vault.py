@@ -43,8 +43,6 @@ from rlhf_audit_nb.trail.vault_file import (
     BLANK,
     BURY,
     CLEAR_OWNERS,
-    ERASURES,
-    GENERATION,
     LAYOUT,
     LOGGED,
     METADATA,
@@ -62,6 +60,8 @@ from rlhf_audit_nb.trail.vault_file import (
     Wrapping,
     decode_erased,
     erasure_commitment,
+    erasures_of,
+    generation_of,
     has_tables,
     mark_of,
     name_of,
@@ -163,15 +163,9 @@ class Vault:
 
     # --- keys ---
 
-    def _number(self, session: Session) -> int:
-        rows = session.execute(GENERATION).fetchall()
-        if len(rows) != 1 or type(rows[0][0]) is not int:
-            raise VaultError(f"The vault {self.path} does not say its key's generation.", code="malformed")
-        return int(rows[0][0])
-
     def _wrapping_now(self, session: Session) -> Wrapping:
         """The wrapping of the generation that this transaction sees: another process may have erased somebody."""
-        number = self._number(session)
+        number = generation_of(session, self.path)
         if self._wrapping is None or self._wrapping.number != number:
             generation = self._master.generation(number)
             if generation is None:
@@ -338,7 +332,7 @@ class Vault:
         self.settle()
 
     def _check_number(self, session: Session, before: Generation) -> None:
-        number = self._number(session)
+        number = generation_of(session, self.path)
         if number != before.number:
             raise other_generation(self.path, number, self._master)
 
@@ -375,7 +369,7 @@ class Vault:
         self._master.keep(generation)
 
     def _generation(self, session: Session) -> Generation:
-        number = self._number(session)
+        number = generation_of(session, self.path)
         generation = self._master.generation(number)
         if generation is None:
             raise other_generation(self.path, number, self._master)
@@ -423,7 +417,7 @@ class Vault:
             VaultError: ``vault-old`` or ``key-old``.
         """
         with reading(self.path) as session:
-            number = self._number(session)
+            number = generation_of(session, self.path)
             if self._master.generation(number) is None:
                 raise other_generation(self.path, number, self._master)
             return self._master.settled and not session.execute(UNLOGGED).fetchone()
@@ -431,15 +425,12 @@ class Vault:
     def generation(self) -> int:
         """The generation of the master key that the vault is of."""
         with reading(self.path) as session:
-            return self._number(session)
+            return generation_of(session, self.path)
 
     def erasures(self) -> tuple[Erasure, ...]:
         """Every erasure, in their order."""
         with reading(self.path) as session:
-            rows = session.execute(ERASURES).fetchall()
-        return tuple(
-            Erasure(name, over, number, why, count, bool(logged)) for name, over, number, why, count, logged, *_ in rows
-        )
+            return tuple(erasure for _, _, erasure in erasures_of(session, self.path))
 
     def unlogged(self) -> tuple[Erasure, ...]:
         """The erasures that the trail has no entry of yet.
@@ -451,7 +442,7 @@ class Vault:
             wrapping, found = self._wrapping_now(session), []
             for *fields, seal in session.execute(UNLOGGED).fetchall():
                 erasure = Erasure(*fields)
-                if not hmac.compare_digest(wrapping.seal(erasure), seal):
+                if type(seal) is not bytes or not hmac.compare_digest(wrapping.seal(erasure), seal):
                     raise VaultError(
                         f"The vault {self.path} holds an erasure that was not made with its key: the file was changed.",
                         next_step="Put a copy of the vault back from after the last erasure.",

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import sqlalchemy as sa
+from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from rlhf_audit_nb.errors import FormatError, VaultError
+from rlhf_audit_nb.errors import FormatError, StoreError, VaultError
 from rlhf_audit_nb.trail.commitment import KEY_BYTES, Opening
 from rlhf_audit_nb.trail.sqlite import Session, Statement
 
@@ -42,10 +43,8 @@ __all__ = [
     "BURY",
     "CLEAR_OWNERS",
     "ERASED_BY",
-    "ERASURES",
     "FIND",
     "FIND_READING",
-    "GENERATION",
     "LAYOUT",
     "LOGGED",
     "METADATA",
@@ -65,6 +64,8 @@ __all__ = [
     "Wrapping",
     "decode_erased",
     "erasure_commitment",
+    "erasures_of",
+    "generation_of",
     "has_tables",
     "mark_of",
     "name_of",
@@ -243,7 +244,7 @@ def erasure_commitment(salt: bytes, name: str, commitments: Iterable[bytes]) -> 
     count, mac = 0, hmac.new(salt, b"rlhf-audit/erasure/v1\0" + name.encode() + b"\0", "sha256")
     for commitment in commitments:
         count += 1
-        mac.update(commitment)
+        mac.update(commitment if type(commitment) is bytes else b"")  # a damaged row: then it is another one
     return mac.digest(), count
 
 
@@ -271,6 +272,32 @@ def has_tables(session: Session, path: Path) -> bool:
     )
 
 
+def generation_of(session: Session, path: Path) -> int:
+    """The generation that the vault is of."""
+    rows = session.execute(GENERATION).fetchall()
+    if len(rows) != 1 or type(rows[0][0]) is not int:
+        raise _damaged(path)
+    return int(rows[0][0])
+
+
+def erasures_of(session: Session, path: Path) -> list[tuple[int, bytes, Erasure]]:
+    """Every erasure in their order, with the number that rows name it by, and its salt."""
+    found = []
+    for name, over, number, reason, count, logged, row, salt in session.execute(ERASURES).fetchall():
+        if tuple(map(type, (name, over, number, reason, count, salt))) != (str, bytes, int, str, int, bytes):
+            raise _damaged(path)
+        found.append((row, salt, Erasure(name, over, number, reason, count, bool(logged))))
+    return found
+
+
+def _damaged(path: Path) -> StoreError:
+    return StoreError(
+        f"The vault {path} is damaged: a row does not hold what it should.",
+        next_step="Put a copy of the vault back from after the last erasure.",
+        code="malformed",
+    )
+
+
 def other_generation(path: Path, number: int, master: MasterKey) -> VaultError:
     """Vault and key do not belong together: why, and what to do."""
     newest = master.newest.number
@@ -295,9 +322,16 @@ def seal_opening(cipher: AESGCM, nonce: bytes, commitment: bytes, place: bytes, 
     return nonce + cipher.encrypt(nonce, plain, commitment)
 
 
+def _decrypt(cipher: AESGCM, sealed: bytes, associated: bytes) -> bytes:
+    try:
+        return cipher.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], associated)
+    except (TypeError, ValueError) as error:  # a row of a damaged file can hold anything
+        raise InvalidTag from error
+
+
 def open_sealed(cipher: AESGCM, commitment: bytes, sealed: bytes) -> tuple[Opening, bytes]:
     """The opening in a row, and its place; raises `InvalidTag` where the key is not its owner's or it was changed."""
-    plain = cipher.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], commitment)
+    plain = _decrypt(cipher, sealed, commitment)
     start = KEY_BYTES + 4
     stop = start + int.from_bytes(plain[KEY_BYTES:start], "big")
     return Opening(plain[:KEY_BYTES], plain[stop:]), plain[start:stop]
@@ -331,6 +365,6 @@ class Wrapping:
 
     def unwrap(self, wrapped: bytes, tag: bytes) -> tuple[bytes, str]:
         """An owner's key and name; raises `InvalidTag` where they were not wrapped by this generation."""
-        plain = self._cipher.decrypt(wrapped[:NONCE_BYTES], wrapped[NONCE_BYTES:], tag)
+        plain = _decrypt(self._cipher, wrapped, tag)
         start = KEY_BYTES + 4
         return plain[:KEY_BYTES], plain[start : start + int.from_bytes(plain[KEY_BYTES:start], "big")].decode()

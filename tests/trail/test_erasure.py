@@ -87,6 +87,11 @@ def test_an_erased_annotator_is_in_no_byte_of_trail_and_home(folder, home):
     assert theirs["wrapped key"] in before
     assert theirs["sealed 0"] in before
     assert theirs["old master, base64"] in before
+    # What they said and who they are was in the clear nowhere, even before.
+    assert [name for name in theirs if name == "id" or name.split()[0] in ("key", "plain", "opening")]
+    assert [
+        name for name in theirs if name.split()[0] in ("id", "key", "plain", "opening") and theirs[name] in before
+    ] == []
     with Trail.open(folder) as trail:
         for number in range(3):  # pages that only the write-ahead log holds
             trail.append("a.b", b"{}", run="r", private=b"late %d" % number, owner=ANN).wait()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import random
 import sqlite3
+from contextlib import closing
 
 import pytest
 
-from rlhf_audit_nb.errors import VaultError
+from rlhf_audit_nb.errors import AuditError, VaultError
 from rlhf_audit_nb.trail import Opening, Trail, TrailReader, check_opening
+from rlhf_audit_nb.trail.erasure import erase
 from rlhf_audit_nb.trail.vault import OpeningsCheck, Sealed, Vault, commitment_of
 from rlhf_audit_nb.trail.vault_key import MasterKey
 
@@ -173,3 +176,85 @@ def test_a_vault_of_another_layout_is_refused(folder):
     with pytest.raises(VaultError) as caught:
         check(folder)
     assert caught.value.reason == "unknown-layout"
+
+
+@pytest.fixture
+def erased_from(folder):
+    """A trail of 12 private payloads, of which an erasure took four; the key."""
+    with Trail.open(folder) as trail:
+        for number in range(12):
+            trail.append("a.b", b"{}", run="r", private=b"x" * 40 * number, owner=f"w{number % 3}")
+        erase(trail, "w1", reason="request")
+        return folder, trail.keys.master
+
+
+def faults(folder, master):
+    """What every use of the vault says; nothing where it is whole. Anything but a sentence of ours is a failure."""
+    try:
+        return every_use(folder, master)
+    except AuditError as error:
+        return {error.reason}
+
+
+def every_use(folder, master):
+    said = set()
+    for key in (None, master):
+        looked = OpeningsCheck(folder / "vault.sqlite", key)
+        with closing(looked):
+            for entry in TrailReader.open(folder).entries():
+                looked.add(entry)
+            looked.finish()
+        said |= {reason.code for reason in looked.reasons}
+    with closing(Vault(folder / "vault.sqlite", master)) as vault:
+        vault.settled()
+        vault.erasures()
+        vault.unlogged()
+        vault.count("w0")
+        for entry in TrailReader.open(folder).entries(type="a.b"):
+            if entry.seq % 3 != 1:
+                vault.open_payload("r", entry.seq, base64.b64decode(entry.envelope.sealed))
+    return said
+
+
+@pytest.mark.slow
+def test_a_damaged_vault_gets_a_sentence_whatever_is_damaged(erased_from):
+    folder, master = erased_from
+    path = folder / "vault.sqlite"
+    assert faults(folder, master) == set()
+    whole, chance, said = path.read_bytes(), random.Random(1), set()
+    for at in range(0, len(whole), 61):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << chance.randrange(8)
+        for left in folder.glob("vault.sqlite-*"):
+            left.unlink()
+        path.write_bytes(damaged)
+        said |= faults(folder, master)
+    assert {"malformed", "vault-key"} <= said
+
+
+@pytest.mark.parametrize("value", ["NULL", "7", "2.5", "'text'", "x'00'", "x''"])
+@pytest.mark.parametrize(
+    ("table", "column"),
+    [
+        ("state", "generation"),
+        ("owners", "tag"),
+        ("owners", "wrapped"),
+        ("openings", "commitment"),
+        ("openings", "owner"),
+        ("openings", "erasure"),
+        ("openings", "sealed"),
+        ("erasures", "name"),
+        ("erasures", "salt"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_gets_a_sentence(erased_from, table, column, value):
+    folder, master = erased_from
+    where = "WHERE id = 1" if table == "owners" else ""
+    with closing(sqlite3.connect(folder / "vault.sqlite", isolation_level=None)) as raw:
+        taken = True
+        try:
+            raw.execute(f"UPDATE {table} SET {column} = {value} {where}")
+        except sqlite3.IntegrityError:
+            taken = False  # SQLite itself keeps this out
+    assert taken or value == "NULL"
+    assert bool(faults(folder, master)) is taken
