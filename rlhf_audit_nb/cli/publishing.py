@@ -49,12 +49,10 @@ def _do_publish(args: argparse.Namespace) -> int:
     trail = trail_folder(args)
     done = publish_tiles(trail, args.target, progress=_Telling(), everything=args.all, endorse=_endorse)
     new = done.size - done.before
+    said = "nothing was new"
     if done.written or done.removed:
-        words = [
-            f"published   {done.target}: {done.size:,} entries, {new:,} of them new; {done.written:,} files written"
-        ]
-    else:
-        words = [f"published   {done.target}: {done.size:,} entries; nothing was new"]
+        said = f"{new:,} of them new, {done.written:,} file{'' if done.written == 1 else 's'} written"
+    words = [f"published   {done.target}: {done.size:,} entries; {said}"]
     return finish(args, asdict(done), words)
 
 

@@ -44,7 +44,7 @@ def grow(trail: Trail, size: int) -> None:
 def test_what_was_published_is_told_and_so_is_that_nothing_was_new(run, trail, tmp_path):
     code, out, err = run("publish", tmp_path / "www")
     assert (code, err) == (0, "")
-    assert out == f"published   {tmp_path}/www: 300 entries, 300 of them new; 6 files written\n"
+    assert out == f"published   {tmp_path}/www: 300 entries; 300 of them new, 6 files written\n"
     code, out, _ = run("publish", tmp_path / "www")
     assert (code, out) == (0, f"published   {tmp_path}/www: 300 entries; nothing was new\n")
     with Trail.open(trail) as opened:
