@@ -24,6 +24,7 @@ from rlhf_audit_nb.trail.anchors import (
     TIMESTAMP_ANCHOR,
     AnchorFolder,
     anchored_level,
+    cosigned_sizes,
     quorum_reached,
     read_anchors,
     token_name,
@@ -190,12 +191,13 @@ class _Job:
         """The log's keys for a checkpoint of this size."""
         return self.keys.log_verifiers([key for key in self.policy.logs if key.name == self.head.origin], size)
 
-    def anchors(self) -> tuple[tuple[Anchor, ...], tuple[Reason, ...]]:
-        folder = self.folder
-        return read_anchors(folder.read, folder.names(), self.policy, self.head.origin, self.tsa_roots, logs=self.logs)
+    def anchors(self, size: int) -> tuple[tuple[Anchor, ...], tuple[Reason, ...]]:
+        """What is there for one size; a trail may have been anchored many thousand times."""
+        names = [name for name in self.folder.names() if name.partition(".")[0] == str(size)]
+        return read_anchors(self.folder.read, names, self.policy, self.head.origin, self.tsa_roots, logs=self.logs)
 
     def result(self, asked: Iterable[Asked] = ()) -> Anchoring:
-        anchors, said = self.anchors()
+        anchors, said = self.anchors(self.head.size)
         level = anchored_level(self.policy, anchors, self.head.size, self.head.root)
         forked = bool(self.reasons) or any(reason.code == "anchor-fork" for reason in said)
         quorum = None
@@ -324,7 +326,7 @@ def _ask_all(
     job: _Job, chosen: Sequence[_WitnessAt], authorities: Sequence[str], endorse: Callable[[str], str] | None
 ) -> Anchoring:
     kept = _keep(job, endorse)
-    before = [anchor for anchor in job.anchors()[0] if anchor.size == job.head.size]
+    before, _ = job.anchors(job.head.size)
     asked: list[Asked] = []
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         answers = [pool.submit(_ask_witness, job, one, kept, before) for one in chosen]
@@ -376,8 +378,10 @@ def _address(word: str, addresses: dict[str, str | None]) -> str:
 def _last_size(job: _Job, verifiers: Sequence[Verifier]) -> int:
     """The last size that one of these keys has cosigned, as far as is known here."""
     vkeys = {format_vkey(verifier) for verifier in verifiers}
-    sizes = [anchor.size for anchor in job.anchors()[0] if anchor.by in vkeys and anchor.size <= job.head.size]
-    return max(sizes, default=0)
+    for size in cosigned_sizes(job.folder, job.head.size):
+        if any(anchor.by in vkeys for anchor in job.anchors(size)[0]):
+            return size
+    return 0
 
 
 def _ask_witness(job: _Job, witness: _WitnessAt, kept: bytes, before: Sequence[Anchor]) -> Asked:
@@ -503,17 +507,15 @@ def request_cosignature(location: Path | str, old: int | None = None, *, witness
 
 def _known_size(folder: AnchorFolder, witness: str | None, most: int) -> int:
     """The last size with a line of this name (of anybody but the log, where no name is given); only a hint."""
-    found = [0]
-    for name in folder.names():
-        size, _, kind = name.partition(".")
-        data = folder.read(name) if kind == "cosigned" else None
-        if data is None or not size.isdecimal():
-            continue
-        note = parse_note(data)
-        signers = {line.name for line in note.signatures} - {checkpoint_of(data).origin}
+    for size in cosigned_sizes(folder, most):
+        try:
+            note = parse_note(folder.cosigned(size) or "")
+        except FormatError:
+            continue  # `verify` tells of it
+        signers = {line.name for line in note.signatures} - {note.text.partition("\n")[0]}
         if witness in signers or (witness is None and signers):
-            found.append(int(size))
-    return max(size for size in found if size <= most)
+            return size
+    return 0
 
 
 def add_anchor(

@@ -42,6 +42,7 @@ __all__ = [
     "TIMESTAMP_ANCHOR",
     "AnchorFolder",
     "anchored_level",
+    "cosigned_sizes",
     "quorum_reached",
     "read_anchors",
 ]
@@ -250,6 +251,12 @@ def anchored_level(policy: TrustPolicy, anchors: Sequence[Anchor], size: int, ro
         return Level.COSIGNED
     stamped = any((item.kind, item.size, item.root) == (TIMESTAMP_ANCHOR, size, root) for item in anchors)
     return Level.TIMESTAMPED if stamped else Level.UNANCHORED
+
+
+def cosigned_sizes(folder: AnchorFolder, most: int) -> list[int]:
+    """The sizes up to ``most`` that somebody has cosigned, by the files' names, the largest first."""
+    found = _by_size(folder.names()).items()
+    return sorted((size for size, files in found if files.cosigned and size <= most), reverse=True)
 
 
 class AnchorFolder:

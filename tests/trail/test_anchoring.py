@@ -22,6 +22,7 @@ from rlhf_audit_nb.trail.anchoring import add_anchor, anchor_trail, keep_checkpo
 from rlhf_audit_nb.trail.anchors import AnchorFolder
 from rlhf_audit_nb.trail.cosignature import CosignerEd25519
 from rlhf_audit_nb.trail.note import format_vkey, parse_note
+from rlhf_audit_nb.trail.rotation import rotate_key
 from rlhf_audit_nb.trail.tile_reader import PublishedTree
 from rlhf_audit_nb.trail.tiles import publish_tiles
 from rlhf_audit_nb.trail.witness import Witness
@@ -312,6 +313,39 @@ def test_a_trail_can_be_anchored_while_others_append_to_it(folder, alice):
     assert verdict.level in (Level.UNANCHORED, Level.COSIGNED)
     assert {done.size for done in sizes} == {anchor.size for anchor in verdict.anchors}
     assert witness.size("example.com/team") == sizes[-1].size
+
+
+def test_anchors_outlast_a_change_of_the_logs_key(folder, alice):
+    witness, policy, _ = alice
+    assert anchor_trail(folder, policy=policy).complete
+    with Trail.open(folder) as trail:
+        rotate_key(trail, "log")
+    new = grow(folder, 9)
+    assert new not in policy.log_keys
+    done = anchor_trail(folder, policy=policy)
+    assert ([item.outcome for item in done.asked], done.exit_code) == (["unsigned"], 3)
+    assert "new key" in done.asked[0].message
+    witness.add_log(new)
+    assert anchor_trail(folder, policy=policy).complete
+    verdict = verify_trail(folder, policy=policy)
+    assert verdict.level is Level.COSIGNED
+    assert [anchor.size for anchor in verdict.anchors] == [5, 9]
+
+
+def test_a_checkpoint_is_anchored_with_the_logs_ml_dsa_signature(folder, alice, authority):
+    _, policy, _ = alice
+    with Trail.open(folder) as trail:
+        rotate_key(trail, "mldsa")
+        endorse = trail.keys.endorse
+    with serve(authority.answer) as served:
+        named = {"authorities": [served.url], "tsa_roots": [authority.pem]}
+        assert anchor_trail(folder, policy=policy, endorse=endorse, **named).complete
+    size = TrailReader.open(folder).size
+    kept = parse_note(AnchorFolder(folder).read(f"{size}.checkpoint"))
+    assert [len(line.data) for line in kept.signatures] == [64, 8 + 2420]
+    verdict = verify_trail(folder, policy=policy, tsa_roots=[authority.pem])
+    assert (verdict.level, verdict.reasons) == (Level.COSIGNED, ())
+    assert sorted(anchor.kind for anchor in verdict.anchors) == ["cosignature", "timestamp"]
 
 
 def home_now() -> Path:

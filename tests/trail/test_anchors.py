@@ -8,6 +8,8 @@ import time
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from support.tsa import Authority
 
 from rlhf_audit_nb.errors import StoreError
@@ -202,6 +204,43 @@ def test_a_file_that_cannot_be_read_is_told():
     found, reasons = read_anchors(lambda _: None, ["5.cosigned"], policy(), "example.com/log")
     assert found == ()
     assert [reason.code for reason in reasons] == ["anchor"]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_whatever_is_changed_in_the_files_nothing_is_counted_that_nobody_said(stamped, authority, data):
+    note, token = stamped
+    files = {
+        "5.checkpoint": note.encode(),
+        "5.cosigned": cosigned(note, ALICE, BOB).encode(),
+        "6.cosigned": cosigned(head(6), ALICE).encode(),
+        "5.local.tsr": token,
+    }
+    now = time.time()
+    truth, _ = read(files, [authority.pem], now=now)
+    assert len(truth) == 4
+    for _ in range(data.draw(st.integers(1, 4))):
+        name = data.draw(st.sampled_from(sorted(files)))
+        how = data.draw(st.sampled_from(["flip", "cut", "swap", "double", "drop"]))
+        at = data.draw(st.integers(0, max(0, len(files[name]) - 1)))
+        whole = files[name]
+        if how == "flip":
+            files[name] = (
+                whole[:at] + bytes([whole[at] ^ 1 << data.draw(st.integers(0, 7))]) + whole[at + 1 :] if whole else b""
+            )
+        elif how == "cut":
+            files[name] = whole[:at]
+        elif how == "double":
+            files[name] = whole[:at] + whole
+        elif how == "drop":
+            files[name] = b""
+        else:
+            other = data.draw(st.sampled_from(sorted(files)))
+            files[name], files[other] = files[other], files[name]
+    found, reasons = read(files, [authority.pem], now=now)
+    claims = {(anchor.kind, anchor.size, anchor.root, anchor.time, anchor.by) for anchor in truth}
+    assert {(anchor.kind, anchor.size, anchor.root, anchor.time, anchor.by) for anchor in found} <= claims
+    assert {reason.code for reason in reasons} <= {"anchor", "anchor-unknown", "tsa-unknown"}
 
 
 def test_the_quorum_is_over_this_very_head():
