@@ -113,11 +113,21 @@ def _home() -> Path:
 def _opened(args: argparse.Namespace) -> Iterator[Trail]:
     """The trail that was named, to append to."""
     from rlhf_audit_nb.trail import Trail, TrailReader
+    from rlhf_audit_nb.trail.key_care import list_keys
 
     folder = trail_folder(args)
     origin = TrailReader.open(folder).origin
+    _ask_for_pin(*(info.where for info in list_keys(_home(), origin)))
     with Trail.open(folder, create=False, passphrase=_passphrase(_home(), origin)) as trail:
         yield trail
+
+
+def _ask_for_pin(*uris: str) -> None:
+    """The PIN of a token, asked for where it is needed and there is somebody to ask."""
+    from rlhf_audit_nb.trail.signers import ENV_SIGNER_PIN
+
+    if any(uri.startswith("hsm:") for uri in uris) and not os.environ.get(ENV_SIGNER_PIN) and _asks():
+        os.environ[ENV_SIGNER_PIN] = getpass.getpass("PIN of the token: ")
 
 
 def _read(path: str) -> bytes:
@@ -130,6 +140,7 @@ def _read(path: str) -> bytes:
 def _held(uri: str, public: str | None) -> HeldKey:
     from rlhf_audit_nb.trail.signers import HeldKey, public_of, read_public
 
+    _ask_for_pin(uri)
     if ":" not in uri:
         raise ConfigError(
             f"{uri!r} is not the URI of a key.",

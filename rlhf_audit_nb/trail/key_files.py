@@ -143,9 +143,12 @@ class RingFolder:
             os.close(descriptor)
 
     def _unwritable(self, error: OSError) -> KeyFileError:
+        change = self.pending()
+        counts = change is not None and (change.counts or change.kind == RESEALED)
+        left = "the change counts, and is finished when the keys are opened next" if counts else "they are as they were"
         return KeyFileError(
             f"The keys in {self.path} cannot be changed: {error.strerror or error}.",
-            next_step="Make the folder writable and free some space; the keys are as they were.",
+            next_step=f"Make the folder writable and free some space; {left}.",
         )
 
     def pending(self) -> Change | None:

@@ -125,8 +125,14 @@ def rotate_key(trail: Trail, role: str, *, new: HeldKey | None = None, reason: s
     key = new or _made(role)
     if isinstance(new, HeldKey):
         _check_held(role, new)
-    with trail.exclusive():
-        return _rotate(trail, role, key, reason)
+    try:
+        with trail.exclusive():
+            return _rotate(trail, role, key, reason)
+    except OSError as error:
+        raise KeyFileError(
+            f"The trail {trail.location} cannot be held alone: {error.strerror or error}.",
+            next_step="Make its folder writable and free some space; the keys are as they were.",
+        ) from error
 
 
 def _check_held(role: str, key: HeldKey) -> None:
@@ -170,10 +176,10 @@ def _rotate(trail: Trail, role: str, key: _Private, reason: str) -> Rotation:
             # next opening reads it.
             _undo(trail, ring, before)
             raise
+        _install(ring, role, key)
+        if role == "log":
+            trail.use_signers([ring.signer])
         ring.folder.settle(lambda _change: True)
-    _install(ring, role, key)
-    if role == "log":
-        trail.use_signers([ring.signer])
     return Rotation(role, old, named, index)
 
 

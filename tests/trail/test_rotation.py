@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from rlhf_audit_nb.trail.keys import encode_private, load_keys, local_policy
 from rlhf_audit_nb.trail.note import format_vkey, parse_note
 from rlhf_audit_nb.trail.published import verify_published
 from rlhf_audit_nb.trail.rotation import keys_over_time, revoke_key, rotate_key
+from rlhf_audit_nb.trail.signers import HeldKey
 from rlhf_audit_nb.trail.succession import KEY_ROTATED, known_limits, parse_revocation
 from rlhf_audit_nb.trail.tiles import publish_tiles
 
@@ -190,19 +193,22 @@ def test_a_ring_without_a_passphrase_stays_so_though_one_is_set(folder, home, mo
 # -- crashes --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("role", ["log", "mldsa"])
+@pytest.mark.parametrize("role", ["log", pytest.param("mldsa", marks=pytest.mark.slow), "held"])
 def test_a_rotation_that_is_killed_at_any_call_is_done_or_not_begun(folder, home, tmp_path, monkeypatch, role):
     first = made(folder)
+    other = Ed25519PrivateKey.generate()
+    (tmp_path / "held.pem").write_bytes(encode_private(other, None))
+    held = HeldKey(f"file2:{tmp_path}/held.pem", other.public_key()) if role == "held" else None
+    kind, stride = ("log", 3) if held else (role, 1)
     kept_trail, kept_home = copied(folder, tmp_path / "t0"), copied(home, tmp_path / "h0")
     outcomes = set()
-    at = 0
-    finished = False
+    at, finished = 1 - stride, False
     while not finished:
-        at += 1
+        at += stride
         for copy, target in ((kept_trail, folder), (kept_home, home)):
             shutil.rmtree(target)
             shutil.copytree(copy, target)
-        finished = in_child(lambda: _rotate_once(folder, role), at)
+        finished = in_child(lambda: _rotate_once(folder, kind, held), at)
         # Looked at before anybody opens it: the checks hold in any state.
         assert level(folder, first) is Level.UNANCHORED, at
         assert level(folder) is Level.UNANCHORED, at
@@ -214,7 +220,8 @@ def test_a_rotation_that_is_killed_at_any_call_is_done_or_not_begun(folder, home
         if named is None:
             assert (ring.log_vkey, ring.mldsa) == (first, None), at
         else:
-            assert ring.public(role) == named, at
+            assert ring.public(kind) == named, at
+            assert isinstance(ring.log, HeldKey) == (held is not None), at
         assert not RingFolder(ring_folder(home)).is_changing, at
         assert list(ring_folder(home).glob("*next*")) == []
         assert level(folder, first) is Level.UNANCHORED, at
@@ -224,10 +231,61 @@ def test_a_rotation_that_is_killed_at_any_call_is_done_or_not_begun(folder, home
     assert at > 20
 
 
-def _rotate_once(folder: Path, role: str) -> None:
+def _rotate_once(folder: Path, role: str, held: HeldKey | None = None) -> None:
     trail = Trail.open(folder)
-    rotate_key(trail, role)
+    rotate_key(trail, role, new=held)
     trail.close()
+
+
+CALLS = ("open", "fsync", "replace", "unlink", "mkdir", "utime")
+
+
+@pytest.mark.parametrize("role", ["log", "record"])
+def test_a_disk_that_is_full_at_any_call_of_a_rotation_leaves_it_done_or_not_begun(folder, home, tmp_path, role):
+    """The error is said, this process goes on with keys that are the trail's, and so does the next one."""
+    made(folder)
+    kept_trail, kept_home = copied(folder, tmp_path / "t0"), copied(home, tmp_path / "h0")
+    outcomes, at, full = set(), 0, True
+    while full:
+        at += 1
+        for copy, target in ((kept_trail, folder), (kept_home, home)):
+            shutil.rmtree(target)
+            shutil.copytree(copy, target)
+        trail = Trail.open(folder)
+        with pytest.MonkeyPatch.context() as patch:
+            left = _full_at(patch, at)
+            with suppress(KeyFileError, StoreError):
+                rotate_key(trail, role)
+        full = left[0] <= 0
+        named = [json.loads(entry.body)["new"] for entry in trail.reader().entries(type=KEY_ROTATED)]
+        assert named in ([], [trail.keys.public(role)]), at
+        trail.append("note.taken", b"{}").wait()
+        trail.close()
+        grown(folder)
+        ring = load_keys(home, "example.org/keys")
+        assert named in ([], [ring.public(role)]), at
+        assert not RingFolder(ring_folder(home)).is_changing, at
+        assert level(folder) is Level.UNANCHORED, at
+        outcomes.add((bool(named), full))
+    assert outcomes == {(False, True), (True, True), (True, False)}
+
+
+def _full_at(patch: pytest.MonkeyPatch, at: int) -> list[int]:
+    """The ``at``-th call that changes a file fails, and so does every later one; how many calls are left until then."""
+    left = [at]
+
+    def failing(real):
+        def call(*args, **keywords):
+            left[0] -= 1
+            if left[0] <= 0:
+                raise OSError(28, "No space left on device")
+            return real(*args, **keywords)
+
+        return call
+
+    for name in CALLS:
+        patch.setattr(os, name, failing(getattr(os, name)))
+    return left
 
 
 def test_a_rotation_whose_append_fails_leaves_the_old_key_in_force(folder, home, monkeypatch):
