@@ -147,6 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
     server_version = "rlhf-audit-witness"
     sys_version = ""
     timeout = IDLE_SECONDS
+    wbufsize = -1  # an answer goes out in one piece
 
     def do_POST(self) -> None:
         if self.path != self.server.prefix + "/add-checkpoint":
