@@ -198,10 +198,13 @@ class _Tiles:
     checker: EntryChecker = field(default_factory=EntryChecker)
     rows: dict[int, list[bytes]] = field(default_factory=dict)
     legible: bool = True
+    unsaid: int = 0
 
     def fault(self, code: str, where: str, message: str) -> None:
         if len(self.reasons) < MAX_REASONS:
             self.reasons.append(Reason(code, where, message))
+        else:
+            self.unsaid += 1
 
     def run(self, policy: TrustPolicy, note: str) -> CheckedCheckpoint | None:
         """Look at every file; the checkpoint as the policy sees it, ``None`` where its signature does not count."""
@@ -214,6 +217,9 @@ class _Tiles:
             for reason in (*self.keys.reasons, *self.checker.reasons):
                 self.fault(reason.code, reason.where, reason.message)
         self._strays()
+        if self.unsaid:
+            message = f"{self.unsaid} more faults were found and are not listed."
+            self.reasons.append(Reason("more", "the published files", message))
         return checked
 
     def _signed(self, policy: TrustPolicy, note: str) -> CheckedCheckpoint | None:

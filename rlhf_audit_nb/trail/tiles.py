@@ -33,7 +33,7 @@ from rlhf_audit_nb.trail.checkpoint import Checkpoint, checkpoint_of
 from rlhf_audit_nb.trail.merkle import Frontier, leaf_hash
 from rlhf_audit_nb.trail.note import Note, parse_note
 from rlhf_audit_nb.trail.store import BUNDLE, Bundle, Head, Store, Transaction, pack_entries, unpack_entries
-from rlhf_audit_nb.trail.targets import Target, open_target, put_all
+from rlhf_audit_nb.trail.targets import Target, is_url, open_target, put_all
 from rlhf_audit_nb.trail.verify import store_path
 
 __all__ = [
@@ -167,6 +167,12 @@ def publish_tiles(
         ) from error
     if not there:
         raise StoreError(f"There is no trail at {store.path}.", next_step="Name its folder.", code="no-trail")
+    if not is_url(target) and store_path(target).exists():
+        raise StoreError(
+            f"{target} is the folder of a trail itself.",
+            next_step="Publish into a folder of its own: what is published is for everybody.",
+            code="target",
+        )
     opened = open_target(target)
     with opened.publishing(store.path.parent.absolute()) as cut_off:
         publish = _Publish(store, opened, progress or _silent, endorse or _as_it_is, everything)

@@ -89,7 +89,9 @@ def traced(options, children):
     command = ["strace", "-f", "-p", str(leader), *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
         line = strace.stderr.readline()
-        assert "attached" in line, line
+        if "attached" not in line:
+            os.kill(leader, signal.SIGKILL)
+            sys.exit(f"cannot trace: {line}")
         os.write(go, b"x")
         with os.fdopen(heard) as reader:
             said = reader.read()
@@ -239,6 +241,8 @@ def stopped_everywhere(begun: Path, start: str) -> list[dict]:
     results = []
     for process in running:
         out, err = process.communicate(timeout=300)
+        if "cannot trace" in err:
+            pytest.skip(f"strace may not trace a process that runs: {err}")
         assert process.returncode == 0, err[-4000:]
         results += [json.loads(line) for line in out.splitlines()]
     return results

@@ -16,6 +16,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from support.tsa import Authority
 
 from rlhf_audit_nb.errors import KeyFileError, StoreError
 from rlhf_audit_nb.trail import Level, Trail, TrailReader, TrustPolicy, verify_trail
@@ -295,6 +296,13 @@ class TestChanged:
         put(published / name, b"")
         assert [where for _, where in faults(published)] == [name]
 
+    def test_what_is_not_listed_of_very_many_faults_is_counted(self, published):
+        for number in range(250):
+            put(published / f"tile/0/stray-{number}", b"")
+        found = faults(published)
+        assert [code for code, _ in found] == ["stray"] * 100 + ["more"]
+        assert verify_published(published).reasons[-1].message.startswith("150 more")
+
     def test_a_file_whose_name_is_no_text_is_named(self, published):
         os.close(os.open(os.fsencode(published / "tile") + b"/\xff\xfe", os.O_CREAT))
         ((_, where),) = faults(published)
@@ -455,6 +463,21 @@ class TestAnchors:
         cosign(folder)
         assert publish_tiles(folder, published).written == 4  # the checkpoint, two anchors, the index
         assert verify_published(published, policy=policy).level is Level.COSIGNED
+
+    def test_a_timestamp_of_a_trusted_authority_counts(self, folder, tmp_path):
+        authority = Authority.make(tmp_path / "tsa")
+        authority.certify()
+        with Trail.open(folder) as trail:
+            grow(trail, 10)
+            policy = TrustPolicy.of(trail.log_vkey)
+        anchors = AnchorFolder(folder)
+        anchors.stamp(10, "local", authority.stamp(anchors.keep(TrailReader.open(folder).checkpoint())))
+        publish_tiles(folder, tmp_path / "www")
+        verdict = verify_published(tmp_path / "www", policy=policy, tsa_roots=[authority.pem], home=tmp_path / "a")
+        assert verdict == verify_trail(folder, policy=policy, tsa_roots=[authority.pem], home=tmp_path / "b")
+        assert (verdict.level, verdict.reasons) == (Level.TIMESTAMPED, ())
+        stranger = verify_published(tmp_path / "www", policy=policy, tsa_roots=[], home=tmp_path / "c")
+        assert (stranger.level, [item.code for item in stranger.reasons]) == (Level.UNANCHORED, ["tsa-unknown"])
 
     def test_a_damaged_anchor_is_told_and_never_counted(self, cosigned, tmp_path):
         published, policy = cosigned

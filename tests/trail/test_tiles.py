@@ -442,6 +442,17 @@ class TestRefused:
         assert verify_published("memory://meanwhile/t").size == 30
         fsspec.filesystem("memory").store.clear()
 
+    def test_the_folder_of_a_trail_is_no_place_to_publish_to(self, folder, tmp_path):
+        for place in (folder, tmp_path / "other"):
+            with Trail.open(place) as trail:
+                grow(trail, 3)
+        for place in (folder, str(tmp_path / "other")):
+            before = sorted(path.name for path in Path(place).iterdir())
+            with pytest.raises(StoreError, match="folder of a trail itself") as caught:
+                publish_tiles(folder, place)
+            assert caught.value.reason == "target"
+            assert sorted(path.name for path in Path(place).iterdir()) == before
+
     def test_no_trail_is_one_clear_sentence_and_makes_no_folder(self, tmp_path):
         with pytest.raises(StoreError, match="no trail at"):
             publish_tiles(tmp_path / "nowhere", tmp_path / "www")
