@@ -35,7 +35,7 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from rlhf_audit_nb.config import ENV_PASSPHRASE
 from rlhf_audit_nb.errors import FormatError, KeyFileError
-from rlhf_audit_nb.trail.durable import write_durably
+from rlhf_audit_nb.trail.durable import sync_folder, write_durably
 from rlhf_audit_nb.trail.note import decode_base64
 
 __all__ = [
@@ -182,6 +182,7 @@ class MasterKey:
         if generations != self._generations:
             _write(self.path, _encode(generations, self._passphrase))
             self._generations = generations
+        _sweep(self.path)
 
 
 def backup_master(path: Path) -> bytes:
@@ -285,6 +286,18 @@ def _unwritable(path: Path, error: OSError) -> KeyFileError:
 def _write(path: Path, data: bytes) -> None:
     try:
         write_durably(path, data)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _sweep(path: Path) -> None:
+    """Remove what writes that were killed have left beside the file: it may hold a generation that is to be gone."""
+    try:
+        left = list(path.parent.glob(f".{path.name}.*"))
+        for temporary in left:
+            temporary.unlink(missing_ok=True)
+        if left:
+            sync_folder(path.parent)
     except OSError as error:
         raise _unwritable(path, error) from error
 

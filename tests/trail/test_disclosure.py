@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import random
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from rlhf_audit_nb.trail.disclosure import (
 from rlhf_audit_nb.trail.erasure import erase
 from rlhf_audit_nb.trail.note import Note, parse_note, parse_vkey
 from rlhf_audit_nb.trail.vault import check_opening
+from rlhf_audit_nb.trail.vault_file import Wrapping
 
 PAGE = Path(__file__).parents[2] / "docs" / "trail" / "vault.md"
 OWNERS = ("ann-7f3a", "ben-19c2")
@@ -84,6 +86,11 @@ def test_it_opens_nothing_else(disclosed, home):
     data = path.read_bytes() + key + payload
     with Trail.open(folder) as trail:
         master = trail.keys.master.newest.master
+        wrapping = Wrapping(trail.keys.master.newest)
+        raw = sqlite3.connect(folder / "vault.sqlite")
+        owners = [wrapping.unwrap(wrapped, tag)[0] for tag, wrapped in raw.execute("SELECT tag, wrapped FROM owners")]
+        raw.close()
+        assert len(owners) == 2
         for entry in trail.reader().entries(type="a.b"):
             commitment = base64.b64decode(entry.envelope.sealed)
             opening = trail.vault.opening("a.b", "r", entry.seq, commitment)
@@ -93,7 +100,7 @@ def test_it_opens_nothing_else(disclosed, home):
             for other in (0, 1):  # its key opens no other commitment, whatever payload is tried
                 tried = type(opening)(key, payloads[other])
                 assert not check_opening(commitment, "a.b", "r", entry.seq, tried)
-    for secret in (*map(str.encode, OWNERS), master, base64.b64encode(master)):
+    for secret in (*map(str.encode, OWNERS), master, *owners, *map(base64.b64encode, (master, *owners))):
         assert secret not in data
 
 

@@ -210,3 +210,16 @@ def test_a_folder_that_cannot_be_written_leaves_the_file_as_it_is(path, monkeypa
     assert "No space left" in caught.value.message
     assert path.read_bytes() == kept
     assert master.newest.number == 1
+
+
+def test_what_a_killed_write_left_behind_goes_with_the_next_one(path):
+    master = made(path)
+    left = path.with_name(".vault.key.0123456789ab")
+    left.write_bytes(path.read_bytes())
+    other = path.with_name("log.pem")
+    other.write_bytes(b"another file")
+    with master.exclusive():
+        master.keep(master.newest.next())
+    assert not left.exists()
+    assert other.exists()
+    assert numbers(path) == [2]
