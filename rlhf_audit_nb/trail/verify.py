@@ -9,6 +9,7 @@ history that was seen before. Every fault is a `Reason` that names its place; th
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -56,7 +57,9 @@ __all__ = [
 ]
 
 MAX_REASONS = 100
-TRIES = 3
+TRIES = 5
+ERASING_SECONDS = 2.0
+POLL_SECONDS = 0.02
 CLOCK_SLACK_US = 60_000_000
 """How far a clock may have been set back between an entry and its commit; further, and a time filter may miss it."""
 OPEN = "open"
@@ -121,7 +124,7 @@ class EntryChecker:
     def add(self, entry: Entry) -> None:
         """Check the next entry."""
         envelope, index = entry.envelope, entry.index
-        run, seq, time = envelope.run, envelope.seq, envelope.time
+        run, seq, when = envelope.run, envelope.seq, envelope.time
         stream = run if run is not None else "writer:" + envelope.writer
         if index <= self._last:
             self._fault("order", index, f"It stands after entry {self._last}.")
@@ -135,12 +138,12 @@ class EntryChecker:
             self._fault("sequence", index, f"Stream {stream} should go on with number {state.next} and has {seq}.")
         if seq >= state.next:
             state.next = seq + 1
-        if time < state.time:
-            self._fault("time", index, f"Its time {time} is before {state.time}, the last of stream {stream}.")
+        if when < state.time:
+            self._fault("time", index, f"Its time {when} is before {state.time}, the last of stream {stream}.")
         else:
-            state.time = time
-            if time > self.latest:  # noqa: PLR1730 (a third of the cost of max, for every entry)
-                self.latest = time
+            state.time = when
+            if when > self.latest:  # noqa: PLR1730 (a third of the cost of max, for every entry)
+                self.latest = when
         if run is not None:
             self._count(run, entry)
         elif envelope.type == RUN_INTERRUPTED:
@@ -572,16 +575,26 @@ class _Job:
     origin: str = ""
 
     def verdict(self) -> Verdict:
-        """The verdict; looked at again where an erasure may have come between the trail's state and the vault's."""
+        """The verdict; looked at again where an erasure came between the trail's state and the vault's."""
         for _ in range(TRIES - 1):
             verdict = self._once()
-            if "opening-missing" not in {reason.code for reason in verdict.reasons} or not self._went_on(verdict.size):
+            codes = {reason.code for reason in verdict.reasons}
+            # An erasure that is under way ends with an entry, which is awaited; one that was stopped has none coming.
+            patience = ERASING_SECONDS if "erasure-unfinished" in codes else 0.0
+            if "opening-missing" not in codes or not self._goes_on(verdict.size, patience):
                 return verdict
         return self._once()
 
-    def _went_on(self, size: int) -> bool:
-        with self.store.reading() as transaction:
-            return transaction.size() != size
+    def _goes_on(self, size: int, patience: float) -> bool:
+        """Whether the trail has other than ``size`` entries, or gets them within ``patience`` seconds."""
+        deadline = time.monotonic() + patience
+        while True:
+            with self.store.reading() as transaction:
+                if transaction.size() != size:
+                    return True
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(POLL_SECONDS)
 
     def _once(self) -> Verdict:
         # What lies beside the store is read before it: another process may be appending, and whatever was seen or
@@ -593,11 +606,14 @@ class _Job:
         heads = Heads(self.home)
         seen = heads.note(self.origin)
         claimed, said = self._anchors(policy, keys)
+        master = load_keys(self.home, self.origin, None).master if self.openings else None
+        before = None if seen is None else checkpoint_of(seen)
+        vault = self.store.path.parent / "vault.sqlite"
         with self.store.reading() as transaction:
             head = transaction.head()
-            before = None if seen is None else checkpoint_of(seen)
-            keys = self._keys(transaction)
-            with closing(self._openings()) as check, reading(self.store.path) as session:
+            # At once after the trail's state: what is erased between the two has no entry in it yet.
+            with closing(OpeningsCheck(vault, master, most=MAX_REASONS)) as check, reading(self.store.path) as session:
+                keys = self._keys(transaction)
                 audit = _Audit(transaction, head, policy, keys, before, claimed, self.progress, check)
                 # Of a later state perhaps; the rows of this one stay as they are.
                 audit.commits = session.raw.execute("SELECT size, time FROM checkpoints ORDER BY size")
@@ -612,10 +628,6 @@ class _Job:
         signers = checked.signers if checked else ()
         runs, anchors = audit.checker.runs(), tuple(audit.anchors)
         return Verdict(level, head.origin, size, root, signers, runs, tuple(reasons), anchors, audit.summary)
-
-    def _openings(self) -> OpeningsCheck:
-        master = load_keys(self.home, self.origin, None).master if self.openings else None
-        return OpeningsCheck(self.store.path.parent / "vault.sqlite", master, most=MAX_REASONS)
 
     def _keys(self, transaction: Transaction) -> KeySuccession:
         """The keys over time, from the rows that the type index names; the index itself is checked at the end."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import gc
+import itertools
 import json
+import os
 import random
 import shutil
 import sqlite3
+import time
 import tracemalloc
 
 import pytest
@@ -18,8 +22,10 @@ from rlhf_audit_nb.trail import Level, Trail, TrailReader, TrustPolicy, Verdict,
 from rlhf_audit_nb.trail.anchors import AnchorFolder
 from rlhf_audit_nb.trail.checkpoint import checkpoint_of
 from rlhf_audit_nb.trail.entry import Entry
-from rlhf_audit_nb.trail.note import COSIGNATURE, Signer, cosign_note, format_vkey, parse_note
+from rlhf_audit_nb.trail.erasure import erase
+from rlhf_audit_nb.trail.note import COSIGNATURE, Signer, cosign_note, format_vkey, parse_note, sign_note
 from rlhf_audit_nb.trail.proof import InclusionProof, format_proof
+from rlhf_audit_nb.trail.rotation import rotate_key
 from rlhf_audit_nb.trail.verdict import Reason
 from rlhf_audit_nb.trail.verify import EntryChecker, verify_proof
 from rlhf_audit_nb.trail.writer import Draft
@@ -598,3 +604,79 @@ def test_a_proof_from_another_history_of_the_same_size_diverges(small, home, tmp
             trail.append("a.b", b'{"n":%d}' % number).wait()
     verdict = verify_proof(proof, entry.data)
     assert (verdict.level, codes(verdict)) == (Level.DIVERGED, {"fork"})
+
+
+# Keys over time, and a trail that goes on while it is looked at.
+
+
+def test_who_trusts_any_key_of_a_trail_follows_its_changes_of_keys(folder, home):
+    with Trail.open(folder) as trail:
+        trust = [TrustPolicy.of(trail.log_vkey)]
+        for _ in range(2):
+            trail.append("a.b", b"{}").wait()
+            rotate_key(trail, "log", reason="planned")
+            trust.append(TrustPolicy.of(trail.log_vkey))
+        trail.append("a.b", b"{}").wait()
+    for policy in trust:
+        verdict = verify_trail(folder, policy=policy)
+        assert (verdict.level, verdict.reasons) == (Level.UNANCHORED, ()), policy
+    change(folder, "DELETE FROM terms WHERE term = 't:key.rotated'")
+    for policy in trust:
+        verdict = verify_trail(folder, policy=policy)
+        assert (verdict.level, "index" in codes(verdict)) == (Level.INVALID, True)
+
+
+def test_a_head_that_is_signed_by_a_key_that_was_replaced_is_invalid(folder, home):
+    with Trail.open(folder) as trail:
+        before, policy = trail.keys.signer, TrustPolicy.of(trail.log_vkey)
+        rotate_key(trail, "log", reason="planned")
+        trail.append("a.b", b"{}").wait()
+    assert verify_trail(folder, policy=policy).level is Level.UNANCHORED
+    (note,) = select(folder, "SELECT note FROM head")[0]
+    change(folder, "UPDATE head SET note=?", sign_note(parse_note(note).text, [before]))
+    verdict = verify_trail(folder, policy=policy)
+    assert (verdict.level, verdict.reasons[0].code, verdict.reasons[0].where) == (
+        Level.INVALID,
+        "retired-key",
+        "newest checkpoint",
+    )
+
+
+def test_a_trail_that_goes_on_and_loses_annotators_while_it_is_verified_holds_at_every_look(folder, home):
+    Trail.open(folder).close()
+    child = os.fork()
+    if child == 0:
+        failed = True
+        with contextlib.suppress(BaseException), Trail.open(folder) as trail:
+            until = time.monotonic() + 2.5
+            for turn in itertools.count():
+                for owner in ("ann", "bob"):
+                    for _ in range(5):
+                        trail.append("a.b", b"{}", private=b"{}", owner=owner)
+                trail.flush()
+                erase(trail, ("ann", "bob")[turn % 2], reason="request")
+                if turn % 5 == 0:
+                    rotate_key(trail, "log", reason="planned")
+                if time.monotonic() > until:
+                    failed = False
+                    break
+        os._exit(failed)
+    looks, ended = 0, (0, 0)
+    while ended == (0, 0):
+        verdict = verify_trail(folder)
+        assert (verdict.level, verdict.reasons) == (Level.UNANCHORED, ())
+        looks += 1
+        ended = os.waitpid(child, os.WNOHANG)
+    assert ended == (child, 0)
+    assert looks > 3
+    assert verify_trail(folder).openings["missing"] == 0
+
+
+def test_an_erasure_that_was_stopped_half_way_is_said_and_is_not_waited_for_for_ever(private, monkeypatch):
+    monkeypatch.setattr("rlhf_audit_nb.trail.verify.ERASING_SECONDS", 0.1)
+    with Trail.open(private) as trail:
+        erase(trail, "owner-0", reason="request")
+    vault(private, "UPDATE erasures SET logged = 0, name = 'f' || substr(name, 2)")
+    verdict = verify_trail(private)
+    assert verdict.level is Level.INVALID
+    assert {"erasure-unfinished", "opening-missing"} <= codes(verdict)
