@@ -17,7 +17,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_audit_nb.errors import AnchorError, AuditError, ConfigError, FormatError
+from rlhf_audit_nb.errors import AnchorError, AuditError, ConfigError, FormatError, StoreError
 from rlhf_audit_nb.trail.anchors import (
     CLOCK_SKEW,
     COSIGNATURE_ANCHOR,
@@ -33,6 +33,7 @@ from rlhf_audit_nb.trail.checkpoint import Checkpoint, checkpoint_of, parse_size
 from rlhf_audit_nb.trail.heads import Heads
 from rlhf_audit_nb.trail.home import home_folder
 from rlhf_audit_nb.trail.keys import local_policy
+from rlhf_audit_nb.trail.merkle import check_consistency
 from rlhf_audit_nb.trail.note import Note, Verifier, format_vkey, parse_note, verify_note
 from rlhf_audit_nb.trail.submission import format_submission, submission_of
 from rlhf_audit_nb.trail.succession import KEY_TYPES, KeySuccession, known_limits
@@ -148,7 +149,6 @@ class _DivergedError(Exception):
 class _Job:
     """One trail at one state, and whose statements count."""
 
-    location: Path
     home: Path
     policy: TrustPolicy
     tsa_roots: Sequence[bytes]
@@ -180,7 +180,9 @@ class _Job:
         for entry in sorted(entries, key=lambda item: item.index):
             keys.add(entry)
         head = keys.check(trusted, reader.checkpoint()).checkpoint
-        job = cls(folder, home, trusted, roots, reader, keys, head, AnchorFolder(folder), timeout)
+        if reader.root() != head.root:
+            raise FormatError("Its root is not that of the entries in the store.", code="root")
+        job = cls(home, trusted, roots, reader, keys, head, AnchorFolder(folder), timeout)
         root = None if seen is None or checkpoint_of(seen).size > reader.size else reader.root(checkpoint_of(seen).size)
         diverged = compare_with_seen(Heads(home), seen, reader.checkpoint(), root)
         if diverged is not None:
@@ -418,14 +420,18 @@ class _Asking:
             last = parse_size(answer.body.decode("ascii", "replace").removesuffix("\n"), "size that it cosigned last")
             if last > self.job.head.size:
                 what = f"It has cosigned {last} entries; this trail has {self.job.head.size}: entries were taken away."
-                raise self._diverged("rollback", what)
+                return self._contradicted("rollback", what)
             if last == old:
-                raise self._diverged("fork", _FORKED)
+                return self._contradicted("fork", _FORKED)
             old = last
         return self.refused("stale", "It cosigns for somebody else at this moment; ask again.")
 
     def _post(self, old: int) -> Answer:
-        asked = submission_of(self.note, old, self.job.reader.consistency_proof)
+        reader, head = self.job.reader, self.job.head
+        asked = submission_of(self.note, old, reader.consistency_proof)
+        # A damaged store must not look like a forked history.
+        if old and not check_consistency(old, head.size, asked.proof, reader.root(old), head.root):
+            raise StoreError(f"The tree in the store is damaged below entry {old}.", code="damaged")
         url = self.witness.url.rstrip("/") + "/add-checkpoint"
         return post(url, format_submission(asked), "text/plain; charset=utf-8", timeout=self.job.timeout)
 
@@ -448,25 +454,40 @@ class _Asking:
 
     def _not_given(self, answer: Answer) -> Asked:
         if answer.status == _UNPROCESSABLE:  # to a proof that is right: of this trail's own tree
-            raise self._diverged("fork", _FORKED)
+            return self._contradicted("fork", _FORKED)
         outcome, message = _REFUSALS.get(answer.status, ("refused", f"It answered with status {answer.status}."))
         return self.refused(outcome, message)
 
-    def _diverged(self, code: str, what: str) -> _DivergedError:
-        """The proof that a witness is for; its own last head is kept beside ours where it shows it."""
+    def _contradicted(self, code: str, what: str) -> Asked:
+        """The proof that a witness is for: the last head that it has cosigned, kept beside ours.
+
+        Raises:
+            _DivergedError: it shows such a head, or shows nothing, and then this rests on its word.
+        """
+        job, shown = self.job, self._shown()
+        if shown is None:
+            where = "It shows no signed head of the other history, so this rests on its word: ask its operator for one."
+        else:
+            theirs = checkpoint_of(shown)
+            if theirs.size <= job.head.size and job.reader.root(theirs.size) == theirs.root:
+                return self.refused(
+                    "refused", "It refuses a proof that is right, and shows a head of this very history."
+                )
+            kept = Heads(job.home).keep_evidence(job.head.origin, shown, self.note)
+            where = f"Both signed heads are kept in {kept}."
+        raise _DivergedError(self.refused(code, what), Reason(code, self.witness.url, f"{what} {where}"))
+
+    def _shown(self) -> str | None:
+        """The last checkpoint that the witness has cosigned, where it shows one that the log has signed."""
         job = self.job
-        where = "ours alone is kept; ask its operator for the other"
         try:
             name = sha256(job.head.origin.encode()).hexdigest()
             shown = get(f"{self.witness.url.rstrip('/')}/{name}/checkpoint", timeout=job.timeout)
-            theirs = parse_note(shown.body)
-            verify_note(theirs, [*job.logs(checkpoint_of(shown.body).size), *job.logs(job.head.size)])
-            kept = Heads(job.home).keep_evidence(job.head.origin, theirs.format(), self.note)
-            where = f"both signed heads are kept in {kept}"
+            head, note = checkpoint_of(shown.body), parse_note(shown.body)
+            verify_note(note, [*job.logs(head.size), *job.logs(job.head.size)])
         except AuditError:
-            pass  # it shows nothing that the log has signed; what it refused is told all the same
-        asked = self.refused(code, what)
-        return _DivergedError(asked, Reason(code, self.witness.url, f"{what} For evidence, {where}."))
+            return None
+        return note.format() if head.origin == job.head.origin else None
 
 
 def _ask_authority(job: _Job, url: str, kept: bytes, before: Sequence[Anchor]) -> Asked:

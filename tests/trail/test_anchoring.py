@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import sqlite3
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from rlhf_audit_nb.trail.note import format_vkey, parse_note
 from rlhf_audit_nb.trail.rotation import rotate_key
 from rlhf_audit_nb.trail.tile_reader import PublishedTree
 from rlhf_audit_nb.trail.tiles import publish_tiles
-from rlhf_audit_nb.trail.witness import Witness
+from rlhf_audit_nb.trail.witness import Reply, Witness
 from rlhf_audit_nb.trail.witness_server import WitnessServer
 
 
@@ -263,8 +264,32 @@ def test_a_witness_that_answers_a_fork_with_the_size_that_it_was_sent_is_underst
         policy = policy_of(vkey, ("alice", format_vkey(own.verifier()), served.url))
         done = anchor_trail(folder, policy=policy)
     assert (done.level, done.exit_code) == (Level.DIVERGED, 30)
-    assert "ours alone is kept" in done.reasons[0].message
+    assert "rests on its word" in done.reasons[0].message
     assert len(served.asked) == 2
+
+
+def test_a_witness_that_contradicts_itself_makes_no_trail_look_forked(folder, alice):
+    witness, policy, _ = alice
+    anchor_trail(folder, policy=policy)
+    grow(folder, 9)
+    # It refuses what is right, and shows a head of this very history.
+    witness.add_checkpoint = lambda _: Reply(422, "text/plain", b"", "no")
+    done = anchor_trail(folder, policy=policy)
+    assert [item.outcome for item in done.asked] == ["refused"]
+    assert (done.level, done.exit_code) == (Level.UNANCHORED, 3)
+    assert not list((home_now() / "heads").glob("*.diverged"))
+
+
+def test_a_damaged_store_is_not_taken_for_a_fork_and_is_not_anchored(folder, alice):
+    _, policy, _ = alice
+    anchor_trail(folder, policy=policy)
+    grow(folder, 9)
+    with closing(sqlite3.connect(folder / "trail.sqlite")) as store, store:
+        (hashes,) = store.execute("SELECT hashes FROM bundles WHERE first = 0").fetchone()
+        store.execute("UPDATE bundles SET hashes = ? WHERE first = 0", (bytes([hashes[0] ^ 1]) + hashes[1:],))
+    with pytest.raises(AnchorError) as caught:
+        anchor_trail(folder, policy=policy)
+    assert (caught.value.reason, "verify" in caught.value.next_step) == ("root", True)
 
 
 def test_a_file_that_a_witness_has_cosigned_and_the_log_has_not_signed_is_refused(folder):
