@@ -222,6 +222,13 @@ def test_a_key_that_is_held_elsewhere_takes_the_logs_place(run, ask, trail, plac
     assert ask("keys", "use", uri)["uri"] == uri
     assert ask("keys", "show")["keys"][0]["where"] == uri
     assert run("verify", trail)[0] == 0
+    for command in ("rotate", "revoke"):
+        code, _, err = run("keys", command)
+        assert (code, "keys use URI" in err) == (2, True)
+    assert ask("keys", "show")["keys"][0]["where"] == uri
+    assert ask("keys", "rotate", "record")["role"] == "record"
+    ask("keys", "rotate", "--in-file")
+    assert ask("keys", "show")["keys"][0]["where"] == "file"
     made = ask("keys", "create", "example.org/other", "--signer", uri, "--no-passphrase")
     assert made["keys"][0]["where"] == uri
     for wrong, said in (

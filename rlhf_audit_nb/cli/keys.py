@@ -255,10 +255,24 @@ def _do_encrypt(args: argparse.Namespace) -> int:
     return finish(args, {"origin": origin, "encrypted": not args.remove}, words)
 
 
+def _keep_held(trail: Trail, args: argparse.Namespace) -> None:
+    """Refuse to put a key in a file into the place of one that is held elsewhere, unless that was said."""
+    from rlhf_audit_nb.trail.key_care import list_keys
+
+    for info in list_keys(trail.home, trail.origin):
+        if info.role == args.role and info.status == "in force" and info.where != "file" and not args.in_file:
+            raise ConfigError(
+                f"The {args.role} key is held by {info.where}; a new one would lie in a file.",
+                next_step=f"Make a new key there and name it with `{PROGRAM} keys use URI`, or say --in-file.",
+                code="held",
+            )
+
+
 def _do_rotate(args: argparse.Namespace) -> int:
     from rlhf_audit_nb.trail.rotation import rotate_key
 
     with _opened(args) as trail:
+        _keep_held(trail, args)
         done = rotate_key(trail, args.role, reason=args.reason)
         return finish(args, asdict(done), _rotated_words(trail, done))
 
@@ -307,7 +321,10 @@ def _do_revoke(args: argparse.Namespace) -> int:
 
     with _opened(args) as trail:
         path = output(args, Path(f"{args.role}.revoked")) if args.out else None
-        key = _named_key(list_keys(trail.home, trail.origin), args.role, args.key) if args.key else None
+        infos = list_keys(trail.home, trail.origin)
+        key = _named_key(infos, args.role, args.key) if args.key else None
+        if key in (None, *(info.key for info in infos if info.role == args.role and info.status == "in force")):
+            _keep_held(trail, args)
         statement, rotation = revoke_key(trail, args.role, key=key, since=args.since, reason=args.reason)
         words = [] if rotation is None else _rotated_words(trail, rotation)
         ident = key_id(statement.role, statement.key)
@@ -474,6 +491,7 @@ def _add_changes(part: _Part) -> None:
     rotate.add_argument(
         "role", metavar="ROLE", nargs="?", choices=ROLES, default="log", help=f"{'|'.join(ROLES)} (log)"
     )
+    rotate.add_argument("--in-file", action="store_true", help="also in the place of a key that is held elsewhere")
     part("add-mldsa", _do_add_mldsa, "second signatures with ML-DSA-44, for what is meant to last", "trail")
     use = part("use", _do_use, "let a key sign that an HSM or a key service holds", "trail")
     use.add_argument(
@@ -485,6 +503,7 @@ def _add_changes(part: _Part) -> None:
     revoke.add_argument("--role", choices=ROLES, default="log", help="(log)")
     revoke.add_argument("--key", metavar="ID", help="the key's id (default: the key in force)")
     revoke.add_argument("--since", type=int, metavar="N", help="it counts for the first N entries (default: those now)")
+    revoke.add_argument("--in-file", action="store_true", help="also where the new key takes the place of a held one")
     revoke.add_argument("-o", "--out", metavar="FILE", help="write the statement for those who verify")
     bring = part("import", _do_import, "keep a revocation that a key-holder has sent; every verification honours it")
     bring.add_argument("file", metavar="FILE")

@@ -337,7 +337,7 @@ class LogSigner:
         if isinstance(public, ec.EllipticCurvePublicKey) and public.curve.name == "secp256r1":
             return Verifier(self.name, ECDSA, self.key.spki)
         raise FormatError(
-            f"A {kind_of(public)} key cannot sign checkpoints.",
+            f"An {kind_of(public)} key cannot sign checkpoints.",
             next_step="Use an Ed25519 key, or ECDSA over P-256.",
             code="key-type",
         )
