@@ -179,10 +179,10 @@ def _seconds(text: str) -> float:
 # witness
 
 
-def _witness(args: argparse.Namespace) -> Witness:
+def _witness(args: argparse.Namespace, *, cosign: bool = True) -> Witness:
     from rlhf_audit_nb.trail.witness import Witness
 
-    return Witness.open(args.dir)
+    return Witness.open(args.dir, cosign=cosign)
 
 
 def _do_init(args: argparse.Namespace) -> int:
@@ -202,7 +202,7 @@ def _do_init(args: argparse.Namespace) -> int:
 
 def _do_add_log(args: argparse.Namespace) -> int:
     vkeys = _log_keys(args.log)
-    witness = _witness(args)
+    witness = _witness(args, cosign=False)
     added = [vkey for vkey in vkeys if witness.add_log(vkey)]
     words = [f"{'knows now' if vkey in added else 'knew'}  {vkey}" for vkey in vkeys]
     return finish(args, {"added": added, "known": [vkey for vkey in vkeys if vkey not in added]}, words)
@@ -285,7 +285,7 @@ def _from_tree(witness: Witness, target: str) -> Submission:
 
 
 def _do_show(args: argparse.Namespace) -> int:
-    witness = _witness(args)
+    witness = _witness(args, cosign=False)
     logs, evidence = witness.logs(), witness.evidence()
     words = [f"witness {witness.name}", *(f"  key   {vkey}" for vkey in witness.vkeys)]
     for log in logs:

@@ -131,9 +131,11 @@ class _RefusedError(Exception):
 class Witness:
     """An opened witness. Safe for several threads and processes at once."""
 
-    def __init__(self, folder: Path, name: str, cosigners: Sequence[Cosigner]) -> None:
+    def __init__(self, folder: Path, name: str, cosigners: Sequence[Cosigner], vkeys: Sequence[str] = ()) -> None:
         self.folder = folder
         self.name = name
+        self.vkeys = tuple(vkeys) or tuple(format_vkey(cosigner.verifier()) for cosigner in cosigners)
+        """Its verifier keys: what goes into a trust policy's ``witness`` lines."""
         self._cosigners = tuple(cosigners)
 
     @classmethod
@@ -184,8 +186,13 @@ class Witness:
         write_durably(self.folder / "witness.vkey", "".join(f"{vkey}\n" for vkey in self.vkeys).encode())
 
     @classmethod
-    def open(cls, folder: Path | str, *, passphrase: str | None = None) -> Witness:
+    def open(cls, folder: Path | str, *, passphrase: str | None = None, cosign: bool = True) -> Witness:
         """The witness that lives in ``folder``.
+
+        Args:
+            folder: where it lives.
+            passphrase: of its keys; ``None`` takes ``RLHF_AUDIT_PASSPHRASE``.
+            cosign: whether its keys are needed; without them it can only know logs and tell what it has cosigned.
 
         Raises:
             KeyFileError: there is none, a key is encrypted or damaged, or the passphrase is wrong.
@@ -209,6 +216,8 @@ class Witness:
                 next_step="It must not go on under this key: make a new witness, and tell those who trust the old one.",
                 code="no-memory",
             )
+        if not cosign:
+            return cls(folder, name, (), _vkeys(folder))
         secret = _passphrase(passphrase)
         cosigners: list[Cosigner] = []
         for file in ("ed25519.pem", "mldsa44.pem"):
@@ -222,11 +231,6 @@ class Witness:
             else:
                 raise _unusable(folder, ValueError(f"{file} holds another kind of key"))
         return cls(folder, name, cosigners)
-
-    @property
-    def vkeys(self) -> tuple[str, ...]:
-        """Its verifier keys: what goes into a trust policy's ``witness`` lines."""
-        return tuple(format_vkey(cosigner.verifier()) for cosigner in self._cosigners)
 
     def add_log(self, vkey: str) -> bool:
         """Know a log by its verifier key, whose name is the log's origin; ``False`` where it is known already.
@@ -279,7 +283,7 @@ class Witness:
             origins = [origin for (origin,) in state.execute("SELECT DISTINCT origin FROM logs")]
             found = [origin for origin in origins if sha256(origin.encode()).hexdigest() == digest]
             head = _latest(state, found[0]) if found else None
-        if head is None:
+        if head is None or not self._cosigners:
             return None
         note = parse_note(head.note)
         return note.plus(*(cosigner.cosign(note, head.time) for cosigner in self._cosigners)).format()
@@ -294,7 +298,10 @@ class Witness:
         Raises:
             StoreError: the memory cannot be read or written, or the clock stands before the last cosignature; nothing
                 was signed.
+            KeyFileError: it was opened without its keys.
         """
+        if not self._cosigners:
+            raise KeyFileError(f"The witness {self.name} was opened without its keys.", code="no-key")
         origin, size = "", None
         try:
             submission = _parsed(body)
@@ -469,6 +476,13 @@ def _key_file(cosigner: Cosigner) -> str:
 def _passphrase(given: str | None) -> bytes | None:
     chosen = given if given is not None else os.environ.get(ENV_PASSPHRASE)
     return chosen.encode() if chosen else None
+
+
+def _vkeys(folder: Path) -> list[str]:
+    try:
+        return [format_vkey(parse_vkey(line)) for line in (folder / "witness.vkey").read_text().split()]
+    except (OSError, UnicodeDecodeError, FormatError) as error:
+        raise _unusable(folder, error) from error
 
 
 def _load(folder: Path, name: str, secret: bytes | None) -> object:

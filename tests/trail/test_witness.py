@@ -397,6 +397,13 @@ def test_its_keys_can_be_encrypted_and_are_nobody_elses_to_read(tmp_path, monkey
         with pytest.raises(KeyFileError) as caught:
             Witness.open(made.folder, passphrase=passphrase)
         assert caught.value.reason == "passphrase"
+    told = Witness.open(made.folder, cosign=False)
+    assert told.vkeys == made.vkeys
+    log = Log("log.example/a").grow(3)
+    assert told.add_log(log.vkey)
+    with pytest.raises(KeyFileError):
+        told.add_checkpoint(log.body(0))
+    assert made.size(log.origin) == 0
     monkeypatch.setenv("RLHF_AUDIT_PASSPHRASE", "open sesame")
     assert Witness.open(made.folder).vkeys == made.vkeys
 
