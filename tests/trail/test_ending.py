@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_audit_nb.trail import Level, Trail, TrailReader, ending, verify_trail
+from rlhf_audit_nb.trail import writer as writing
 
 ROOT = Path(__file__).parents[2]
 
@@ -181,6 +182,33 @@ def test_a_forked_child_dies_of_sigterm_too(folder):
         os.kill(child, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
         assert len(list(trail.reader().entries(type="a.b"))) == 2
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_runs_end_is_on_the_disk_when_its_context_is_left(folder, monkeypatch, failing):
+    from rlhf_audit_nb import AuditableRLHF, AuditConfig
+    from rlhf_audit_nb.events import Step
+
+    monkeypatch.setattr(writing, "LINGER_SECONDS", 1000)
+    auditor = AuditableRLHF(audit_config=AuditConfig(trail=str(folder)))
+
+    def train() -> None:
+        with auditor.track_training("ends") as run:
+            for number in range(1, 51):
+                run.record(Step(step=number, metrics={}))
+            if failing:
+                raise LookupError
+
+    if failing:
+        with pytest.raises(LookupError):
+            train()
+    else:
+        train()
+    assert auditor.trail.status().unsynced == 0
+    entries = list(TrailReader.open(folder).entries(type="train.step"))
+    assert len(entries) == 50
+    (run,) = verify_trail(folder).runs
+    assert run.status == ("failed" if failing else "completed")
 
 
 # --- a kernel ---

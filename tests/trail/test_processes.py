@@ -172,6 +172,39 @@ def test_after_kill_nothing_durable_is_lost_and_the_run_is_interrupted(folder, d
         assert trail.recovery.interrupted == ()
 
 
+TOLD = """
+import os, sys
+from rlhf_audit_nb.trail import Trail
+folder, durability, asynchronous = sys.argv[1:]
+asynchronous = {"None": None, "True": True, "False": False}[asynchronous]
+trail = Trail.open(folder, durability=durability, asynchronous=asynchronous)
+number = 0
+while True:
+    trail.append("a.b", b'{"n":%d}' % number, run="r")
+    os.write(1, b"%d\\n" % number)  # recording it has returned
+    number += 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("durability", "asynchronous", "most"),
+    [("always", None, 0), ("batched", False, 0), ("always", True, 1000), ("batched", None, 1000)],
+)
+def test_kill_takes_nothing_that_was_waited_for_and_at_most_the_window_of_the_rest(
+    folder, durability, asynchronous, most
+):
+    Trail.open(folder).close()
+    victim = start(TOLD, folder, durability, asynchronous)
+    victim.stdout.readline()
+    time.sleep(0.3)
+    victim.kill()
+    returned = 1 + max(int(line) for line in victim.communicate(timeout=30)[0].split())
+    found = [json.loads(entry.body)["n"] for entry in TrailReader.open(folder).entries(type="a.b")]
+    assert found == list(range(len(found)))
+    assert len(found) >= returned - most
+    assert verify_trail(folder).level is Level.UNANCHORED
+
+
 def test_a_run_of_a_living_process_is_left_alone(folder):
     victim = start(VICTIM, folder)
     victim.stdout.readline()

@@ -121,6 +121,34 @@ def test_threads_that_append_durably_share_commits_and_lose_nothing(folder, monk
     assert (verdict.level, verdict.size) == (Level.UNANCHORED, 401)
 
 
+@pytest.mark.parametrize(("durability", "asynchronous"), PACES)
+def test_a_full_disk_is_told_to_whoever_waits_or_to_the_next_and_nothing_is_half_there(
+    folder, durability, asynchronous
+):
+    trail = Trail.open(folder, durability=durability, asynchronous=asynchronous)
+    kept = 0
+    for kept in range(1, 4):
+        trail.append("a.b", body(kept - 1)).wait()
+    raw = trail._writer._store._database.opened()
+    raw.execute(f"PRAGMA max_page_count={raw.execute('PRAGMA page_count').fetchone()[0]}")
+    large = b'{"n":3,"x":"%s"}' % (b"y" * 30_000)
+    if trail._writer.pace.waits:
+        with pytest.raises(StoreError) as caught:
+            trail.append("a.b", large)
+    else:
+        trail.append("a.b", large)
+        with pytest.raises(StoreError) as caught:
+            trail.flush()
+    assert (caught.value.reason, "1 entries were not written" in caught.value.message) == ("disk-full", True)
+    for refuse in (lambda: trail.append("a.b", b"{}"), trail.flush, trail.close):
+        with pytest.raises(StoreError):
+            refuse()
+    assert numbers(folder) == list(range(kept))
+    with Trail.open(folder) as again:
+        again.append("a.b", body(kept)).wait()
+    assert numbers(folder) == list(range(kept + 1))
+
+
 # --- interrupts ---
 
 
