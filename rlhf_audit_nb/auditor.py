@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.privacy.ledger import Ledger
     from rlhf_audit_nb.privacy.plan import Plan
     from rlhf_audit_nb.trail import Entry, Trail, TrailReader, Verdict
+    from rlhf_audit_nb.trail.erasure import ErasureDone
 
 __all__ = ["AuditableRLHF", "Budget", "Status"]
 
@@ -254,6 +255,41 @@ class AuditableRLHF:
         from rlhf_audit_nb.capture.annotations import summarize_annotations
 
         return summarize_annotations(self.trail.reader())
+
+    # --- the vault ---------------------------------------------------------------------------------------------------
+
+    def erase(self, annotator_id: str, *, reason: str) -> ErasureDone:
+        """Erase an annotator from the vault, for good; the trail still verifies, and says ``erased``.
+
+        Args:
+            annotator_id: the id, as it was handed in with the annotations.
+            reason: ``request`` (they asked), ``retention`` (the time to keep it is over) or ``withdrawn`` (consent).
+
+        Raises:
+            VaultError: ``unknown-owner`` where the vault holds nothing of theirs; nothing was changed.
+            TrailError: vault, key or trail cannot be written.
+        """
+        from rlhf_audit_nb.trail.erasure import erase
+
+        return erase(self.trail, annotator_id, reason=reason)
+
+    def disclose(self, index: int, path: Path | str) -> Path:
+        """Write the private half of one entry, with its proof, into a file for one auditor; it opens nothing else.
+
+        Args:
+            index: the entry's place in the trail.
+            path: the file, which whoever has it can read.
+
+        Raises:
+            VaultError: the entry has no private half, or it was erased, or its opening is missing.
+            StoreError: there is no such entry.
+            OSError: the file cannot be written.
+        """
+        from rlhf_audit_nb.trail.disclosure import disclose
+        from rlhf_audit_nb.trail.durable import write_durably
+
+        write_durably(Path(path), disclose(self.trail, index).encode())
+        return Path(path)
 
     # --- the trail ---------------------------------------------------------------------------------------------------
 

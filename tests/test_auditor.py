@@ -30,6 +30,7 @@ from rlhf_audit_nb.errors import (
     PrivacyError,
     StoreError,
     UnsupportedTrainerError,
+    VaultError,
 )
 from rlhf_audit_nb.events import (
     DataBound,
@@ -734,3 +735,27 @@ def test_each_entry_of_an_always_durable_run_is_committed_when_it_is_recorded(tm
         size = run.trail.status().size
         run.record(Step(step=1))
         assert run.trail.status().size == size + 1
+
+
+# --- the vault ---
+
+
+def test_one_annotation_is_disclosed_and_an_annotator_is_erased(tmp_path):
+    from rlhf_audit_nb.trail.disclosure import verify_disclosure
+
+    holder = auditor(tmp_path)
+    done = holder.log_annotations(
+        prompts=["Why?", "How?"], responses=[("a", "b"), ("c", "d")], choices=[0, 1], annotator_ids=["w17", "w23"]
+    )
+    first = next(item.index for item in holder.annotations(done.import_id))
+    verdict, payload = verify_disclosure(holder.disclose(first, tmp_path / "one.opening"))
+    assert verdict.level.name == "UNANCHORED"
+    assert json.loads(payload)["annotator"] == "w17"
+    with pytest.raises(VaultError, match="under that name"):
+        holder.erase("w99", reason="request")
+    assert holder.erase("w17", reason="request").openings == 1
+    assert [item.state for item in holder.annotations(done.import_id)] == ["erased", "open"]
+    with pytest.raises(VaultError, match="was erased"):
+        holder.disclose(first, tmp_path / "again.opening")
+    assert not (tmp_path / "again.opening").exists()
+    assert holder.verify().openings["erased"] == 1
