@@ -16,7 +16,7 @@ TRAIL = REPOSITORY / "rlhf_audit_nb" / "trail"
 SAYING = {"Reason", "fault", "_fault", "say"}
 SAYING_MODULES = tuple(sorted(path.stem for path in TRAIL.glob("*.py")))
 # What a history's own bytes are read with: the codes of their refusals become reasons.
-READING_MODULES = ("checkpoint", "encoding", "entry", "frame", "note", "succession", "vkey")
+READING_MODULES = ("checkpoint", "disclosure", "encoding", "entry", "frame", "note", "succession", "vkey")
 # Refusals of what a caller hands in (a key, a policy, a file beside the trail), which is no history.
 OF_ARGUMENTS = {"revocation"}
 
@@ -54,11 +54,14 @@ def test_a_verdict_can_be_a_member_of_a_set():
     assert len({Verdict(Level.UNANCHORED, "o", 1, "", openings={"checked": True})}) == 1
 
 
-def table() -> dict[str, str]:
+def page() -> list[str]:
+    """What stands on the page of reasons: of all, and of records."""
     text = (REPOSITORY / "docs" / "trail" / "verdicts.md").read_text(encoding="utf-8")
-    rows = re.findall(
-        r"^\| `([a-z0-9-]+)` \| ([A-Za-z ]+) \| [^|]+ \| [^|]+ \|$", text.split("## Reasons")[1], re.MULTILINE
-    )
+    return text.split("## Reasons")[1].split("### In a record")
+
+
+def table() -> dict[str, str]:
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \| ([A-Za-z ]+) \| [^|]+ \| [^|]+ \|$", page()[0], re.MULTILINE)
     assert len(rows) == len(dict(rows))
     return dict(rows)
 
@@ -72,8 +75,8 @@ def words(node: ast.AST | None) -> set[str]:
     return set()
 
 
-def tree_of(module: str) -> ast.Module:
-    return ast.parse((TRAIL / f"{module}.py").read_text(encoding="utf-8"))
+def tree_of(module: str, folder: Path = TRAIL) -> ast.Module:
+    return ast.parse((folder / f"{module}.py").read_text(encoding="utf-8"))
 
 
 def said(module: str) -> set[str]:
@@ -129,10 +132,35 @@ def test_the_table_gives_each_code_the_level_that_it_leads_to():
 def test_the_scan_finds_a_code_that_is_new(monkeypatch):
     plain = tree_of
 
-    def with_a_new_one(module):
-        tree = plain(module)
+    def with_a_new_one(module, folder=TRAIL):
+        tree = plain(module, folder)
         tree.body += ast.parse("Reason('brand-new', where, message)\nraise FormatError('x', code='never-seen')").body
         return tree
 
     monkeypatch.setitem(globals(), "tree_of", with_a_new_one)
     assert {"brand-new", "never-seen"} <= known()
+
+
+def of_records() -> set[str]:
+    """The codes of records: of reasons and differences, and of the refusals of a notebook or a seal."""
+    found: set[str] = set()
+    folder = REPOSITORY / "rlhf_audit_nb" / "records"
+    for module in sorted(path.stem for path in folder.glob("*.py")):
+        for node in ast.walk(tree_of(module, folder)):
+            if isinstance(node, ast.Call):
+                name = getattr(node.func, "id", "")
+                if name in ("Reason", "Difference") and node.args:
+                    found |= words(node.args[0])
+                if name == "_compare_keys":
+                    found |= words(node.args[3])
+                if name in ("NormalFormError", "SealError") or (name, module) == ("RecordError", "statement"):
+                    found |= {code for item in node.keywords if item.arg == "code" for code in words(item.value)}
+            if isinstance(node, ast.ClassDef) and node.name in ("NormalFormError", "SealError"):
+                found |= {code for item in node.body if isinstance(item, ast.Assign) for code in words(item.value)}
+    return found
+
+
+def test_every_code_of_records_stands_in_their_table_or_in_the_one_of_all():
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \| [^|]+ \|$", page()[1], re.MULTILINE)
+    assert len(rows) == len(set(rows))
+    assert of_records() - set(table()) == set(rows)
