@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_audit_nb.cli.shared import (
     PROGRAM,
+    WIDTH,
     Command,
     Parser,
     add_json,
@@ -91,7 +93,7 @@ def _do_anchor(args: argparse.Namespace) -> int:
         add_anchor(trail, _read(name, "anchor"), policy=policy, tsa_roots=roots, name=name) for name in args.add or ()
     ]
     if added and not (args.tsa or args.witness):
-        words = [_asked_words(item) for item in added]
+        words = _wrapped(map(_asked_words, added))
         return finish(args, {"added": [vars(item) for item in added]}, words)
     done = anchor_trail(
         trail,
@@ -103,7 +105,13 @@ def _do_anchor(args: argparse.Namespace) -> int:
         timeout=args.timeout,
     )
     answer = {**done.to_dict(), **({"added": [vars(item) for item in added]} if added else {})}
-    return finish(args, answer, [*map(_asked_words, added), *_anchor_words(done)], done.exit_code)
+    words = _wrapped([*map(_asked_words, added), *_anchor_words(done)])
+    return finish(args, answer, words, done.exit_code)
+
+
+def _wrapped(lines: Iterable[str]) -> list[str]:
+    fitting = textwrap.TextWrapper(WIDTH, subsequent_indent=" " * 4, break_long_words=False, break_on_hyphens=False)
+    return [part for line in lines for part in fitting.wrap(line)]
 
 
 def _endorse(checkpoint: str) -> str:
@@ -131,7 +139,7 @@ def _asked_words(item: Asked) -> str:
 def _anchor_words(done: Anchoring) -> list[str]:
     lines = [f"{done.level.name}  {done.origin}: {done.size} entries; {LEVEL_WORDS[done.level.name]}"]
     lines += map(_asked_words, done.asked)
-    if done.quorum is False and any(item.kind == "cosignature" for item in done.asked):
+    if done.quorum is False and done.exit_code == AnchorError.exit_code:
         lines.append("  The quorum of the trust policy was not reached. Run the same command again: what came is kept.")
     shown = [reason for reason in done.reasons if reason.code not in ("anchor-unknown", "tsa-unknown")]
     return [*lines, *(f"  {reason.where}: {reason.message} [{reason.code}]" for reason in shown)]
@@ -360,7 +368,7 @@ def _do_evidence(args: argparse.Namespace) -> int:
     codes = {Outcome.CONSISTENT: 0, Outcome.UNDECIDED: 10, Outcome.CONTRADICTORY: 30}
     sizes = [head.size for head in heads]
     answer = {"outcome": found.outcome.value, "message": found.message, "origin": heads[0].origin, "sizes": sizes}
-    return finish(args, answer, words, codes[found.outcome])
+    return finish(args, answer, _wrapped(words), codes[found.outcome])
 
 
 def _own_keys(origin: str) -> Sequence[Verifier]:

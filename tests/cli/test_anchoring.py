@@ -170,7 +170,7 @@ def test_a_trail_is_anchored_and_verifies_so(run, asked, place):
         code, out, _ = run(*words)
         assert code == 0
         assert out.splitlines()[0].startswith("COSIGNED  example.com/team: 6 entries")
-        assert [line.split()[:3] for line in out.splitlines()[1:]] == [
+        assert [line.split()[:3] for line in out.splitlines()[1:] if line.startswith("  ok")] == [
             ["ok", "cosignature", url + ":"],
             ["ok", "timestamp", stamping.url + ":"],
         ]
@@ -196,7 +196,8 @@ def test_a_quorum_that_was_not_reached_is_said_and_exits_with_3(run, place):
     assert code == 3
     assert "FAILED" in out
     assert url in out
-    assert "quorum of the trust policy was not reached" in out
+    assert "quorum of the trust policy was not reached" in " ".join(out.split())
+    assert all(len(line) <= 100 for line in out.splitlines())
 
 
 def test_a_witness_that_saw_another_history_ends_with_30_and_names_the_evidence(run, asked, place):
