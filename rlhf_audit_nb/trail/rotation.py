@@ -8,6 +8,7 @@ trail whether the entry was appended, and finishes or drops the change.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -98,9 +99,11 @@ def _staged(ring: KeyRing, role: str, key: _Private, public: str) -> tuple[dict[
     return {**files, f"{role}.pem": encode_private(private, ring.secret)}, (f"{role}.signer",)
 
 
-def _install(ring: KeyRing, role: str, key: _Private) -> None:
-    assert role in ROLES
-    setattr(ring, role, key)
+def _install(trail: Trail, role: str, key: _Private) -> None:
+    """Let this process go on with the new key."""
+    setattr(trail.keys, role, key)
+    if role == "log":
+        trail.use_signers([trail.keys.signer])
 
 
 def _signed(signer: NoteSigner, text: str) -> str:
@@ -122,6 +125,8 @@ def rotate_key(trail: Trail, role: str, *, new: HeldKey | None = None, reason: s
         FormatError: the reason is more than a line.
     """
     check_reason(reason)
+    if role not in ROLES:
+        raise KeyFileError(f"There is no {role} key.", next_step=f"Name one of {', '.join(ROLES)}.", code="role")
     key = new or _made(role)
     if isinstance(new, HeldKey):
         _check_held(role, new)
@@ -174,11 +179,15 @@ def _rotate(trail: Trail, role: str, key: _Private, reason: str) -> Rotation:
         except BaseException:
             # Whether a failed commit reached the disk is only known by reading it again; where that fails too, the
             # next opening reads it.
-            _undo(trail, ring, before)
+            with suppress(AuditError, OSError):
+                named_after_all = names_key(_reread(trail), named)
+                if named_after_all:
+                    _install(trail, role, key)
+                else:
+                    trail.use_signers(before)
+                ring.folder.settle(lambda _change: named_after_all)
             raise
-        _install(ring, role, key)
-        if role == "log":
-            trail.use_signers([ring.signer])
+        _install(trail, role, key)
         ring.folder.settle(lambda _change: True)
     return Rotation(role, old, named, index)
 
@@ -192,20 +201,10 @@ def _refuse_pending(ring: KeyRing) -> None:
         )
 
 
-def _undo(trail: Trail, ring: KeyRing, before: tuple[NoteSigner, ...]) -> None:
+def _reread(trail: Trail) -> TrailReader:
     from rlhf_audit_nb.trail.trail import TrailReader
 
-    try:
-        reader = TrailReader.open(trail.location)
-        ring.folder.settle(lambda change: names_key(reader, change.new or ""))
-        trail.use_signers(before)
-    except (AuditError, OSError):
-        return
-
-
-def _in_force(keys: KeySuccession, role: str) -> KeySpan | None:
-    spans = keys.spans(role)
-    return spans[-1] if spans else None
+    return TrailReader.open(trail.location)
 
 
 def revoke_key(

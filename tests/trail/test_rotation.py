@@ -303,6 +303,32 @@ def test_a_rotation_whose_append_fails_leaves_the_old_key_in_force(folder, home,
     assert level(folder, old) is Level.UNANCHORED
 
 
+def test_a_rotation_whose_append_says_it_failed_and_did_not_goes_on_with_the_new_key(folder, home, monkeypatch):
+    old = made(folder)
+    real = Trail.append_guarded
+
+    def appended_and_refused(trail, kind, body):
+        real(trail, kind, body)
+        raise StoreError("The commit's answer was lost.", code="commit")
+
+    with Trail.open(folder) as trail:
+        with monkeypatch.context() as patch:
+            patch.setattr(Trail, "append_guarded", appended_and_refused)
+            with pytest.raises(StoreError, match="answer was lost"):
+                rotate_key(trail, "log")
+        assert trail.log_vkey != old
+        trail.append("note.taken", b"{}").wait()
+    grown(folder)
+    assert load_keys(home, "example.org/keys").log_vkey == trail.log_vkey
+    assert level(folder, old) is Level.UNANCHORED
+
+
+def test_a_role_that_there_is_not_is_refused(folder, home):
+    made(folder)
+    with Trail.open(folder) as trail, pytest.raises(KeyFileError, match="no cook key"):
+        rotate_key(trail, "cook")
+
+
 def _refuse(_trail, _kind, _body) -> None:
     raise StoreError("The disk is full.", code="disk-full")
 
