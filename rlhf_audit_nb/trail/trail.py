@@ -451,7 +451,7 @@ class Trail:
             The entries' indexes: a ``range`` where nobody else appended in between.
 
         Raises:
-            EntryError: one of them cannot stand in an entry. Nothing of its group of at most 8,192 is in the trail;
+            EntryError: one of them cannot stand in an entry. Nothing of its group of at most 16,384 is in the trail;
                 the groups before it are, and the message says how many entries that is.
             StoreError: a commit failed, likewise; or the trail is closed.
         """
