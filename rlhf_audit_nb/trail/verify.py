@@ -34,7 +34,6 @@ from rlhf_audit_nb.trail.proof import parse_proof
 from rlhf_audit_nb.trail.sqlite import reading
 from rlhf_audit_nb.trail.store import Bundle, Head, Store, StreamState, Transaction, unpack_entries
 from rlhf_audit_nb.trail.succession import KEY_TYPES, KeySuccession, known_limits
-from rlhf_audit_nb.trail.timestamp import trusted_authorities
 from rlhf_audit_nb.trail.vault import VAULT_ERASED, OpeningsCheck
 from rlhf_audit_nb.trail.verdict import Level, Reason, RunSummary, Verdict, level_of
 from rlhf_audit_nb.trail.writer import RUN_FINISHED, RUN_INTERRUPTED, RUN_STARTED
@@ -552,8 +551,7 @@ def verify_trail(
             next_step="Name the folder that holds trail.sqlite, with --trail or trail=.",
             code="no-trail",
         )
-    roots = trusted_authorities(home) if tsa_roots is None else tsa_roots
-    job = _Job(store, home, policy, roots, openings, progress)
+    job = _Job(store, home, policy, tsa_roots, openings, progress)
     try:
         return job.verdict()
     except StoreError as error:
@@ -569,7 +567,7 @@ class _Job:
     store: Store
     home: Path
     policy: TrustPolicy | None
-    tsa_roots: Sequence[bytes]
+    tsa_roots: Sequence[bytes] | None
     openings: bool
     progress: Progress | None
     origin: str = ""
@@ -643,15 +641,22 @@ class _Job:
 
     def _anchors(self, policy: TrustPolicy, keys: KeySuccession) -> tuple[Sequence[Anchor], Sequence[Reason]]:
         folder = AnchorFolder(self.store.path.parent)
+        names = folder.names()
         trusted = [key for key in policy.logs if key.name == self.origin]
         return read_anchors(
             folder.read,
-            folder.names(),
+            names,
             policy,
             self.origin,
-            self.tsa_roots,
+            self._roots() if any(name.endswith(".tsr") for name in names) else (),
             logs=lambda size: keys.log_verifiers(trusted, size),
         )
+
+    def _roots(self) -> Sequence[bytes]:
+        # Imported where there is a timestamp to look at: certificates cost a fifth of all that a short command loads.
+        from rlhf_audit_nb.trail.timestamp import trusted_authorities
+
+        return trusted_authorities(self.home) if self.tsa_roots is None else self.tsa_roots
 
     def _forks(self, audit: _Audit, heads: Heads) -> Iterator[Reason]:
         """The anchors that this history does not continue; the signed heads that contradict each other are kept."""
