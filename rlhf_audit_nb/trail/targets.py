@@ -53,6 +53,7 @@ _GONE = (403, 404, 410)  # a static store answers 403 for a missing file where i
 # Stores of objects: what is put is there whole or not at all. Elsewhere a file could be seen half written.
 _WHOLE = frozenset({"memory", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "tos", "hf"})
 _CONTENT_TYPE = {"s3": "ContentType", "s3a": "ContentType", "gs": "content_type", "gcs": "content_type"}
+_TEXT, _BYTES = "text/plain; charset=utf-8", "application/octet-stream"
 _CONTAINER = frozenset({"abfs", "abfss", "wasb", "wasbs"})  # written container@account: not a user
 
 _T = TypeVar("_T")
@@ -546,15 +547,20 @@ class _Remote:
             self._move_in(name, data)
             return True
         try:
-            self.system.pipe_file(self._path(name), data, mode="create")
+            self.system.pipe_file(self._path(name), data, mode="create", **self._kind(_BYTES))
         except FileExistsError:
             return False
         except (NotImplementedError, OSError) as error:
             # A store that has no conditional put; that nothing was there was seen a moment ago.
             if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.ENOTSUP):
                 raise
-            self.system.pipe_file(self._path(name), data)
+            self.system.pipe_file(self._path(name), data, **self._kind(_BYTES))
         return True
+
+    def _kind(self, content: str) -> dict[str, str]:
+        """How a store is told what kind of content a file has."""
+        option = _CONTENT_TYPE.get(self.scheme)
+        return {option: content} if option else {}
 
     def _move_in(self, name: str, data: bytes) -> None:
         temporary = self._path(f"{UNFINISHED}/{secrets.token_hex(8)}")
@@ -568,8 +574,7 @@ class _Remote:
             if self.scheme not in _WHOLE:
                 self._move_in(name, data)
                 return
-            kind = _CONTENT_TYPE.get(self.scheme)
-            self.system.pipe_file(self._path(name), data, **({kind: "text/plain; charset=utf-8"} if kind else {}))
+            self.system.pipe_file(self._path(name), data, **self._kind(_BYTES if name.endswith(".tsr") else _TEXT))
 
     def remove(self, name: str) -> None:
         with self._errors(name, "cannot be removed"), contextlib.suppress(FileNotFoundError):
@@ -590,7 +595,14 @@ class _Remote:
 
     @contextmanager
     def publishing(self, trail: Path) -> Iterator[bool]:
-        lock = os.open(trail, _FOLDER)
+        try:
+            lock = os.open(trail, _FOLDER)
+        except OSError as error:
+            raise StoreError(
+                f"The trail's folder {trail} cannot be read: {error.strerror or error}.",
+                next_step="Make it readable.",
+                code="unreadable",
+            ) from error
         try:
             if not _lock(lock):
                 raise _in_use(self.name)

@@ -159,15 +159,16 @@ def publish_tiles(
     store = Store(store_path(location), write=False)
     try:
         there = store.exists()
+        inside = not is_url(target) and store_path(target).exists()
     except OSError as error:
         raise StoreError(
-            f"The trail {store.path} cannot be read: {error.strerror or error}.",
+            f"{error.filename or store.path} cannot be read: {error.strerror or error}.",
             next_step="Make it readable.",
             code="unreadable",
         ) from error
     if not there:
         raise StoreError(f"There is no trail at {store.path}.", next_step="Name its folder.", code="no-trail")
-    if not is_url(target) and store_path(target).exists():
+    if inside:
         raise StoreError(
             f"{target} is the folder of a trail itself.",
             next_step="Publish into a folder of its own: what is published is for everybody.",

@@ -273,6 +273,7 @@ class Unreliable(MemoryFileSystem):
     protocol = "s3"
     store: ClassVar[dict] = {}
     pseudo_dirs: ClassVar[list] = [""]
+    kinds: ClassVar[dict] = {}
     failing: int | None = None
     persists = False
     puts = 0
@@ -282,7 +283,8 @@ class Unreliable(MemoryFileSystem):
         return MemoryFileSystem._strip_protocol(path.replace("s3://", "/").replace("sftp://", "/"))
 
     def pipe_file(self, path, value, mode="overwrite", **kwargs):
-        kwargs.pop("ContentType", None)
+        if kwargs:
+            assert self.kinds.setdefault(path, kwargs.pop("ContentType"))
         kind, kind.puts = Unreliable, Unreliable.puts + 1
         failed = kind.puts == kind.failing
         if not failed or kind.persists:
@@ -336,6 +338,13 @@ def test_a_store_that_fails_at_any_put_holds_the_old_or_the_new_and_the_next_pub
     publish_tiles(begun / "trail", target)
     undisturbed, puts = shelf(store), store.puts
     assert puts == 7  # the mark, two bundles, three tiles, the checkpoint
+    if scheme == "s3":  # told what it will serve
+        kinds = {
+            path.removeprefix("bucket/trail/").removeprefix("/bucket/trail/"): kind
+            for path, kind in store.kinds.items()
+        }
+        assert kinds["checkpoint"] == "text/plain; charset=utf-8"
+        assert {kind for path, kind in kinds.items() if path != "checkpoint"} == {"application/octet-stream"}
     if size == LARGER:
         with Trail.open(tmp_path / "trail", home=tmp_path / "keys") as trail:
             grow(trail, LARGER)
