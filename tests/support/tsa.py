@@ -32,6 +32,7 @@ extendedKeyUsage = critical,timeStamping
 keyUsage = critical,digitalSignature
 extendedKeyUsage = critical,serverAuth
 """
+CA_NAME = ("-subj", "/CN=Local test CA")
 KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
 
 
@@ -46,12 +47,12 @@ class Authority:
     folder: Path
 
     @classmethod
-    def make(cls, folder: Path, name: str = "Local test CA") -> Authority:
+    def make(cls, folder: Path) -> Authority:
         folder.mkdir(parents=True)
         (folder / "tsa.cnf").write_text(CONFIG.format(folder=folder))
         (folder / "serial").write_text("01\n")
         made = cls(folder)
-        request = ("req", "-x509", *KEY, "-days", "30", "-subj", f"/CN={name}", "-config", folder / "tsa.cnf")
+        request = ("req", "-x509", *KEY, "-days", "30", *CA_NAME, "-config", folder / "tsa.cnf")
         openssl(*request, "-extensions", "ca", "-keyout", folder / "ca.key", "-out", made.ca)
         return made
 
@@ -73,14 +74,33 @@ class Authority:
             made = ("-CAcreateserial", "-days", "20", "-extfile", config, "-extensions", extensions)
             openssl(*signed, *made, "-out", folder / f"{name}.pem")
             return
-        (folder / "index.txt").touch()
+        self._sign(name, extensions, "-cert", str(self.ca), **dates)
+
+    def expire(self, **dates: str) -> None:
+        """The CA's own certificate anew, of other dates and the same key."""
+        openssl(
+            "req",
+            "-new",
+            "-key",
+            self.folder / "ca.key",
+            "-config",
+            self.folder / "tsa.cnf",
+            *CA_NAME,
+            "-out",
+            self.folder / "ca.csr",
+        )
+        self._sign("ca", "ca", "-selfsign", **dates)
+
+    def _sign(self, name: str, extensions: str, *how: str, start: str, end: str) -> None:
+        folder = self.folder
+        (folder / "index.txt").write_text("")
         ca = folder / "ca.cnf"
         ca.write_text(
             f"[ca]\ndefault_ca=one\n[one]\ndatabase={folder}/index.txt\nnew_certs_dir={folder}\nrand_serial=yes\n"
             "policy=any\n[any]\ncommonName=supplied\n"
         )
-        words = ("ca", "-batch", "-config", ca, "-md", "sha256", "-cert", self.ca, "-keyfile", folder / "ca.key")
-        span = ("-startdate", dates["start"], "-enddate", dates["end"], "-extfile", config, "-extensions", extensions)
+        words = ("ca", "-batch", "-config", ca, "-md", "sha256", *how, "-keyfile", folder / "ca.key")
+        span = ("-startdate", start, "-enddate", end, "-extfile", folder / "tsa.cnf", "-extensions", extensions)
         openssl(*words, *span, "-in", folder / f"{name}.csr", "-out", folder / f"{name}.pem", "-notext")
 
     def answer(self, query: bytes, name: str = "tsa") -> bytes:

@@ -6,6 +6,8 @@ import os
 import shutil
 import socket
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from contextlib import closing, contextmanager
@@ -539,6 +541,54 @@ def test_a_timestamp_that_came_as_a_file_finds_its_checkpoint(folder, authority)
     assert done.outcome == "given"
     assert "5.my-tsa.tsr" in anchors.names()
     assert verify_trail(folder, tsa_roots=[authority.pem]).level is Level.TIMESTAMPED
+
+
+ADD = """
+import sys
+from pathlib import Path
+from rlhf_audit_nb.trail import TrustPolicy
+from rlhf_audit_nb.trail.anchoring import add_anchor
+folder, answer, policy = map(Path, sys.argv[1:])
+print(add_anchor(folder, answer.read_bytes(), policy=TrustPolicy.parse(policy.read_bytes())).outcome, flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["signal=KILL", "error=EIO"])
+def test_stopped_while_it_keeps_an_anchor_it_has_it_or_not_and_goes_on(tmp_path, folder, fault):
+    strace = shutil.which("strace")
+    if strace is None or subprocess.run([strace, "-o", os.devnull, "true"], capture_output=True).returncode != 0:
+        pytest.skip("strace is not here or may not trace")
+    vkey = grow(folder, 5)
+    witness = make_witness(tmp_path, "stick", vkey)
+    request = request_cosignature(folder)
+    answer, policy, seen = tmp_path / "answer", tmp_path / "policy", tmp_path / "seen"
+    answer.write_bytes(request.split(b"\n\n", 1)[1] + witness.add_checkpoint(request).body)
+    policy.write_text(policy_of(vkey, ("stick", witness.vkeys[0], "")).format())
+    trusted = TrustPolicy.parse(policy.read_bytes())
+    command = [sys.executable, "-c", ADD, str(folder), str(answer), str(policy)]
+
+    def traced(*options: str):
+        shutil.rmtree(folder / "anchors", ignore_errors=True)
+        words = [strace, "-f", "-qq", *options, *command]
+        return subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
+
+    assert traced("-o", str(seen), "-e", "trace=rename,fsync").stdout == "given\n"
+    lines = seen.read_text().splitlines()
+    levels = set()
+    for name in ("rename", "fsync"):
+        count = sum(f"{name}(" in line for line in lines)
+        assert count >= 2
+        for when in range(1, count + 1):
+            done = traced("-o", os.devnull, "-e", f"trace={name}", "-e", f"inject={name}:{fault}:when={when}")
+            assert done.returncode != 0 or done.stdout == "given\n"
+            assert "error" not in fault or "StoreError" in done.stderr
+            verdict = verify_trail(folder, policy=trusted)
+            assert {reason.code for reason in verdict.reasons} <= {"quorum"}
+            levels.add(verdict.level)
+            assert add_anchor(folder, answer.read_bytes(), policy=trusted).good
+            assert verify_trail(folder, policy=trusted).level is Level.COSIGNED
+    assert Level.UNANCHORED in levels
 
 
 # Others' witness, and others' log

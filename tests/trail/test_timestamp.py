@@ -16,6 +16,7 @@ from rlhf_audit_nb.errors import AnchorError, ConfigError, FormatError
 from rlhf_audit_nb.trail.timestamp import ask_authority, check_token, trusted_authorities
 from rlhf_audit_nb.trail.web import get, post
 
+DATE = "%y%m%d%H%M%SZ"
 MESSAGE = b"example.com/log\n5\nAAAA\n\n\xe2\x80\x94 example.com/log AAAA\n"
 
 
@@ -39,10 +40,10 @@ def token(authority):
     return authority.stamp(MESSAGE)
 
 
-def openssl_verifies(message: bytes, response: bytes, ca: Path, folder: Path) -> bool:
+def openssl_verifies(message: bytes, response: bytes, ca: Path, folder: Path, *options: str) -> bool:
     (folder / "message").write_bytes(message)
     (folder / "token.tsr").write_bytes(response)
-    words = ["openssl", "ts", "-verify", "-data", "message", "-in", "token.tsr", "-CAfile", str(ca)]
+    words = ["openssl", "ts", "-verify", "-data", "message", "-in", "token.tsr", "-CAfile", str(ca), *options]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
     return done.returncode == 0 and "Verification: OK" in done.stdout + done.stderr
 
@@ -133,14 +134,39 @@ def forge(authority: Authority, folder: Path, name: str) -> bytes:
 
 
 def test_a_certificate_that_was_not_valid_at_the_time_is_refused_by_both(authority, tmp_path):
-    day = "%y%m%d%H%M%SZ"
     past = datetime.now(UTC) - timedelta(days=9)
-    authority.certify("late", start=(past - timedelta(days=1)).strftime(day), end=past.strftime(day))
+    authority.certify("late", start=(past - timedelta(days=1)).strftime(DATE), end=past.strftime(DATE))
     token = authority.stamp(MESSAGE, "late")
     error = refused(token, MESSAGE, [authority.pem])
     assert error.reason == "tsa-unknown"
     assert "expired" in error.message
     assert not openssl_verifies(MESSAGE, token, authority.ca, tmp_path)
+
+
+def test_a_root_that_was_not_valid_at_the_time_is_refused_by_both(tmp_path):
+    authority = Authority.make(tmp_path / "tsa")
+    authority.certify()
+    token = authority.stamp(MESSAGE)
+    assert check_token(token, MESSAGE, [authority.pem])
+    past = datetime.now(UTC) - timedelta(days=9)
+    authority.expire(start=(past - timedelta(days=1)).strftime(DATE), end=past.strftime(DATE))
+    error = refused(token, MESSAGE, [authority.pem])
+    assert (error.reason, "expired" in error.message) == ("tsa-unknown", True)
+    assert not openssl_verifies(MESSAGE, token, authority.ca, tmp_path)
+
+
+def test_a_timestamp_outlives_the_certificate_that_made_it(tmp_path):
+    authority = Authority.make(tmp_path / "tsa")
+    now = datetime.now(UTC)
+    end = now + timedelta(seconds=3)
+    authority.certify("short", start=(now - timedelta(days=1)).strftime(DATE), end=end.strftime(DATE))
+    token = authority.stamp(MESSAGE, "short")
+    time.sleep(max(0.0, (end - datetime.now(UTC)).total_seconds()) + 1.1)
+    held = check_token(token, MESSAGE, [authority.pem])
+    assert held.time <= end.timestamp()
+    # It was valid then, which is what openssl says where it is told to look back.
+    assert not openssl_verifies(MESSAGE, token, authority.ca, tmp_path)
+    assert openssl_verifies(MESSAGE, token, authority.ca, tmp_path, "-attime", str(held.time))
 
 
 def test_an_answer_that_was_not_granted_is_refused(authority):
