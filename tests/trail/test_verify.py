@@ -680,3 +680,37 @@ def test_an_erasure_that_was_stopped_half_way_is_said_and_is_not_waited_for_for_
     verdict = verify_trail(private)
     assert verdict.level is Level.INVALID
     assert {"erasure-unfinished", "opening-missing"} <= codes(verdict)
+
+
+@pytest.mark.slow
+def test_a_timestamp_of_the_newest_checkpoint_makes_it_timestamped_where_its_authority_is_trusted(
+    small, home, tmp_path
+):
+    from support.tsa import Authority
+
+    authority = Authority.make(tmp_path / "tsa")
+    authority.certify()
+    kept = AnchorFolder(small).keep(TrailReader.open(small).checkpoint())
+    AnchorFolder(small).stamp(5, "local", authority.stamp(kept))
+    unknown = verify_trail(small)
+    assert (unknown.level, codes(unknown), unknown.exit_code()) == (Level.UNANCHORED, {"tsa-unknown"}, 0)
+    root = authority.ca.read_bytes()
+    stamped = verify_trail(small, tsa_roots=[root])
+    assert (stamped.level, stamped.reasons, stamped.exit_code(Level.TIMESTAMPED)) == (Level.TIMESTAMPED, (), 0)
+    assert stamped.exit_code(Level.COSIGNED) == 5
+    (home / "tsa").mkdir()
+    shutil.copy(authority.ca, home / "tsa" / "local.pem")
+    assert verify_trail(small) == stamped
+    both = verify_trail(small, policy=witnessed(home))
+    assert (both.level, both.exit_code(), codes(both)) == (Level.TIMESTAMPED, 5, {"quorum"})
+    with Trail.open(small) as trail:
+        trail.append("a.b", b"{}").wait()
+    later = verify_trail(small)
+    assert (later.level, later.anchors) == (Level.UNANCHORED, stamped.anchors)
+    rewritten = entries_rewritten(small)
+    assert rewritten.level is Level.INVALID
+
+
+def entries_rewritten(folder) -> Verdict:
+    change(folder, "UPDATE bundles SET data = replace(data, 'step', 'stop') WHERE first = 2")
+    return verify_trail(folder)
