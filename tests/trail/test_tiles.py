@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import fsspec
 import metamorphic_log
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlhf_audit_nb.errors import StoreError
@@ -313,6 +315,32 @@ class TestAgain:
             assert "300 entries" in accepted(checker, tmp_path / "www", trail.log_vkey)
             assert publish_tiles(folder, tmp_path / "www").size > 300
             accepted(checker, tmp_path / "www", trail.log_vkey)
+
+    @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(st.lists(st.tuples(st.integers(0, 400), st.integers(0, 12)), min_size=1, max_size=6))
+    def test_however_it_grows_and_wherever_it_is_cut_off_the_files_verify(self, steps):
+        """Each step: so many entries more, then a publish that is cut off before its n-th file (0: it is not)."""
+        with tempfile.TemporaryDirectory() as name, Trail.open(Path(name) / "audit", home=Path(name) / "home") as trail:
+            target, shown = Path(name) / "www", 0
+            for more, stop in [*steps, (1, 0)]:
+                fill(trail, trail.reader().size + more)
+                moved = []
+
+                def cut_off(*args, real=os.rename, moved=moved, stop=stop, **options):
+                    moved.append(args)
+                    if len(moved) == stop:
+                        raise KeyboardInterrupt
+                    real(*args, **options)
+
+                with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+                    patch.setattr(os, "rename", cut_off)
+                    shown = publish_tiles(Path(name) / "audit", target).size
+                if shown:
+                    verdict = verify_published(target, home=Path(name) / "home")
+                    assert (verdict.level, verdict.size, verdict.reasons) == (Level.UNANCHORED, shown, ())
+            publish_tiles(Path(name) / "audit", Path(name) / "undisturbed")
+            left = {path for path in contents(target) if ".p/" not in path}
+            assert {path for path in contents(Path(name) / "undisturbed") if ".p/" not in path} == left
 
 
 class TestRefused:
