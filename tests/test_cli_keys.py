@@ -178,6 +178,7 @@ def test_a_stolen_key_is_revoked_and_its_fork_refused_where_the_statement_is_kno
     assert (done["key"], done["statement"]) == (old, str(place / "stolen.txt"))
     shown = {key["key"]: key["status"] for key in ask("keys", "show")["keys"]}
     assert shown[old] == "revoked"
+    assert old not in ask("keys", "export")["policy"]
     monkeypatch.setenv("RLHF_AUDIT_HOME", str(place / "thief"))
     for _ in range(4):
         with Trail.open(place / "fork") as forked:

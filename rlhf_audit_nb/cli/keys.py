@@ -387,14 +387,19 @@ def _do_export(args: argparse.Namespace) -> int:
     from rlhf_audit_nb.trail import TrustPolicy
     from rlhf_audit_nb.trail.key_care import list_keys
     from rlhf_audit_nb.trail.keys import local_policy
+    from rlhf_audit_nb.trail.note import format_vkey
 
     home = _home()
     origin = _origin(args, home)
-    policy = local_policy(home, origin)
-    if args.newest:
-        newest = {i.key for i in list_keys(home, origin) if i.role in ("log", "mldsa") and i.status == "in force"}
-        keys = [f"log {key}\n" for key in policy.log_keys if key in newest]
-        policy = TrustPolicy.parse("".join(keys) + "quorum none\n")
+    kept = ("in force",) if args.newest else ("in force", "retired")
+    wanted = {info.key for info in list_keys(home, origin) if info.status in kept}
+    policy = TrustPolicy(tuple(key for key in local_policy(home, origin).logs if format_vkey(key) in wanted))
+    if not policy.logs:
+        raise ConfigError(
+            f"Every log key of {origin} that is here was revoked.",
+            next_step=f"Make a new one: {PROGRAM} keys rotate.",
+            code="revoked-key",
+        )
     text = policy.format()
     if not args.out:
         return finish(args, {"origin": origin, "policy": text}, text.splitlines())

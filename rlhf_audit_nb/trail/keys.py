@@ -53,7 +53,6 @@ from rlhf_audit_nb.trail.key_files import Change, RingFolder, read_retired
 from rlhf_audit_nb.trail.note import NoteSigner, Signer, format_vkey, parse_note, parse_vkey
 from rlhf_audit_nb.trail.policy import TrustPolicy
 from rlhf_audit_nb.trail.signers import FileKey, HeldKey, LogSigner, SigningKey
-from rlhf_audit_nb.trail.succession import known_limits
 from rlhf_audit_nb.trail.vault_key import MasterKey, locked_keys, unusable_keys, wrong_passphrase
 
 __all__ = [
@@ -384,7 +383,9 @@ def _load_pem(folder: RingFolder, name: str, secret: bytes | None) -> object:
 
 
 def local_policy(home: Path, origin: str) -> TrustPolicy:
-    """Trust in the user's own keys for ``origin`` alone: those in force, and those they replaced, for their time.
+    """Trust in the user's own keys for ``origin`` alone: those in force, and those they replaced.
+
+    How far those count that were replaced or revoked is known apart from the policy (`succession.known_limits`).
 
     Raises:
         KeyFileError: the home folder has no key for it.
@@ -394,9 +395,7 @@ def local_policy(home: Path, origin: str) -> TrustPolicy:
         keys = [folder.read("log.vkey").decode().strip()]
         keys += [folder.read("mldsa.vkey").decode().strip()] if folder.has("mldsa.vkey") else []
         keys += [item.key for item in read_retired(retired_folder(home, origin)) if item.role in ("log", "mldsa")]
-        limits = known_limits(home, origin)
-        trusted = [key for key in keys if key not in limits or not limits[key].revoked]
-        return TrustPolicy(tuple(parse_vkey(key) for key in dict.fromkeys(trusted or keys)))
+        return TrustPolicy(tuple(parse_vkey(key) for key in dict.fromkeys(keys)))
     except FileNotFoundError as error:
         raise KeyFileError(
             f"No key for {origin} is known here, so nothing says whose signature to trust.",

@@ -192,6 +192,14 @@ def test_a_record_under_a_revoked_log_key_is_invalid_where_that_is_known(folder,
     assert faults(record, home, policy) == [("revoked-key", f"{SEAL}.checkpoint")]
 
 
+def test_ones_own_records_from_before_a_revocation_go_on_to_verify(folder, home):
+    record = made(folder)
+    with Trail.open(folder) as trail:
+        revoke_key(trail, reason="once it was stolen")
+    assert opened(record, home).verdict.level is Level.UNANCHORED
+    assert opened(made(folder, "later"), home).verdict.level is Level.UNANCHORED
+
+
 @pytest.mark.parametrize("curve", [ec.SECP256R1, ec.SECP384R1])
 def test_a_record_key_that_is_held_elsewhere_signs_records(folder, home, tmp_path, curve):
     private = ec.generate_private_key(curve())

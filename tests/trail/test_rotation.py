@@ -347,7 +347,6 @@ def test_revoking_the_key_in_force_replaces_it_and_leaves_a_statement(folder, ho
     grown(folder)
     for keys in ((), (old,), (rotation.new,)):
         assert level(folder, *keys) is Level.UNANCHORED
-    assert old not in local_policy(home, "example.org/keys").log_keys
 
 
 def _fork(folder: Path, home: Path, tmp_path: Path, monkeypatch) -> tuple[Path, str]:
