@@ -278,7 +278,10 @@ class _Publish:
             differs |= seen is not None and seen.size == frontier.size and seen.root != frontier.root()
             self._grow(frontier, leaves[split:])
             self.progress("checked", number * BUNDLE + len(entries), head.size)
-        checkpoint = checkpoint_of(head.note)
+        try:
+            checkpoint = checkpoint_of(head.note)
+        except FormatError as error:
+            raise _damaged(f"its newest checkpoint is none ({error.message.rstrip('.')})") from error
         if (checkpoint.size, checkpoint.root) != (frontier.size, frontier.root()):
             raise _damaged("its entries are not those of its newest checkpoint")
         if differs:

@@ -418,6 +418,7 @@ class TestRefused:
             "DELETE FROM bundles WHERE first = (SELECT max(first) FROM bundles)",
             "UPDATE nodes SET hash = zeroblob(32) WHERE number = 0",
             "DELETE FROM nodes",
+            "UPDATE head SET note = 'nothing'",
         ],
     )
     @pytest.mark.parametrize("before", [0, 300])
