@@ -12,7 +12,16 @@ from rlhf_audit_nb.errors import FormatError, KeyFileError
 from rlhf_audit_nb.events import EVENTS, encode_body
 from rlhf_audit_nb.trail.checkpoint import Checkpoint
 from rlhf_audit_nb.trail.entry import Entry, Envelope, encode_envelope
-from rlhf_audit_nb.trail.note import COSIGNATURE, Note, Signature, Signer, format_vkey, parse_note, sign_note
+from rlhf_audit_nb.trail.note import (
+    COSIGNATURE,
+    Note,
+    Signature,
+    Signer,
+    format_vkey,
+    parse_note,
+    parse_vkey,
+    sign_note,
+)
 from rlhf_audit_nb.trail.policy import TrustPolicy
 from rlhf_audit_nb.trail.succession import (
     KEY_REVOKED,
@@ -317,6 +326,36 @@ def test_a_reason_of_more_than_one_line_is_refused():
         with pytest.raises(FormatError) as refused:
             rotation_text(ORIGIN, "log", 1, None, "n", reason)
         assert refused.value.reason == "key-reason"
+
+
+def test_the_formats_are_those_of_the_golden_file(vectors):
+    """Every text, signature and answer, so that another implementation can be checked against it."""
+    golden = vectors("keys")
+    old, new = (
+        Signer(ORIGIN, Ed25519PrivateKey.from_private_bytes(bytes.fromhex(golden["seeds"][name])))
+        for name in ("old", "new")
+    )
+    assert (vkey(old), vkey(new)) == (golden["old"], golden["new"])
+    told = golden["rotated"]
+    body = told["body"]
+    text = rotation_text(golden["origin"], "log", told["index"], body["old"], body["new"], body["reason"])
+    assert (text, signed(old, text)) == (told["text"], body["signature"])
+    gone = golden["revoked"]
+    text = revocation_text(golden["origin"], "log", gone["body"]["key"], gone["body"]["since"], gone["body"]["reason"])
+    assert (text, signed(new, text)) == (gone["text"], gone["body"]["signature"])
+    found = chain(
+        created(old),
+        entry(told["index"], KEY_ROTATED, msgspec.json.encode(body)),
+        entry(told["index"] + 1, KEY_REVOKED, msgspec.json.encode(gone["body"])),
+    )
+    assert found.reasons == []
+    for case in golden["counts"]:
+        trusted = parse_vkey(golden[case["trusted"]])
+        keys = [format_vkey(item) for item in found.log_verifiers([trusted], case["size"])]
+        assert keys == [golden[name] for name in case["keys"]], case
+    statement = parse_revocation(golden["statement"])
+    assert statement.signed_by([new.verifier()]) == (golden["old"], golden["new"])
+    assert (statement.key, statement.since, statement.successor) == (golden["old"], 6, golden["new"])
 
 
 # -- the statement apart from the trail -----------------------------------------------------------------------------
