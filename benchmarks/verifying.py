@@ -101,25 +101,29 @@ def _first_proof(folder: Path) -> dict[str, float]:
     return {"opening": 1e3 * (opened - began), "proof": 1e3 * (time.perf_counter() - opened)}
 
 
-def _proving(folder: Path) -> Iterator[Figure]:
+def _proving(folder: Path, repeats: int) -> Iterator[Figure]:
     from rlhf_audit_nb.trail import TrailReader
     from rlhf_audit_nb.trail.merkle import check_inclusion, leaf_hash
 
-    first = [_child("proof", folder) for _ in range(5)]
-    reader, chance, taken = TrailReader.open(folder), random.Random(1), []
+    first = [_child("proof", folder) for _ in range(repeats)]
+    reader, chance = TrailReader.open(folder), random.Random(1)
+    taken: list[float] = []
+    worked: list[float] = []
     how = f"among {reader.size:,} entries"
     for _ in range(1000):
         index = chance.randrange(reader.size)
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), time.thread_time()
         proof = reader.inclusion_proof(index)
         taken.append(1e3 * (time.perf_counter() - began))
+        worked.append(1e3 * (time.thread_time() - busy))
         if len(taken) % 100 == 0:
             (entry,) = reader.entries(index, index + 1)
             assert check_inclusion(leaf_hash(entry.data), index, reader.size, proof, reader.root())
     yield Figure("one inclusion proof, p50", quantile(taken, 0.5), "ms", 5, how=how)
-    yield Figure("one inclusion proof, p99", quantile(taken, 0.99), "ms", 5, how=how)
+    cpu = f"{how}; {quantile(worked, 0.99):.2g} ms of them processor time, load {os.getloadavg()[0]:.1f}"
+    yield Figure("one inclusion proof, p99", quantile(taken, 0.99), "ms", 5, how=cpu)
     median = quantile([item["proof"] for item in first], 0.5)
-    yield Figure("the first proof of a process", median, "ms", 5, how=f"{how}, median of 5 processes")
+    yield Figure("the first proof of a process", median, "ms", 5, how=f"{how}, median of {repeats} processes")
     opening = quantile([item["opening"] for item in first], 0.5)
     yield Figure("opening the trail to read", opening, "ms", how=f"{how}, before that proof")
 
@@ -168,21 +172,26 @@ def _others(folder: Path, leaves: int) -> Iterator[Figure]:
     )
 
 
-def _reading(folder: Path, size: int) -> Iterator[Figure]:
+def _reading(folder: Path, size: int, repeats: int) -> Iterator[Figure]:
     script = "import sys; from rlhf_audit_nb.cli import main; sys.exit(main(sys.argv[1:]))"
     for name, words in COMMANDS:
         taken = []
-        for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        for _ in range(repeats):
             began = time.perf_counter()
             command = [sys.executable, "-c", script, "trail", words[0], "--trail", str(folder), *words[1:]]
             subprocess.run(command, capture_output=True, check=True)
             taken.append(time.perf_counter() - began)
-        yield Figure(name, quantile(taken, 0.5), "s", 0.5, how=f"{size:,} entries, a process each, median of 5")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        busy = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / repeats
+        load = f"{busy:.2f} s of processor time, load {os.getloadavg()[0]:.1f}"
+        how = f"{size:,} entries, a process each, median of {repeats}; {load}"
+        yield Figure(name, quantile(taken, 0.5), "s", 0.5, how=how)
 
 
 def measure(folder: Path, *, quick: bool) -> Iterator[Figure]:
     """All of it, in new trails under ``folder``."""
-    entries = 20_000 if quick else 1_000_000
+    entries, repeats = (10_000, 1) if quick else (1_000_000, 5)
     short, long = _make(folder / "short", entries), _make(folder / "long", 4 * entries)
     once, four = (_child("verify", trail) for trail in (short, long))
     bare = _child("hash", short)
@@ -195,10 +204,10 @@ def measure(folder: Path, *, quick: bool) -> Iterator[Figure]:
     longer = f"{four['size']:,.0f} entries ({four['wall']:.1f} s) against {once['size']:,.0f}, processor time"
     yield Figure("verify, an entry of a trail four times as long", growth, "", 1.2, how=longer)
     yield Figure("its peak memory", four["peak"] / once["peak"], "", 1.2, how=longer)
-    yield from _proving(short)
+    yield from _proving(short, repeats)
     yield from _checking_a_proof()
     yield from _others(folder / "beside", 2000 if quick else PEER_LEAVES)
-    yield from _reading(short, entries)
+    yield from _reading(short, entries, repeats)
 
 
 if __name__ == "__main__":
