@@ -25,11 +25,9 @@ from rlhf_audit_nb.errors import AuditError, ConfigError, PrivacyError, StoreErr
 from rlhf_audit_nb.events import (
     CardCreated,
     PrivacyReserved,
-    PrivacySettled,
     ReportCreated,
     decode_body,
     encode_body,
-    encode_private,
 )
 
 if TYPE_CHECKING:
@@ -43,9 +41,6 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.trail.erasure import ErasureDone
 
 __all__ = ["AuditableRLHF", "Budget", "Status"]
-
-RACES = 8
-"""How often a reservation is planned anew when other runs reserve at the same time."""
 
 _NOT_SAID: Any = object()
 
@@ -323,7 +318,7 @@ class AuditableRLHF:
 
     def budget(self) -> Budget:
         """What the trail's population has spent and reserved, composed from the trail itself."""
-        return Budget.of(_fold(self.trail.reader()), self.privacy_config)
+        return Budget.of(_ledger(self.trail.reader()), self.privacy_config)
 
     # --- what people read --------------------------------------------------------------------------------------------
 
@@ -486,7 +481,7 @@ class _Privatiser:
         from rlhf_audit_nb.privacy.plan import plan_training
 
         reader = self.trail.reader()
-        prior = _fold(reader).mechanisms(self.config.unit, self.config.unit_column)
+        prior = _ledger(reader).mechanisms(self.config.unit, self.config.unit_column)
         return _PrivatePlan(self.trail, plan_training(trainer, self.config, prior), _raised(reader, self.config))
 
 
@@ -536,11 +531,19 @@ class _PrivatePlan:
     def training(self, run: Run, trainer: Any, observer: RunObserver) -> Iterator[None]:
         from rlhf_audit_nb.privacy.engine import private_training
         from rlhf_audit_nb.privacy.plan import settle_event
+        from rlhf_audit_nb.privacy.reservation import reserve
         from rlhf_audit_nb.privacy.sampling import SealedRandom
 
         randomness = SealedRandom.from_system()
         reservation = uuid.uuid4().hex
-        self._reserve(run, reservation, randomness)
+        self._plan = reserve(
+            self._trail,
+            self._plan,
+            randomness,
+            reservation=reservation,
+            run=run.id,
+            resolution_us=run.resolution_us,
+        )
         steps, stopped = 0, False
         try:
             with private_training(trainer, self._plan, randomness, observer) as engine:
@@ -557,50 +560,11 @@ class _PrivatePlan:
             if total > (run.state.epsilon or 0.0):  # a step that was cut short is paid for, though it does not count
                 run.state.add("epsilon", run.state.step, total)
 
-    def _reserve(self, run: Run, reservation: str, randomness: Any) -> None:
-        """Reserve in one append that looks at the ledger itself: of two runs for the last of a budget, one gets it."""
-        from rlhf_audit_nb.privacy.plan import reserve_event, sealed_event
 
-        for _ in range(RACES):
-            plan = self._plan
+def _ledger(reader: TrailReader) -> Ledger:
+    from rlhf_audit_nb.privacy.reservation import read_ledger
 
-            def body(reader: TrailReader, plan: Plan = plan) -> bytes:
-                prior = _fold(reader).mechanisms(plan.config.unit, plan.config.unit_column)
-                if tuple(prior) != plan.prior:
-                    raise _LedgerMovedError(prior)
-                return encode_body(reserve_event(plan, reservation))
-
-            try:
-                self._trail.append_guarded(
-                    PrivacyReserved.TYPE,
-                    body,
-                    run=run.id,
-                    private=encode_private(sealed_event(randomness)),
-                    resolution_us=run.resolution_us,
-                )
-            except _LedgerMovedError as moved:
-                self._plan = plan.replanned(moved.prior)
-            else:
-                return
-        raise PrivacyError(
-            f"Other runs reserved budget on this trail {RACES} times while this one was planned; nothing was trained.",
-            next_step="Start the run again when the others have begun.",
-            code="reservation-race",
-        )
-
-
-class _LedgerMovedError(Exception):
-    """Another run reserved between plan and reservation."""
-
-    def __init__(self, prior: tuple[Mechanism, ...]) -> None:
-        super().__init__()
-        self.prior = prior
-
-
-def _fold(reader: TrailReader) -> Ledger:
-    from rlhf_audit_nb.privacy.ledger import fold
-
-    return fold(_ledger_entries(reader))
+    return read_ledger(reader)
 
 
 def _raised(reader: TrailReader, config: PrivacyConfig) -> str:
@@ -616,12 +580,6 @@ def _raised(reader: TrailReader, config: PrivacyConfig) -> str:
         f"This run raises the trail's budget from {last.epsilon_budget:g} to {config.epsilon:g}; "
         "the trail keeps both, and reports name the raise."
     )
-
-
-def _ledger_entries(reader: TrailReader) -> list[Entry]:
-    """The ledger's own entries in the trail's order."""
-    found = [entry for kind in (PrivacyReserved.TYPE, PrivacySettled.TYPE) for entry in reader.entries(type=kind)]
-    return sorted(found, key=lambda entry: entry.index)
 
 
 # --- what is asked for -----------------------------------------------------------------------------------------------

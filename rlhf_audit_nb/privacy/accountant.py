@@ -320,18 +320,19 @@ def _attempt(work: Callable[[], float]) -> float | str:
     return value if math.isfinite(value) else f"failed: returned {value}"
 
 
-def _rdp(ran: Sequence[Mechanism], delta: float) -> tuple[float | str, tuple[str, ...]]:
+def _rdp(ran: tuple[Mechanism, ...], delta: float) -> tuple[float | str, tuple[str, ...]]:
     """dp-accounting's RDP bound, and a note where it left out orders that did not converge (which loosens it)."""
-    counter = _Counter()
-    logger = logging.getLogger("absl")
-    logger.addFilter(counter)
-    try:
-        value = _attempt(lambda: _dp_accounting_rdp(ran, delta))
-    finally:
-        logger.removeFilter(counter)
-    if not counter.seen:
+    left_out = 0
+
+    def work() -> float:
+        nonlocal left_out
+        value, left_out = _dp_accounting_rdp(ran, delta)
+        return value
+
+    value = _attempt(work)
+    if not left_out:
         return value, ()
-    return value, (f"RDP cross-check: {counter.seen} orders did not converge and were left out, so it is looser",)
+    return value, (f"RDP cross-check: {left_out} orders did not converge and were left out, so it is looser",)
 
 
 class _Counter(logging.Filter):
@@ -346,18 +347,26 @@ class _Counter(logging.Filter):
         return False
 
 
-def _dp_accounting_rdp(ran: Sequence[Mechanism], delta: float) -> float:
+@functools.lru_cache(maxsize=64)
+def _dp_accounting_rdp(ran: tuple[Mechanism, ...], delta: float) -> tuple[float, int]:
+    """The bound, and how many orders were left out."""
     import dp_accounting
     from dp_accounting import rdp
 
-    accountant = rdp.RdpAccountant(neighboring_relation=dp_accounting.NeighboringRelation.REPLACE_SPECIAL)
-    for mechanism in ran:
-        gaussian = dp_accounting.GaussianDpEvent(mechanism.noise_multiplier)
-        accountant.compose(dp_accounting.PoissonSampledDpEvent(mechanism.sampling_rate, gaussian), mechanism.steps)
-    return float(accountant.get_epsilon(delta))
+    counter = _Counter()
+    logger = logging.getLogger("absl")
+    logger.addFilter(counter)
+    try:
+        accountant = rdp.RdpAccountant(neighboring_relation=dp_accounting.NeighboringRelation.REPLACE_SPECIAL)
+        for mechanism in ran:
+            gaussian = dp_accounting.GaussianDpEvent(mechanism.noise_multiplier)
+            accountant.compose(dp_accounting.PoissonSampledDpEvent(mechanism.sampling_rate, gaussian), mechanism.steps)
+        return float(accountant.get_epsilon(delta)), counter.seen
+    finally:
+        logger.removeFilter(counter)
 
 
-def _prv(ran: Sequence[Mechanism], delta: float, epsilon: float) -> float | str:
+def _prv(ran: tuple[Mechanism, ...], delta: float, epsilon: float) -> float | str:
     """Opacus' upper bound, where it can be had in seconds and without gigabytes."""
     steps = sum(mechanism.steps for mechanism in ran)
     if epsilon > _PRV_MAX_EPSILON or steps > _PRV_MAX_STEPS or len(ran) > _PRV_MAX_MECHANISMS:
@@ -365,7 +374,8 @@ def _prv(ran: Sequence[Mechanism], delta: float, epsilon: float) -> float | str:
     return _attempt(lambda: _opacus_prv(ran, delta))
 
 
-def _opacus_prv(ran: Sequence[Mechanism], delta: float) -> float:
+@functools.lru_cache(maxsize=64)
+def _opacus_prv(ran: tuple[Mechanism, ...], delta: float) -> float:
     import warnings
 
     from opacus.accountants import PRVAccountant

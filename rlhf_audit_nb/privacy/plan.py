@@ -37,6 +37,7 @@ __all__ = [
     "Plan",
     "check_supported",
     "plan_training",
+    "plan_units",
     "reserve_event",
     "sealed_event",
     "settle_event",
@@ -132,7 +133,7 @@ class Plan:
         """
         if tuple(prior) == self.prior:
             return self
-        return _plan(
+        return plan_units(
             self.config, self.units, self.sampling_rate, self.steps_asked, self.steps_per_epoch, prior, self.fingerprint
         )
 
@@ -157,7 +158,42 @@ def plan_training(trainer: Any, config: PrivacyConfig, prior: Sequence[Mechanism
     asked = trainer.args.max_steps
     if asked <= 0:
         asked = math.ceil(trainer.args.num_train_epochs * per_epoch)
-    return _plan(config, units, rate, asked, per_epoch, prior, data_fingerprint(dataset))
+    return plan_units(config, units, rate, asked, per_epoch, prior, data_fingerprint(dataset))
+
+
+def plan_units(
+    config: PrivacyConfig,
+    units: Units,
+    rate: float,
+    asked: int,
+    per_epoch: int,
+    prior: Sequence[Mechanism] = (),
+    fingerprint: str = "",
+) -> Plan:
+    """Plan ``asked`` steps over a roster that is known, each unit sampled with chance ``rate``.
+
+    Raises:
+        BudgetExceededError: not a single step fits.
+        PrivacyError: the accountants disagree.
+    """
+    before = composed_epsilon(prior, config.delta)
+    limit = config.epsilon if config.run_epsilon is None else min(config.epsilon, before + config.run_epsilon)
+    mechanism = _mechanism(config, rate, asked, prior, before, limit)
+    accounted = compose([*prior, mechanism], config.delta)
+    return Plan(
+        config=config,
+        units=units,
+        mechanism=mechanism,
+        steps_asked=asked,
+        steps_per_epoch=per_epoch,
+        prior=tuple(prior),
+        before=before,
+        limit=limit,
+        accounted=accounted,
+        curve=tuple(epsilon_curve(mechanism, config.delta, prior)),
+        warnings=(*_warnings(config, len(units), mechanism), *accounted.notes),
+        fingerprint=fingerprint,
+    )
 
 
 def data_fingerprint(dataset: Any) -> str:
@@ -246,35 +282,6 @@ def _units(dataset: Any, config: PrivacyConfig) -> Units:
 
 def _default_rate(args: Any, units: int) -> float:
     return float(min(1.0, args.per_device_train_batch_size * args.gradient_accumulation_steps / units))
-
-
-def _plan(
-    config: PrivacyConfig,
-    units: Units,
-    rate: float,
-    asked: int,
-    per_epoch: int,
-    prior: Sequence[Mechanism],
-    fingerprint: str,
-) -> Plan:
-    before = composed_epsilon(prior, config.delta)
-    limit = config.epsilon if config.run_epsilon is None else min(config.epsilon, before + config.run_epsilon)
-    mechanism = _mechanism(config, rate, asked, prior, before, limit)
-    accounted = compose([*prior, mechanism], config.delta)
-    return Plan(
-        config=config,
-        units=units,
-        mechanism=mechanism,
-        steps_asked=asked,
-        steps_per_epoch=per_epoch,
-        prior=tuple(prior),
-        before=before,
-        limit=limit,
-        accounted=accounted,
-        curve=tuple(epsilon_curve(mechanism, config.delta, prior)),
-        warnings=(*_warnings(config, len(units), mechanism), *accounted.notes),
-        fingerprint=fingerprint,
-    )
 
 
 def _mechanism(

@@ -1,0 +1,167 @@
+"""Reserving: as many runs get the budget as fit into it, whoever races for it."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+import pytest
+from support.racing import DELTA, ONE, racers
+
+from rlhf_audit_nb.config import PrivacyConfig
+from rlhf_audit_nb.errors import BudgetExceededError, PrivacyError
+from rlhf_audit_nb.events import PrivacyReserved, PrivacySealed, PrivacySettled, decode_private, encode_body
+from rlhf_audit_nb.privacy import reservation as module
+from rlhf_audit_nb.privacy.accountant import composed_epsilon
+from rlhf_audit_nb.privacy.plan import Plan, plan_units
+from rlhf_audit_nb.privacy.reservation import RACES, read_ledger, reserve
+from rlhf_audit_nb.privacy.sampling import SealedRandom
+from rlhf_audit_nb.privacy.units import Units
+from rlhf_audit_nb.trail import Trail, TrailReader
+
+RACERS = 8
+ROUNDS = 200
+FIT = 3
+BUDGET = composed_epsilon([ONE.with_steps(FIT * ONE.steps)], DELTA) * 1.0001
+UNITS = Units("pair", tuple((row,) for row in range(20)))
+
+
+def planned(trail: Trail, epsilon: float = BUDGET) -> Plan:
+    config = PrivacyConfig(
+        epsilon=epsilon,
+        delta=DELTA,
+        unit="pair",
+        noise_multiplier=ONE.noise_multiplier,
+        sampling_rate=ONE.sampling_rate,
+    )
+    prior = read_ledger(trail.reader()).mechanisms("pair")
+    return plan_units(config, UNITS, ONE.sampling_rate, ONE.steps, 5, prior)
+
+
+def taken(trail: Trail, plan: Plan) -> Plan:
+    return reserve(trail, plan, SealedRandom(bytes(range(32))), reservation=uuid.uuid4().hex, run=uuid.uuid4().hex)
+
+
+def spent(folder: Path) -> tuple[int, float]:
+    """How many reservations stand on the trail, and what they cost together."""
+    spends = read_ledger(TrailReader.open(folder)).spends
+    return len(spends), composed_epsilon([spend.mechanism for spend in spends], DELTA)
+
+
+def fresh(folder: Path) -> Path:
+    Trail.open(folder).close()
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_of_eight_processes_exactly_as_many_reserve_as_fit_and_a_check_outside_of_the_append_is_caught(
+    tmp_path: Path,
+) -> None:
+    with racers(RACERS) as race:
+        for number in range(ROUNDS):
+            folder = fresh(tmp_path / f"round-{number}")
+            said = race(folder, BUDGET)
+            assert sorted(said) == ["got it"] * FIT + ["refused"] * (RACERS - FIT), number
+            count, epsilon = spent(folder)
+            assert count == FIT, number
+            assert epsilon <= BUDGET, number
+        # The negative control: the same race, with the check made before the append and not within it.
+        caught = False
+        for number in range(20):
+            folder = fresh(tmp_path / f"faulty-{number}")
+            said = race(folder, BUDGET, faulty=True)
+            count, epsilon = spent(folder)
+            assert count == said.count("got it")
+            caught = count > FIT and epsilon > BUDGET
+            if caught:
+                break
+        assert caught, "the race does not find a check that is made outside of the append"
+
+
+def test_what_is_reserved_is_the_plan_and_its_seed_is_sealed(tmp_path: Path) -> None:
+    with Trail.open(tmp_path / "audit") as trail:
+        plan = planned(trail)
+        assert taken(trail, plan) is plan
+        (entry,) = trail.reader().entries(type=PrivacyReserved.TYPE)
+        (spend,) = read_ledger(trail.reader()).spends
+        assert (spend.mechanism, spend.run, spend.settled) == (ONE, entry.run, False)
+        assert b'"seed"' not in entry.data
+        import base64
+
+        assert entry.envelope.sealed is not None
+        payload = trail.vault.open_payload(entry.run, entry.seq, base64.b64decode(entry.envelope.sealed))
+        assert decode_private(entry.type, payload) == PrivacySealed(seed=bytes(range(32)).hex())
+
+
+def test_a_plan_that_others_overtook_is_made_anew_on_top_of_theirs(tmp_path: Path) -> None:
+    with Trail.open(tmp_path / "audit") as trail:
+        first, second = planned(trail), planned(trail)
+        taken(trail, first)
+        again = taken(trail, second)
+        assert (again.prior, again.before) == ((ONE,), first.epsilon)
+        assert again.epsilon == composed_epsilon([ONE.with_steps(2 * ONE.steps)], DELTA)
+
+
+def test_the_last_one_gets_the_steps_that_are_left(tmp_path: Path) -> None:
+    room = composed_epsilon([ONE.with_steps(2 * ONE.steps - 1)], DELTA) * 1.0001
+    with Trail.open(tmp_path / "audit") as trail:
+        first, second = planned(trail, room), planned(trail, room)
+        taken(trail, first)
+        assert taken(trail, second).steps == ONE.steps - 1
+
+
+def test_who_comes_too_late_is_refused_and_nothing_is_appended(tmp_path: Path) -> None:
+    with Trail.open(tmp_path / "audit") as trail:
+        plans = [planned(trail) for _ in range(FIT + 1)]
+        for plan in plans[:FIT]:
+            taken(trail, plan)
+        size = trail.reader().size
+        with pytest.raises(BudgetExceededError, match="none of the 3 steps fits"):
+            taken(trail, plans[FIT])
+        assert trail.reader().size == size
+
+
+def test_what_a_settled_run_did_not_use_is_there_for_the_next(tmp_path: Path) -> None:
+    with Trail.open(tmp_path / "audit") as trail:
+        plans = [planned(trail) for _ in range(FIT + 1)]
+        for plan in plans[:FIT]:
+            taken(trail, plan)
+        unused = read_ledger(trail.reader()).spends[0].reservation
+        settled = PrivacySettled(reservation=unused, steps=0, epsilon_run=0.0, epsilon_total=0.0)
+        trail.append(settled.TYPE, encode_body(settled)).wait()
+        assert taken(trail, plans[FIT]).steps == ONE.steps
+
+
+def test_a_run_that_is_always_overtaken_ends_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Trail.open(tmp_path / "audit") as trail:
+        plan = planned(trail, 50.0)
+        replanned, tries = Plan.replanned, []
+
+        def overtaken(self: Plan, prior: tuple[object, ...]) -> Plan:
+            tries.append(len(prior))
+            found = replanned(self, prior)  # type: ignore[arg-type]
+            with monkeypatch.context() as once:
+                once.setattr(Plan, "replanned", replanned)
+                taken(trail, planned(trail, 50.0))
+            return found
+
+        taken(trail, planned(trail, 50.0))
+        monkeypatch.setattr(Plan, "replanned", overtaken)
+        with pytest.raises(PrivacyError, match="8 times") as refused:
+            taken(trail, plan)
+        assert refused.value.reason == "reservation-race"
+        assert tries == list(range(1, RACES + 1))
+        assert module.RACES == RACES
+
+
+def test_nothing_of_the_seed_is_in_the_trails_folder_in_the_open(tmp_path: Path) -> None:
+    with Trail.open(tmp_path / "audit") as trail:
+        taken(trail, planned(trail))
+    seed = bytes(range(32))
+    for folder, _, names in os.walk(tmp_path / "audit"):
+        for name in names:
+            data = (Path(folder) / name).read_bytes()
+            assert seed not in data
+            assert seed.hex().encode() not in data
