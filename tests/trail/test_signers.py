@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -16,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA44PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from securesystemslib.signer import SIGNER_FOR_URI_SCHEME, CryptoSigner, Key, SecretsHandler, Signature, Signer
 
-from rlhf_audit_nb.errors import FormatError, KeyFileError
+from rlhf_audit_nb.errors import FormatError, KeyFileError, StoreError
 from rlhf_audit_nb.trail import Level, Trail, TrustPolicy, verify_trail
 from rlhf_audit_nb.trail.keys import create_keys, load_keys
 from rlhf_audit_nb.trail.note import ECDSA, ED25519, parse_vkey
@@ -209,6 +210,24 @@ def test_a_service_that_fails_or_signs_something_else_loses_nothing(folder, home
         service.fault = ""
         trail.append("note.taken", b'{"n":3}').wait()
         assert trail.status().size == size + 1
+    assert verify_trail(folder).level is Level.UNANCHORED
+
+
+def test_a_service_that_is_away_while_entries_are_queued_is_said_to_whoever_appends(folder, home, service):
+    create_keys(home, ORIGIN, log=in_service(service, "log", KINDS["ECDSA P-256"]()))
+    trail = Trail.open(folder, origin=ORIGIN)
+    trail.append("note.taken", b'{"n":1}').wait()
+    service.fault = "down"
+    with pytest.raises(StoreError, match="does not answer") as refused:
+        trail.append("note.taken", b'{"n":2}').wait()
+    assert refused.value.reason == "signer"
+    service.fault = ""
+    with pytest.raises(StoreError, match="does not answer"):
+        trail.close()
+    with Trail.open(folder) as again:
+        again.append("note.taken", b'{"n":3}').wait()
+        told = [json.loads(entry.body)["n"] for entry in again.reader().entries(type="note.taken")]
+    assert told == [1, 3]
     assert verify_trail(folder).level is Level.UNANCHORED
 
 
