@@ -734,11 +734,11 @@ def conclude(
         return Level.INVALID
     head = checked.checkpoint
     reached = Level.COSIGNED if checked.cosigned else anchored_level(policy, anchors, head.size, head.root)
-    if policy.quorum != "none" and reached is not Level.COSIGNED:
-        reasons.append(Reason("quorum", NEWEST, _quorum_words(policy, anchors, head.size)))
     diverged = compare_with_seen(heads, seen, note, root_at_seen)
     if diverged is not None:
         reasons.append(diverged)
+    if policy.quorum != "none" and reached is not Level.COSIGNED:
+        reasons.append(Reason("quorum", NEWEST, _quorum_words(policy, anchors, head.size)))
     if diverged is not None or forced is not None:
         return Level.DIVERGED
     reasons += _remember(heads, head.origin, note)

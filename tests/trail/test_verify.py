@@ -297,6 +297,8 @@ def test_an_older_copy_of_the_store_diverges_and_the_evidence_is_kept(small, hom
     assert newer in kept
     assert len(kept) == 2
     assert verify_trail(small).level is Level.DIVERGED
+    asked = verify_trail(small, policy=witnessed(home))
+    assert [reason.code for reason in asked.reasons] == ["rollback", "quorum"]  # what matters most comes first
     with pytest.raises(StoreError) as caught:
         Trail.open(small)
     assert caught.value.reason == "diverged"
