@@ -30,9 +30,9 @@ from rlhf_audit_nb.trail.vault_file import (
     erasures_of,
     generation_of,
     has_tables,
-    mark_of,
     open_sealed,
     other_generation,
+    stream_number,
 )
 from rlhf_audit_nb.trail.verdict import Reason
 
@@ -156,7 +156,7 @@ class OpeningsCheck:
     def _commitment(self, entry: Entry, commitment: bytes) -> None:
         row = next(self._rows, None)
         if row is None or row[1] != commitment:
-            row = self._find(commitment)
+            row = self._find(entry, commitment)
         if row is None or not (row[2] or row[3]):
             self._missing += 1
             self._fault("opening-missing", f"entry {entry.index}", "The vault has no opening for its private half.")
@@ -170,12 +170,13 @@ class OpeningsCheck:
             found = self._tombstones.setdefault(row[3], _Tombstones(0, entry.index))
             found.count += 1
 
-    def _find(self, commitment: bytes) -> Any:
+    def _find(self, entry: Entry, commitment: bytes) -> Any:
         """The commitment's row by the index; the walk goes on after it."""
         session = self._session
         if session is None:
             return None
-        rows = session.execute(self._find_row, {"of": mark_of(commitment)}).fetchall()
+        place = {"in_stream": stream_number(entry.stream), "at": entry.seq}
+        rows = session.execute(self._find_row, place).fetchall()
         row = next((row for row in rows if row[1] == commitment), None)
         if row is not None:
             self._rows = session.execute(self._walk, {"after": row[0]})

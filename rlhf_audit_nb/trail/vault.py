@@ -63,11 +63,11 @@ from rlhf_audit_nb.trail.vault_file import (
     erasures_of,
     generation_of,
     has_tables,
-    mark_of,
     name_of,
     open_sealed,
     other_generation,
     seal_opening,
+    stream_number,
 )
 
 if TYPE_CHECKING:
@@ -220,7 +220,15 @@ class Vault:
                 commitment, place = item.commitment, place_of(item.type, item.stream, item.seq)
                 nonce = nonces[NONCE_BYTES * at : NONCE_BYTES * at + NONCE_BYTES]
                 sealed = seal_opening(cipher, nonce, commitment, place, item.opening)
-                rows.append({"mark": mark_of(commitment), "commitment": commitment, "owner": owner, "sealed": sealed})
+                rows.append(
+                    {
+                        "stream": stream_number(item.stream),
+                        "seq": item.seq,
+                        "commitment": commitment,
+                        "owner": owner,
+                        "sealed": sealed,
+                    }
+                )
             session.execute_many(ADD_OPENING, rows)
 
     def opening(self, kind: str, stream: str, seq: int, commitment: bytes) -> Opening:
@@ -230,7 +238,7 @@ class Vault:
             VaultError: ``erased``, ``opening-missing``, ``opening-wrong`` where it does not open it, or the vault's key
                 is not at hand (``vault-key``, ``vault-old``, ``key-old``).
         """
-        opening, place = self._read(commitment)
+        opening, place = self._read(stream, seq, commitment)
         if place != place_of(kind, stream, seq) or not check_opening(commitment, kind, stream, seq, opening):
             raise self._wrong_opening()
         return opening
@@ -244,25 +252,27 @@ class Vault:
         Raises:
             VaultError: as `opening`.
         """
-        opening, place = self._read(commitment)
+        opening, place = self._read(stream, seq, commitment)
         size = int.from_bytes(place[:4], "big")
         kind = place[4 : 4 + size].decode(errors="replace")
         if place != place_of(kind, stream, seq) or not check_opening(commitment, kind, stream, seq, opening):
             raise self._wrong_opening()
         return opening.payload
 
-    def _read(self, commitment: bytes) -> tuple[Opening, bytes]:
+    def _read(self, stream: str, seq: int, commitment: bytes) -> tuple[Opening, bytes]:
         with self._transaction() as session:
-            key, sealed = self._sealed(session, commitment)
+            rows = session.execute(OPENING, {"in_stream": stream_number(stream), "at": seq})
+            row = next((row[1:] for row in rows if row[0] == commitment), (None, None, None))
+            key, sealed = self._sealed(session, *row)
         try:
             return open_sealed(AESGCM(key), commitment, sealed)
         except InvalidTag as error:
             raise self._wrong_key() from error
 
-    def _sealed(self, session: Session, commitment: bytes) -> tuple[bytes, bytes]:
+    def _sealed(
+        self, session: Session, owner: int | None, erasure: int | None, sealed: bytes | None
+    ) -> tuple[bytes, bytes]:
         """The owner's key and the sealed opening."""
-        rows = session.execute(OPENING, {"of": mark_of(commitment)})
-        owner, erasure, sealed = next((row[1:] for row in rows if row[0] == commitment), (None, None, None))
         if sealed is None and erasure is not None:
             raise VaultError("The content of this commitment was erased.", code="erased")
         if sealed is None:

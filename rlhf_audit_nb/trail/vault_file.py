@@ -17,6 +17,8 @@ import os
 import struct
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -67,15 +69,15 @@ __all__ = [
     "erasures_of",
     "generation_of",
     "has_tables",
-    "mark_of",
     "name_of",
     "open_sealed",
     "other_generation",
     "seal_opening",
+    "stream_number",
 ]
 
 VAULT_ERASED = "vault.erased"
-LAYOUT = 2
+LAYOUT = 3
 NONCE_BYTES = 12
 
 _NAME_BUCKET = 64
@@ -95,17 +97,20 @@ _owners = sa.Table(
     sa.Column("tag", sa.LargeBinary, nullable=False, unique=True),
     sa.Column("wrapped", sa.LargeBinary, nullable=False),
 )
-# The index is on the commitment's first 64 bits: a third of the whole one's size, and it is not to be unique.
+# A row is found by its place: 64 bits of its stream's hash, and its number there. Numbers go up, so that new rows go to
+# the end of the index; an index over commitments, which look random, would be rewritten all over by each commit.
 _openings = sa.Table(
     "openings",
     METADATA,
     sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("mark", sa.BigInteger, nullable=False, index=True),
+    sa.Column("stream", sa.BigInteger, nullable=False),
+    sa.Column("seq", sa.BigInteger, nullable=False),
     sa.Column("commitment", sa.LargeBinary, nullable=False),
     sa.Column("owner", sa.Integer, index=True),
     sa.Column("erasure", sa.Integer),
     sa.Column("sealed", sa.LargeBinary),
 )
+sa.Index("ix_openings_place", _openings.c.stream, _openings.c.seq)
 sa.Index("ix_openings_erasure", _openings.c.erasure, sqlite_where=_openings.c.erasure.is_not(None))
 _erasures = sa.Table(
     "erasures",
@@ -131,11 +136,10 @@ ALL_OWNERS = Statement(sa.select(_owners.c.id, _owners.c.tag, _owners.c.wrapped)
 ADD_OWNER = Statement(_owners.insert(), ["tag", "wrapped"])
 PUT_OWNER = Statement(_owners.insert())
 CLEAR_OWNERS = Statement(_owners.delete())
-ADD_OPENING = Statement(_openings.insert(), ["mark", "commitment", "owner", "sealed"])
+ADD_OPENING = Statement(_openings.insert(), ["stream", "seq", "commitment", "owner", "sealed"])
+_there = (_openings.c.stream == sa.bindparam("in_stream")) & (_openings.c.seq == sa.bindparam("at"))
 OPENING = Statement(
-    sa.select(_openings.c.commitment, _openings.c.owner, _openings.c.erasure, _openings.c.sealed).where(
-        _openings.c.mark == sa.bindparam("of")
-    )
+    sa.select(_openings.c.commitment, _openings.c.owner, _openings.c.erasure, _openings.c.sealed).where(_there)
 )
 # What a check needs of each row: its place, the commitment, whether there is an opening, which erasure took it; and to
 # open it, whose it is and the opening itself.
@@ -144,7 +148,7 @@ _read = _look.add_columns(_openings.c.owner, _openings.c.sealed)
 WALK, WALK_READING = (
     Statement(look.where(_openings.c.id > sa.bindparam("after")).order_by(_openings.c.id)) for look in (_look, _read)
 )
-FIND, FIND_READING = (Statement(look.where(_openings.c.mark == sa.bindparam("of"))) for look in (_look, _read))
+FIND, FIND_READING = (Statement(look.where(_there)) for look in (_look, _read))
 OWNED_BY = Statement(
     sa.select(_openings.c.commitment).where(_openings.c.owner == sa.bindparam("of")).order_by(_openings.c.commitment)
 )
@@ -248,9 +252,10 @@ def erasure_commitment(salt: bytes, name: str, commitments: Iterable[bytes]) -> 
     return mac.digest(), count
 
 
-def mark_of(commitment: bytes) -> int:
-    """What an opening's row is found by."""
-    return int.from_bytes(commitment[:8], "big", signed=True)
+@lru_cache(maxsize=1024)
+def stream_number(stream: str) -> int:
+    """What stands for a stream in the openings' rows; two that have the same are told apart by their commitments."""
+    return int.from_bytes(sha256(stream.encode()).digest()[:8], "big", signed=True)
 
 
 def name_of(owner: str | None, stream: str = "") -> str:
