@@ -28,14 +28,17 @@ from rlhf_audit_nb.cli.shared import (
 from rlhf_audit_nb.errors import AnchorError, ConfigError, FormatError, KeyFileError
 
 if TYPE_CHECKING:
+    from rlhf_audit_nb.trail import TrailReader
     from rlhf_audit_nb.trail.anchoring import Anchoring, Asked
     from rlhf_audit_nb.trail.note import Verifier
     from rlhf_audit_nb.trail.submission import Submission
+    from rlhf_audit_nb.trail.tile_reader import PublishedTree
     from rlhf_audit_nb.trail.witness import Reply, Witness
 
 __all__ = ["COMMANDS"]
 
 DEFAULT_PORT = 8742
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 MAX_FILE = 1 << 20
 PREPARED = "Have it timestamped, and keep the answer: rlhf-audit anchor --add ANSWER.tsr"
 LEVEL_WORDS = {
@@ -273,13 +276,10 @@ def _refused(witness: Witness, reply: Reply) -> AnchorError:
 
 def _from_tree(witness: Witness, target: str) -> Submission:
     """What a trail's folder, or a published one, would send this witness."""
-    from rlhf_audit_nb.trail import TrailReader
     from rlhf_audit_nb.trail.checkpoint import checkpoint_of
     from rlhf_audit_nb.trail.submission import submission_of
-    from rlhf_audit_nb.trail.tile_reader import PublishedTree
 
-    stored = (Path(target) / "trail.sqlite").exists()
-    tree = TrailReader.open(target) if stored else PublishedTree.open(target)
+    tree = _tree(target)
     text = tree.checkpoint()
     head = checkpoint_of(text)
     old = witness.size(head.origin)
@@ -290,6 +290,14 @@ def _from_tree(witness: Witness, target: str) -> Submission:
             code="rollback",
         )
     return submission_of(text, old, tree.consistency_proof)
+
+
+def _tree(target: str) -> TrailReader | PublishedTree:
+    """The tree of a trail's folder, or of a published one."""
+    from rlhf_audit_nb.trail import TrailReader
+    from rlhf_audit_nb.trail.tile_reader import PublishedTree
+
+    return TrailReader.open(target) if (Path(target) / "trail.sqlite").exists() else PublishedTree.open(target)
 
 
 def _do_show(args: argparse.Namespace) -> int:
@@ -320,6 +328,8 @@ def _do_serve(args: argparse.Namespace) -> int:
     try:
         finish(args, {"url": server.url, "name": server.witness.name}, words)
         sys.stdout.flush()
+        if args.host not in LOOPBACK:
+            note("Others can reach it. Whoever does can ask, which the protocol allows; put TLS before it.")
         server.run()
     finally:
         for number, old in before.items():
@@ -341,7 +351,6 @@ def _do_request(args: argparse.Namespace) -> int:
 
 
 def _do_evidence(args: argparse.Namespace) -> int:
-    from rlhf_audit_nb.trail import TrailReader
     from rlhf_audit_nb.trail.evidence import Outcome, compare_heads, signed_head
     from rlhf_audit_nb.trail.note import parse_vkey
 
@@ -358,7 +367,7 @@ def _do_evidence(args: argparse.Namespace) -> int:
                 next_step="Name the log's key that should have signed it: --policy FILE or --log VKEY.",
                 code=error.reason,
             ) from error
-    tree = TrailReader.open(trail_folder(args)) if args.trail else None
+    tree = _tree(args.trail) if args.trail else None
     found = compare_heads(heads[0], heads[1], tree)
     words = [f"{found.outcome.name}  {found.message}"]
     pairs = zip(args.files, heads, strict=True)
@@ -417,7 +426,7 @@ def _add_witness(parser: Parser) -> None:
     evidence.add_argument("files", nargs=2, metavar="FILE")
     add_policy(evidence)
     evidence.add_argument("--log", action="append", metavar="VKEY", help="a key of the log")
-    evidence.add_argument("--trail", metavar="DIR", help="the trail, where the heads are of two sizes")
+    evidence.add_argument("--trail", metavar="TRAIL|PUBLISHED", help="where the heads are of two sizes")
 
 
 COMMANDS = (

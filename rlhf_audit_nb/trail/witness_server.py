@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
+import socketserver
 import sys
 import threading
 import time
@@ -74,6 +75,8 @@ class WitnessServer(ThreadingHTTPServer):
         self.prefix = "/" + prefix.strip("/") if prefix.strip("/") else ""
         self._say = say
         self._open: set[socket.socket] = set()
+        if ":" in host:
+            self.address_family = socket.AF_INET6
         self._places = threading.BoundedSemaphore(MOST_AT_ONCE)
         try:
             super().__init__((host, port), _Handler)
@@ -83,6 +86,11 @@ class WitnessServer(ThreadingHTTPServer):
                 next_step="Name another --port (0 takes a free one) or --host.",
                 code="port",
             ) from error
+
+    def server_bind(self) -> None:
+        """Bind without asking a name server who we are, as http.server would."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     @property
     def url(self) -> str:

@@ -159,7 +159,10 @@ def test_a_trail_that_went_back_or_another_way_is_not_cosigned(run, asked, place
     assert (code, answer["error"]["code"]) == (3, "inconsistent")
     kept = asked("witness", "show", "alice")[1]["evidence"]
     assert len(kept) == 2
-    assert asked("witness", "evidence", *kept, "--trail", "audit")[1]["outcome"] == "contradictory"
+    publish_tiles("audit", "www")
+    for place_of_tree in ("audit", "www"):
+        assert asked("witness", "evidence", *kept, "--trail", place_of_tree)[1]["outcome"] == "contradictory"
+    assert asked("witness", "evidence", *kept, "--trail", "nowhere")[1]["error"]["code"] == "no-trail"
 
 
 def test_a_trail_is_anchored_and_verifies_so(run, asked, place):

@@ -18,6 +18,7 @@ from support.witnesses import Log, check_cosignature
 
 from rlhf_audit_nb.errors import ConfigError
 from rlhf_audit_nb.trail import witness_server
+from rlhf_audit_nb.trail.web import post
 from rlhf_audit_nb.trail.witness import Witness
 from rlhf_audit_nb.trail.witness_server import WitnessServer
 
@@ -126,6 +127,18 @@ def test_a_prefix_stands_before_the_paths(witness, log):
         connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
         connection.request("POST", "/add-checkpoint", log.body(5, 6))
         assert connection.getresponse().status == 404
+
+
+def test_it_listens_on_the_loopback_of_either_kind(witness, log):
+    for host, shown in (("127.0.0.1", "127.0.0.1"), ("localhost", "127.0.0.1"), ("::1", "[::1]")):
+        try:
+            with running(witness, host=host) as (server, _):
+                assert server.url == f"http://{shown}:{server.server_port}"
+                assert post(server.url + "/add-checkpoint", log.body(9, 20), "text/plain").status == 409
+        except ConfigError:
+            assert host == "::1"  # a machine without IPv6
+    with running(witness) as (server, _):
+        assert server.server_address[0] == "127.0.0.1"
 
 
 def raw(server, data: bytes, *, then: float = 0.0) -> bytes:
