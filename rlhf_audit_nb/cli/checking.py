@@ -85,6 +85,8 @@ def _do_verify(args: argparse.Namespace) -> int:
     verdict, notes, payload = _verdict(args, read_policy(args))
     require = Level[args.require] if args.require else None
     words, result = verdict_words(verdict, notes), verdict.to_dict()
+    if args.entry:
+        words.append(f"  All this is said of {args.entry} and the checkpoint in {args.target}, of no other entry.")
     if payload:
         words += _payload_words(payload)
         result["payload"] = base64.b64encode(payload).decode()
@@ -196,7 +198,8 @@ def verdict_words(verdict: Verdict, notes: Notes) -> list[str]:
         lines += _reason_words(found, worth_knowing=True)
     if verdict.size:
         signers = verdict.signed_by or "nobody that is trusted here"
-        lines.append(f"  {verdict.origin}: {verdict.size} entries, root {short(verdict.root)}, signed by {signers}")
+        lines.append(f"  {verdict.origin}: {verdict.size:,} entries, root {short(verdict.root)}")
+        lines.append(f"  signed by {signers}")
     lines += _anchor_words(verdict)
     lines += _opening_words(verdict)
     if len(verdict.runs) > MOST_RUNS:
