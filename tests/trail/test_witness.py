@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+import metamorphic_log
 import pytest
 from cryptography.exceptions import InvalidSignature
 from support.witnesses import Log, check_cosignature, tree
@@ -65,6 +66,8 @@ def test_a_witness_with_two_keys_gives_two_lines_that_hold(tmp_path):
     held = verify_note(note, [parse_vkey(vkey) for vkey in witness.vkeys])
     assert [item.verifier.algorithm for item in held] == [4, 6]
     assert len({item.time for item in held}) == 1
+    head = metamorphic_log.checkpoint_verify(log.head() + lines, [log.vkey])  # others read past the lines
+    assert (head.origin, head.size, head.root) == (log.origin, 3, tree(log.leaves))
     again = Witness.open(tmp_path / "w")
     assert again.vkeys == witness.vkeys
 
