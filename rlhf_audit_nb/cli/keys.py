@@ -158,7 +158,7 @@ def _held(uri: str, public: str | None) -> HeldKey:
 
 def _where(info: KeyInfo) -> str:
     if info.status == "retired" or not info.where:
-        return "the private half is deleted"
+        return "no private half here"
     return info.where if info.where != "file" else f"file, {'encrypted' if info.encrypted else 'NOT encrypted'}"
 
 

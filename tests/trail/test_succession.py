@@ -411,6 +411,28 @@ def test_a_statement_in_another_form_is_refused(old, new):
         parse_revocation(text.replace(old, new, 1))
 
 
+@given(at=st.integers(0, 700), byte=st.integers(0, 255), cut=st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_a_statement_that_is_changed_anywhere_is_refused_or_holds_no_longer(at, byte, cut):
+    whole = statement(A, B).encode()
+    at %= len(whole)
+    changed = whole[:at] if cut else whole[:at] + bytes([byte]) + whole[at + 1 :]
+    if changed == whole:
+        return
+    try:
+        found = parse_revocation(changed)
+    except FormatError:
+        return
+    assert found.note.format().encode() == changed
+    # Of two signatures one may be gone or another's; what is said is still what the other one was made over.
+    try:
+        signers = found.signed_by([B.verifier()])
+    except FormatError:
+        return
+    assert len(signers) == 1
+    assert found.note.text == parse_revocation(whole).note.text
+
+
 def test_two_statements_of_one_key_are_both_kept_and_follow_no_heir_where_they_contradict(tmp_path):
     keep_revocation(tmp_path, parse_revocation(statement(A, since=30)))
     keep_revocation(tmp_path, parse_revocation(statement(A, since=20, successor=None)))
