@@ -39,9 +39,11 @@ from rlhf_audit_nb.trail.tiles import (
     CHECKPOINT,
     ENTRIES,
     MAX_CHECKPOINT_BYTES,
+    MAX_INDEX_BYTES,
     MAX_TILE_BYTES,
     TILES,
     TileName,
+    parse_index,
     parse_tile_path,
 )
 from rlhf_audit_nb.trail.timestamp import trusted_authorities
@@ -130,10 +132,14 @@ def _checkpoint(target: Target) -> bytes:
 
 def _anchor_names(target: Target) -> list[str]:
     """What ``anchors/`` holds, by listing it and by its index."""
-    index = target.read(ANCHOR_INDEX, MAX_CHECKPOINT_BYTES) or b""
-    names = set(index.decode("ascii", "replace").split("\n"))
+    names = set(parse_index(target.read(ANCHOR_INDEX, MAX_INDEX_BYTES)))
     names |= {name.removeprefix(f"{ANCHORS}/") for name in target.files(ANCHORS)}
-    return sorted(name for name in names if _ANCHOR_NAME.fullmatch(name))
+    return sorted((name for name in names if _ANCHOR_NAME.fullmatch(name)), key=_anchor_order)
+
+
+def _anchor_order(name: str) -> tuple[int, bool, str]:
+    """The order in which they are looked at, so that they can be fetched ahead."""
+    return int(name.partition(".")[0]), name.endswith(".tsr"), name
 
 
 def _sizes(sizes: Sequence[int]) -> list[int]:
@@ -356,8 +362,15 @@ class _Tiles:
         origin = self.head.origin
         trusted = [key for key in policy.logs if key.name == origin]
 
+        wanted = [(f"{ANCHORS}/{name}", MAX_CHECKPOINT_BYTES) for name in names]
+        coming = zip(names, read_ahead(self.target, wanted), strict=True)
+        came: dict[str, bytes | None] = {}
+
         def read(name: str) -> bytes | None:
-            return self.target.read(f"{ANCHORS}/{name}", MAX_CHECKPOINT_BYTES)
+            while name not in came:
+                following, data = next(coming, (name, None))
+                came[following] = data
+            return came.pop(name)
 
         claimed, said = read_anchors(
             read, names, policy, origin, tsa_roots, logs=lambda size: self.keys.log_verifiers(trusted, size)
@@ -365,13 +378,15 @@ class _Tiles:
         fitting = [anchor for anchor in claimed if self.roots.get(anchor.size) == anchor.root]
         if not self.reasons:
             for anchor in [anchor for anchor in claimed if anchor not in fitting][:MAX_REASONS]:
-                plain = anchor.kind != COSIGNATURE_ANCHOR
-                signed = read(f"{anchor.size}.checkpoint" if plain else anchor.where.removeprefix(f"{ANCHORS}/"))
-                kept = heads.keep_evidence(origin, (signed or b"").decode(), note)
-                self._fork(anchor, kept)
+                self._fork(anchor, heads, note)
         return fitting, said
 
-    def _fork(self, anchor: Anchor, kept: Path) -> None:
+    def _fork(self, anchor: Anchor, heads: Heads, note: str) -> None:
+        """Name an anchor of another history, and keep both signed heads."""
+        plain = anchor.kind != COSIGNATURE_ANCHOR
+        where = f"{ANCHORS}/{anchor.size}.checkpoint" if plain else anchor.where
+        signed = self.target.read(where, MAX_CHECKPOINT_BYTES) or b""
+        kept = heads.keep_evidence(self.head.origin, signed.decode(), note)
         if anchor.size > self.head.size:
             code = "rollback"
             what = f"It covers {anchor.size} entries; there are {self.head.size}, so entries were taken away."

@@ -253,7 +253,7 @@ class _Folder:
         with self._errors(""):
             for folders in sorted(self.touched, key=len, reverse=True):
                 with self._opened(folders) as opened:
-                    os.fsync(opened)
+                    _sync(opened)
             self.touched.clear()
 
     @contextmanager
@@ -387,6 +387,14 @@ def _read(name: str, parent: int, most: int) -> bytes | None:
     finally:
         os.close(descriptor)
     return b"".join(parts) if size <= most else None
+
+
+def _sync(folder: int) -> None:
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot do this for a folder
+            raise
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

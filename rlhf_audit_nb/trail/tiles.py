@@ -5,7 +5,8 @@
     checkpoint                     the newest signed checkpoint, with cosignatures where there are some
     tile/L/N[.p/W]                 up to 256 hashes of tile level L; level 0 holds leaf hashes, only full tiles roll up
     tile/entries/N[.p/W]           up to 256 entries, each after its length in two bytes
-    anchors/                       what others have said of the trail (`anchors`); ``anchors/index`` names the files
+    anchors/                       what others have said of the trail (`anchors`)
+    anchors/index                  the digests and names of these files, as sha256sum writes them
 
 ``N`` is written in groups of three digits, all but the last after an ``x`` (1234067 is ``x001/x234/067``). A partial
 tile of ``W`` hashes stands under ``.p/W``, and none of width 0 exists. A tile never changes.
@@ -41,12 +42,14 @@ __all__ = [
     "CHECKPOINT",
     "ENTRIES",
     "MAX_CHECKPOINT_BYTES",
+    "MAX_INDEX_BYTES",
     "MAX_TILE_BYTES",
     "TILES",
     "Endorse",
     "Progress",
     "Published",
     "TileName",
+    "parse_index",
     "parse_tile_path",
     "publish_tiles",
     "tile_path",
@@ -57,10 +60,12 @@ TILES = "tile"
 ENTRIES = "entries"
 ANCHOR_INDEX = f"{ANCHORS}/index"
 MAX_CHECKPOINT_BYTES = 1 << 20
+MAX_INDEX_BYTES = 1 << 24
 MAX_TILE_BYTES = BUNDLE * (2 + 65_535)
 
 _PORTION = 16 * BUNDLE
 _TILE_PATH = re.compile(r"tile/(entries|0|[1-9][0-9]?)/((?:x[0-9]{3}/){0,6}[0-9]{3})(?:\.p/([1-9][0-9]{0,2}))?")
+_INDEX_LINE = re.compile(r"([0-9a-f]{64})  ([0-9]{1,19}\.[A-Za-z0-9._-]{1,104})")
 _MAX_LEVEL = 63
 
 Progress = Callable[[str, int, int], None]
@@ -131,6 +136,12 @@ def parse_tile_path(path: str) -> TileName | None:
     found = TileName(level, number, int(match[3] or BUNDLE))
     whole = match[3] is None or found.width < BUNDLE
     return found if whole and (level == ENTRIES or int(level) <= _MAX_LEVEL) and found.path == path else None
+
+
+def parse_index(data: bytes | None) -> dict[str, str]:
+    """The names in ``anchors/index``, which `sha256sum` could have written, with their digests; the rest is ignored."""
+    lines = (data or b"").decode("ascii", "replace").split("\n")
+    return {match[2]: match[1] for line in lines if (match := _INDEX_LINE.fullmatch(line))}
 
 
 def publish_tiles(
@@ -343,21 +354,25 @@ class _Publish:
         self.written += 1
 
     def _put_anchors(self, size: int) -> None:
-        """Copy what others have said, only of what is published; their index last."""
+        """Copy what others have said, only of what is published and only what is new; their index last."""
         folder = AnchorFolder(self.store.path.parent)
-        names = []
+        there = self.target.read(ANCHOR_INDEX, MAX_INDEX_BYTES)
+        index = parse_index(there)
         # The checkpoint of a size before the tokens over it.
         for name in sorted(folder.names(), key=lambda name: (name.endswith(".tsr"), name)):
             data = folder.read(name)
             if data is None or int(name.partition(".")[0]) > size:
                 continue
-            names.append(name)
-            self._update(f"{ANCHORS}/{name}", data)
-        if names:
-            self._update(ANCHOR_INDEX, "".join(f"{name}\n" for name in sorted(names)).encode())
+            digest = sha256(data).hexdigest()
+            if self.everything or index.get(name) != digest:
+                self._update(f"{ANCHORS}/{name}", self.target.read(f"{ANCHORS}/{name}", MAX_CHECKPOINT_BYTES), data)
+            index[name] = digest
+        if index:
+            text = "".join(f"{digest}  {name}\n" for name, digest in sorted(index.items()))
+            self._update(ANCHOR_INDEX, there, text.encode())
 
-    def _update(self, name: str, data: bytes) -> None:
-        if self.target.read(name, MAX_CHECKPOINT_BYTES) != data:
+    def _update(self, name: str, there: bytes | None, data: bytes) -> None:
+        if there != data:
             self.target.replace(name, data)
             self.written += 1
 

@@ -8,6 +8,7 @@ import itertools
 import os
 import random
 import shutil
+import subprocess
 import threading
 import time
 from dataclasses import replace
@@ -448,8 +449,9 @@ class TestAnchors:
             assert (verdict.level, verdict.exit_code()) == (Level.COSIGNED, 0)
             assert [anchor.size for anchor in verdict.anchors] == [300, 600]
         assert WITNESS.name in (published / "checkpoint").read_text()
-        index = (published / "anchors/index").read_text().split()
+        index = (published / "anchors/index").read_text().split()[1::2]
         assert index == ["300.checkpoint", "300.cosigned", "600.checkpoint", "600.cosigned"]
+        subprocess.run(["sha256sum", "-c", "--quiet", "index"], cwd=published / "anchors", check=True)
 
     def test_what_comes_later_is_told_to_rest_on_the_key_alone(self, folder, cosigned, tmp_path):
         published, policy = cosigned
@@ -463,6 +465,47 @@ class TestAnchors:
         cosign(folder)
         assert publish_tiles(folder, published).written == 4  # the checkpoint, two anchors, the index
         assert verify_published(published, policy=policy).level is Level.COSIGNED
+
+    def test_of_many_anchors_only_what_is_new_is_looked_at_again(self, folder, tmp_path, monkeypatch):
+        store = fsspec.filesystem("memory")
+        with Trail.open(folder) as trail:
+            for size in range(2, 32):
+                grow(trail, size)
+                cosign(folder)
+            policy = trusting(trail.log_vkey)
+        publish_tiles(folder, "memory://many/t")
+        asked = []
+        real = store.cat_file
+        with Trail.open(folder) as trail:
+            grow(trail, 40)
+        cosign(folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "cat_file", lambda path, **o: (asked.append(path), real(path, **o))[1])
+            assert publish_tiles(folder, "memory://many/t").written == 6  # two tiles, checkpoint, two anchors, index
+        assert len([path for path in asked if "/anchors/" in path]) == 3
+        verdict = verify_published("memory://many/t", policy=policy)
+        assert (verdict.level, len(verdict.anchors), verdict.reasons) == (Level.COSIGNED, 31, ())
+        shutil.rmtree(folder / "anchors")  # whoever publishes without them takes nothing away
+        assert publish_tiles(folder, "memory://many/t").written == 0
+        assert verify_published("memory://many/t", policy=policy) == verdict
+        store.store.clear()
+
+    def test_an_index_of_anchors_that_is_damaged_or_gone_lowers_nothing(self, cosigned, serve, tmp_path):
+        published, policy = cosigned
+        whole = (published / "anchors/index").read_bytes()
+        url = serve(published)
+        for data in (b"", b"\xff\n../../etc/passwd\n" + b"0" * 64 + b"  ../tile/0/000\n", whole[:30], None):
+            (published / "anchors/index").unlink(missing_ok=True)
+            if data is not None:
+                (published / "anchors/index").write_bytes(data)
+            verdict = verify_published(published, policy=policy, home=tmp_path / "other")
+            assert (verdict.level, len(verdict.anchors), verdict.reasons) == (Level.COSIGNED, 2, ())
+            # Where nothing can be listed, the newest checkpoint has its cosignatures all the same.
+            verdict = verify_published(url, policy=policy, home=tmp_path / "other")
+            assert (verdict.level, verdict.reasons) == (Level.COSIGNED, ())
+        put(published / "anchors/index", whole + b"0" * 64 + b"  7.cosigned\n")
+        verdict = verify_published(url, policy=policy, home=tmp_path / "other")
+        assert [(item.code, item.where) for item in verdict.reasons] == [("anchor", "anchors/7.cosigned")]
 
     def test_a_timestamp_of_a_trusted_authority_counts(self, folder, tmp_path):
         authority = Authority.make(tmp_path / "tsa")
