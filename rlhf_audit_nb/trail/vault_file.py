@@ -81,6 +81,7 @@ LAYOUT = 3
 NONCE_BYTES = 12
 
 _NAME_BUCKET = 64
+_ANY = "surrogatepass"  # an id is whatever somebody wrote; no letter of it may stop a commit
 _u32 = struct.Struct(">I").pack
 
 METADATA = sa.MetaData()
@@ -352,12 +353,12 @@ class Wrapping:
 
     def tag(self, name: str) -> bytes:
         """What an owner's row is found by."""
-        return hmac.digest(self._tag_key, name.encode(), "sha256")
+        return hmac.digest(self._tag_key, name.encode(errors=_ANY), "sha256")
 
     def wrap(self, key: bytes, name: str, tag: bytes) -> bytes:
         """An owner's key and name as they lie in the row."""
         # The name goes with the key, padded: the next generation needs it to find the owner.
-        text = name.encode()
+        text = name.encode(errors=_ANY)
         plain = key + _u32(len(text)) + text
         plain += bytes(-len(plain) % _NAME_BUCKET)
         nonce = os.urandom(NONCE_BYTES)
@@ -372,4 +373,5 @@ class Wrapping:
         """An owner's key and name; raises `InvalidTag` where they were not wrapped by this generation."""
         plain = _decrypt(self._cipher, wrapped, tag)
         start = KEY_BYTES + 4
-        return plain[:KEY_BYTES], plain[start : start + int.from_bytes(plain[KEY_BYTES:start], "big")].decode()
+        stop = start + int.from_bytes(plain[KEY_BYTES:start], "big")
+        return plain[:KEY_BYTES], plain[start:stop].decode(errors=_ANY)

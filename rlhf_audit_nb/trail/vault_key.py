@@ -89,7 +89,9 @@ class Generation:
 
     def erasure(self, owner: str) -> tuple[str, bytes]:
         """The name and the salt of the erasure of ``owner`` that ends this generation."""
-        name = hmac.digest(self.ratchet, b"rlhf-audit/erasure-name/v1\0" + owner.encode(), "sha256")[:16].hex()
+        name = hmac.digest(
+            self.ratchet, b"rlhf-audit/erasure-name/v1\0" + owner.encode(errors="surrogatepass"), "sha256"
+        )[:16].hex()
         return name, self.salt(name)
 
     def salt(self, erasure: str) -> bytes:

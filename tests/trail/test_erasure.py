@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import random
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -30,7 +31,7 @@ def filled(folder: Path, *owners: str | None, entries: int = 4) -> list[bytes]:
     with Trail.open(folder) as trail:
         for number in range(entries):
             for owner in owners or (ANN, BEN, None):
-                body = SECRET + b" %d" % number + (owner or "the run").encode()
+                body = SECRET + b" %d" % number + (owner or "the run").encode(errors="replace")
                 trail.append("a.b", b"{}", run="r", private=body, owner=owner)
     return commitments(folder)
 
@@ -194,6 +195,15 @@ def test_what_a_run_holds_of_its_own_can_be_erased_too(folder, home):
             with pytest.raises(ValueError, match="either"):
                 erase(trail, reason="request", **wrong)
     assert look(folder)[0].erased == 4
+    assert look(folder)[1] == set()
+
+
+@pytest.mark.parametrize("owner", ["", " ", "Zsófia\n", "\udcff\ud800", "\0", "x" * 70_000, "a:r", "s:r"])
+def test_an_id_is_whatever_somebody_wrote(folder, owner):
+    filled(folder, owner, BEN, None)
+    with Trail.open(folder) as trail:
+        assert erase(trail, BEN, reason="request").openings == 4  # wraps the others anew
+        assert erase(trail, owner, reason="request").openings == 4
     assert look(folder)[1] == set()
 
 
@@ -395,17 +405,24 @@ def test_an_erasure_that_is_stopped_anywhere_is_whole_or_not_begun(case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("call", "when"),
-    [("fsync", 1), ("fsync", 3), ("rename", 2), ("fdatasync", 3), ("fdatasync", 5), ("ftruncate", 1), ("pwrite64", 20)],
+    ("call", "when", "fault"),
+    [
+        *((call, when, "signal=KILL") for call, when in (("fsync", 1), ("fsync", 3), ("rename", 2), ("ftruncate", 1))),
+        *((call, when, "signal=KILL") for call, when in (("fdatasync", 3), ("fdatasync", 5), ("pwrite64", 20))),
+        *((call, when, "error=EIO") for call, when in (("fsync", 1), ("fdatasync", 4), ("rename", 2))),
+        *(("pwrite64", when, "error=ENOSPC") for when in (12, 20)),
+    ],
 )
-def test_a_kill_at_a_system_call_of_an_erasure_leaves_it_whole_or_not_begun(case, call, when):
+def test_an_erasure_that_fails_at_a_system_call_is_whole_or_not_begun(case, call, when, fault):
     strace = shutil.which("strace")
     if strace is None or subprocess.run([strace, "-o", os.devnull, "true"], capture_output=True).returncode != 0:
         pytest.skip("strace is not here or may not trace")
     copy, theirs = case
     place = copy("killed")
-    inject = ("-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={when}")
-    run(STOPPED, ANN, f"{place}:0", before=(strace, "-f", "-qq", "-o", os.devnull, *inject))
+    inject = ("-e", f"trace={call}", "-e", f"inject={call}:{fault}:when={when}")
+    done = run(STOPPED, ANN, f"{place}:0", before=(strace, "-f", "-qq", "-o", os.devnull, *inject))
+    if done.returncode and "error" in fault:
+        assert re.search("(StoreError|KeyFileError|VaultError): ", done.stderr), done.stderr
     check_whole(place, theirs)
 
 
