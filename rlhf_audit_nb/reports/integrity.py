@@ -24,6 +24,7 @@ _ROLES = {
     "model": "the model key",
     "mldsa": "the second (ML-DSA-44) key",
 }
+_LONG = 200
 _VOUCHED = {"cosignature": "Cosigned by", "timestamp": "Timestamped by"}
 
 
@@ -46,8 +47,13 @@ def _head(evidence: Evidence) -> Iterator[Fact]:
     own = {created[1].log_key} if created else set()
     own |= {event.new for _, event in evidence.of(KeyRotated) if event.role in ("log", "mldsa")}
     others = [signer for signer in verdict.signers if signer not in own]
-    by = (["the trail's own log key"] if len(others) < len(verdict.signers) else []) + others
+    by = (["the trail's own log key"] if len(others) < len(verdict.signers) else []) + [_key(key) for key in others]
     yield Fact("Signed by", ", ".join(by) or "nobody whose key is trusted here", mono=bool(others))
+
+
+def _key(text: str) -> str:
+    """A verifier key as a page can hold it: an ML-DSA-44 key, 1,750 characters, by its name and id."""
+    return text if len(text) <= _LONG else "+".join(text.split("+")[:2]) + "+…"
 
 
 def _keys(evidence: Evidence) -> Iterator[Fact]:
@@ -59,11 +65,11 @@ def _keys(evidence: Evidence) -> Iterator[Fact]:
         what = f"{role} was replaced" if event.old is not None else f"{role} was added"
         because = f"; {event.reason}" if event.reason else ""
         when = words.time_text(item.time)
-        yield Fact("New key", event.new, cite([item.index]), mono=True, note=f"{when}: {what}{because}")
+        yield Fact("New key", _key(event.new), cite([item.index]), mono=True, note=f"{when}: {what}{because}")
     for item, gone in evidence.of(KeyRevoked):
         reach = f"counts for the first {words.plural(gone.since, 'entry', 'entries')} only"
         because = f"; {gone.reason}" if gone.reason else ""
-        yield Fact("Revoked key", gone.key, cite([item.index]), mono=True, note=reach + because)
+        yield Fact("Revoked key", _key(gone.key), cite([item.index]), mono=True, note=reach + because)
 
 
 def _vouched(evidence: Evidence) -> Iterator[Fact]:
@@ -75,7 +81,7 @@ def _vouched(evidence: Evidence) -> Iterator[Fact]:
         if left:
             newer = "the newest entry is" if left == 1 else f"the newest {words.count(left)} are"
             note += f"; {newer} not covered"
-        yield Fact(_VOUCHED.get(anchor.kind, anchor.kind), anchor.by, mono=True, note=note)
+        yield Fact(_VOUCHED.get(anchor.kind, anchor.kind), _key(anchor.by), mono=True, note=note)
 
 
 def _newest(anchors: Iterable[Anchor]) -> list[Anchor]:

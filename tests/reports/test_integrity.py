@@ -73,3 +73,11 @@ def test_who_vouched_is_told_with_the_reach_and_the_rest():
     assert stamped.value == TSA
     assert stamped.note.startswith("all of it, at ")
     assert "not covered" not in stamped.note
+
+
+def test_a_key_of_many_lines_is_told_by_its_name_and_id():
+    long = "example.com/rlhf-audit+33333333+" + "Qm" * 800
+    evidence = told(KeyRotated(role="mldsa", old=None, new=long, reason="", signature="cw=="))
+    (fact,) = facts(evidence, "New key")
+    assert fact.value == "example.com/rlhf-audit+33333333+…"
+    assert fact.note.endswith("the second (ML-DSA-44) key was added")
