@@ -105,18 +105,22 @@ class MasterKey:
     Args:
         path: the file.
         generations: what it holds, the oldest first.
-        passphrase: what it is sealed with; ``None`` where it is in the clear.
+        passphrase: what it is sealed with.
+        sealed: whether it is; a file in the clear stays so, also where a passphrase is at hand.
     """
 
-    def __init__(self, path: Path, generations: Sequence[Generation], passphrase: bytes | None = None) -> None:
+    def __init__(
+        self, path: Path, generations: Sequence[Generation], passphrase: bytes | None = None, *, sealed: bool
+    ) -> None:
         self.path = path
         self._generations = tuple(generations)
         self._passphrase = passphrase
+        self._sealed = sealed
 
     @classmethod
     def create(cls, path: Path, passphrase: bytes | None = None) -> MasterKey:
         """A new master key, whose bytes (`encode`) are not written yet."""
-        return cls(path, [Generation.first()], passphrase)
+        return cls(path, [Generation.first()], passphrase, sealed=passphrase is not None)
 
     @classmethod
     def load(cls, path: Path, passphrase: bytes | None = None) -> MasterKey:
@@ -125,7 +129,8 @@ class MasterKey:
         Raises:
             KeyFileError: it is missing, damaged, sealed and no passphrase was given, or the passphrase is wrong.
         """
-        return cls(path, _read(path, passphrase), passphrase)
+        generations, sealed = _read(path, passphrase)
+        return cls(path, generations, passphrase, sealed=sealed)
 
     @property
     def newest(self) -> Generation:
@@ -139,7 +144,7 @@ class MasterKey:
 
     def encode(self) -> bytes:
         """The file's bytes."""
-        return _encode(self._generations, self._passphrase)
+        return _encode(self._generations, self._passphrase if self._sealed else None)
 
     def generation(self, number: int) -> Generation | None:
         """The generation of that number, read from the file where it is not known yet; ``None`` where it has none.
@@ -162,7 +167,7 @@ class MasterKey:
         Raises:
             KeyFileError: it cannot be used.
         """
-        self._generations = _read(self.path, self._passphrase)
+        self._generations, self._sealed = _read(self.path, self._passphrase)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -182,7 +187,7 @@ class MasterKey:
             KeyFileError: it cannot be written; then it is as it was.
         """
         if generations != self._generations:
-            _write(self.path, _encode(generations, self._passphrase))
+            _write(self.path, _encode(generations, self._passphrase if self._sealed else None))
             self._generations = generations
         _sweep(self.path)
 
@@ -233,7 +238,7 @@ def reseal_master(path: Path, passphrase: bytes | None, new: bytes | None) -> No
         KeyFileError: it cannot be used or written, or the passphrase is wrong.
     """
     with _exclusive(path):
-        _write(path, _encode(_read(path, passphrase), new))
+        _write(path, _encode(_read(path, passphrase)[0], new))
 
 
 def locked_keys(folder: Path) -> KeyFileError:
@@ -356,7 +361,8 @@ def _numbers(data: bytes, path: Path) -> list[int]:
     return [row["number"] for row in _fields(data, path)["generations"]]
 
 
-def _read(path: Path, passphrase: bytes | None) -> tuple[Generation, ...]:
+def _read(path: Path, passphrase: bytes | None) -> tuple[tuple[Generation, ...], bool]:
+    """What the file holds, and whether it is sealed."""
     fields = _fields(_bytes(path), path)
     try:
         cipher = None
@@ -364,7 +370,7 @@ def _read(path: Path, passphrase: bytes | None) -> tuple[Generation, ...]:
             if passphrase is None:
                 raise locked_keys(path.parent)
             cipher = AESGCM(_stretch(passphrase, decode_base64(fields["scrypt"]["salt"], "salt of the master key")))
-        return tuple(_generation(row, cipher) for row in fields["generations"])
+        return tuple(_generation(row, cipher) for row in fields["generations"]), cipher is not None
     except InvalidTag as error:
         raise wrong_passphrase(path.parent) from error
     except (ValueError, KeyError, TypeError, FormatError) as error:

@@ -137,6 +137,14 @@ def test_a_passphrase_can_be_changed_and_taken_off(path):
     assert path.read_bytes() == sealed
 
 
+def test_a_file_in_the_clear_stays_so_though_a_passphrase_is_at_hand(path):
+    made(path)
+    master = MasterKey.load(path, b"not asked for")
+    with master.exclusive():
+        master.keep(master.newest.next())
+    assert MasterKey.load(path, None).newest == master.newest
+
+
 # --- copies ---
 
 
