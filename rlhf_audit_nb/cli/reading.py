@@ -120,7 +120,7 @@ class _Table:
         self._total = shutil.get_terminal_size((WIDTH, 24)).columns
         self._place = len(str(max(10_000, look.size())))
         self._type = min(MOST_TYPE, max(map(len, look.types()), default=4))
-        self._run = max(map(len, [*self._runs.values(), "run"]))
+        self._run = max(map(len, [*self._runs.values(), "12345678"]))
         self._rest = max(LEAST_WHAT, self._total - self._place - 19 - self._run - self._type - 8)
 
     def _learn(self) -> None:

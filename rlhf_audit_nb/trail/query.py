@@ -42,6 +42,7 @@ POLL_SECONDS = 0.25
 _FRONT = re.compile(
     rb'\{"v":1,"type":"([a-z0-9._-]+)","time":([0-9]+),"run":(?:null|"([A-Za-z0-9._-]+)"),"seq":[0-9]+,"writer":"'
 )
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _RANGE = re.compile(r"(-?[0-9]+)?(:)?(-?[0-9]+)?")
 _AGO = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
@@ -163,13 +164,14 @@ class Look:
 
     def runs(self) -> list[str]:
         """The ids of all runs, in alphabetical order, from the index."""
-        return [term.removeprefix("r:") for term in self._terms("r:", "r;")]
+        return self._names("r:", "r;")
 
     def types(self) -> list[str]:
         """All types, in alphabetical order, from the index."""
-        return [term.removeprefix("t:") for term in self._terms("t:", "t;")]
+        return self._names("t:", "t;")
 
-    def _terms(self, start: str, stop: str) -> list[str]:
+    def _names(self, start: str, stop: str) -> list[str]:
+        """The names behind the prefix ``start``; what can be no name, in an index that was changed, is left out."""
         # A step for each term, not a row: each search begins behind the last one found.
         query = "SELECT min(term) FROM terms WHERE term > :after AND term < :stop"
         found: list[str] = []
@@ -177,8 +179,8 @@ class Look:
             at = start
             while (term := session.raw.execute(query, {"after": at, "stop": stop}).fetchone()[0]) is not None:
                 at = str(term)
-                found.append(at)
-        return found
+                found.append(at.removeprefix(start))
+        return [name for name in found if _NAME.fullmatch(name)]
 
     def run_named(self, given: str) -> str:
         """The run whose id is ``given`` or begins with it.

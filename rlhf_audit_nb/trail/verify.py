@@ -358,6 +358,8 @@ class _Audit:
         """Whether entries are as old as the checkpoints above them, by which a query by time finds its beginning."""
         while self._commit is not None and self._commit[0] <= self.frontier.size:
             size, when = self._commit
+            if type(when) is not int:  # SQLite lets any value stand in any column
+                raise StoreError("A commit time in the store is not a number; the file is damaged.", code="malformed")
             if size == self.frontier.size and self.checker.latest > when + CLOCK_SLACK_US:
                 self.late = self.late or size
             self._commit = next(self.commits, None)

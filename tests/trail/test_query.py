@@ -222,6 +222,12 @@ def test_an_entry_of_a_later_version_is_said_not_guessed(trail):
     assert "version 9" in item.why
 
 
+def test_a_name_that_no_run_can_have_is_not_taken_from_a_changed_index(trail):
+    change(trail, "INSERT INTO terms VALUES ('r:\x1b[2J', 0), ('t:\x1b[2J', 0), (x'723a00', 0)")
+    assert Look(trail).runs() == ["aaaaaaaa1", "aaaaaaaa2", "bbbbbbbb3"]
+    assert all(name.isprintable() for name in Look(trail).types())
+
+
 def test_a_private_half_stays_closed(folder):
     with Trail.open(folder) as opened:
         opened.append("a.b", b'{"open":1}', private=b'{"secret":"kiwi"}').wait()

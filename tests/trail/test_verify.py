@@ -205,6 +205,7 @@ def test_an_entry_rewritten_together_with_its_leaf_hash_is_found_by_the_signed_r
         ("UPDATE streams SET next = next + 1", "index"),
         ("INSERT INTO open_runs VALUES ('r', 'w')", "index"),
         ("UPDATE checkpoints SET size = 999999 WHERE size = (SELECT max(size) FROM checkpoints)", "checkpoint"),
+        ("UPDATE checkpoints SET time = 'soon'", "store"),
         ("DROP TABLE nodes", "store"),
         ("PRAGMA user_version = 99", "unknown-layout"),
         ("PRAGMA application_id = 99", "store"),
