@@ -4,8 +4,8 @@ Knows nothing of training, notebooks or reports. One module a format: `entry`, `
 and `vkey` (what a signed note and a key look like), `checkpoint`, `statement` and `cosignature` (what cosigners sign),
 `note` (who signs, and what counts), `proof`, `policy`; `keys`, `key_files`, `key_care` and `signers` (key rings),
 `succession` and `rotation` (which key counts when, and how keys change); `commitment`, `vault`, `vault_file`,
-`vault_key`, `openings`, `erasure` and `disclosure` (what is private); `store`, `writer`, `heads` and `liveness` keep it;
-`verify` checks it; `trail` is what the floors above hold.
+`vault_key`, `openings`, `erasure` and `disclosure` (what is private); `store`, `writer`, `heads` and `liveness` keep
+it; `verify` checks it; `trail` is what the floors above hold.
 """
 
 from __future__ import annotations
