@@ -19,13 +19,14 @@ from rlhf_audit_nb.cli.shared import (
     add_json,
     add_policy,
     add_trail,
+    endorse,
     finish,
     note,
     output,
     read_policy,
     trail_folder,
 )
-from rlhf_audit_nb.errors import AnchorError, ConfigError, FormatError, KeyFileError
+from rlhf_audit_nb.errors import AnchorError, ConfigError, FormatError
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.trail import TrailReader
@@ -90,7 +91,7 @@ def _do_anchor(args: argparse.Namespace) -> int:
 
     policy, roots, trail = read_policy(args), _tsa_roots(args), trail_folder(args)
     if args.prepare:
-        path = keep_checkpoint(trail, policy=policy, endorse=_endorse)
+        path = keep_checkpoint(trail, policy=policy, endorse=endorse)
         return finish(args, {"file": str(path)}, [f"kept  {path}", f"  {PREPARED}"])
     added = [
         add_anchor(trail, _read(name, "anchor"), policy=policy, tsa_roots=roots, name=name) for name in args.add or ()
@@ -104,7 +105,7 @@ def _do_anchor(args: argparse.Namespace) -> int:
         witnesses=args.witness,
         authorities=args.tsa or (),
         tsa_roots=roots,
-        endorse=_endorse,
+        endorse=endorse,
         timeout=args.timeout,
     )
     answer = {**done.to_dict(), **({"added": [vars(item) for item in added]} if added else {})}
@@ -115,22 +116,6 @@ def _do_anchor(args: argparse.Namespace) -> int:
 def _wrapped(lines: Iterable[str]) -> list[str]:
     fitting = textwrap.TextWrapper(WIDTH, subsequent_indent=" " * 4, break_long_words=False, break_on_hyphens=False)
     return [part for line in lines for part in fitting.wrap(line)]
-
-
-def _endorse(checkpoint: str) -> str:
-    """The checkpoint with the log's own lasting signature too, where this user has the key for it at hand."""
-    from rlhf_audit_nb.trail.checkpoint import checkpoint_of
-    from rlhf_audit_nb.trail.home import home_folder, keys_folder
-    from rlhf_audit_nb.trail.keys import load_keys
-
-    home, origin = home_folder(), checkpoint_of(checkpoint).origin
-    if not (keys_folder(home, origin) / "mldsa.vkey").is_file():
-        return checkpoint
-    try:
-        return load_keys(home, origin).endorse(checkpoint)
-    except KeyFileError as error:
-        note(f"the checkpoint is anchored without the log's ML-DSA-44 signature: {error.message}")
-        return checkpoint
 
 
 def _asked_words(item: Asked) -> str:

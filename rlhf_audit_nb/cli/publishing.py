@@ -6,8 +6,7 @@ import argparse
 import time
 from dataclasses import asdict
 
-from rlhf_audit_nb.cli.shared import Command, Parser, add_trail, finish, note, trail_folder
-from rlhf_audit_nb.errors import KeyFileError
+from rlhf_audit_nb.cli.shared import Command, Parser, add_trail, endorse, finish, note, trail_folder
 
 __all__ = ["COMMANDS"]
 
@@ -27,27 +26,11 @@ class _Telling:
             note(f"{what} {done:,} of {size:,} entries")
 
 
-def _endorse(checkpoint: str) -> str:
-    """The checkpoint with the log's second signature, where this user has the key for it."""
-    from rlhf_audit_nb.trail.checkpoint import checkpoint_of
-    from rlhf_audit_nb.trail.home import home_folder, keys_folder
-    from rlhf_audit_nb.trail.keys import load_keys
-
-    home, origin = home_folder(), checkpoint_of(checkpoint).origin
-    if not (keys_folder(home, origin) / "mldsa.vkey").is_file():
-        return checkpoint
-    try:
-        return load_keys(home, origin).endorse(checkpoint)
-    except KeyFileError as error:
-        note(f"the checkpoint is published without its second signature: {error.message}")
-        return checkpoint
-
-
 def _do_publish(args: argparse.Namespace) -> int:
     from rlhf_audit_nb.trail.tiles import publish_tiles
 
     trail = trail_folder(args)
-    done = publish_tiles(trail, args.target, progress=_Telling(), everything=args.all, endorse=_endorse)
+    done = publish_tiles(trail, args.target, progress=_Telling(), everything=args.all, endorse=endorse)
     new = done.size - done.before
     said = "nothing was new"
     if done.written or done.removed:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from rlhf_audit_nb.errors import ConfigError, FormatError
+from rlhf_audit_nb.errors import ConfigError, FormatError, KeyFileError
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.trail import TrustPolicy
@@ -26,6 +26,7 @@ __all__ = [
     "add_policy",
     "add_trail",
     "beside",
+    "endorse",
     "finish",
     "is_record",
     "note",
@@ -132,6 +133,22 @@ def is_record(target: str) -> bool:
         next_step="Name an executed notebook (.ipynb) or a trail's folder.",
         code="no-target",
     )
+
+
+def endorse(checkpoint: str) -> str:
+    """The checkpoint with the log's own lasting (ML-DSA-44) signature too, where this user has the key for it."""
+    from rlhf_audit_nb.trail.checkpoint import checkpoint_of
+    from rlhf_audit_nb.trail.home import home_folder, keys_folder
+    from rlhf_audit_nb.trail.keys import load_keys
+
+    home, origin = home_folder(), checkpoint_of(checkpoint).origin
+    if not (keys_folder(home, origin) / "mldsa.vkey").is_file():
+        return checkpoint
+    try:
+        return load_keys(home, origin).endorse(checkpoint)
+    except KeyFileError as error:
+        note(f"the checkpoint is left without the log's ML-DSA-44 signature: {error.message}")
+        return checkpoint
 
 
 def trail_folder(args: argparse.Namespace) -> Path:

@@ -132,5 +132,5 @@ def test_the_second_signature_is_added_where_the_key_is_at_hand(run, trail, tmp_
         path.unlink()
     code, _, err = run("publish", tmp_path / "elsewhere")
     assert code == 0
-    assert "published without its second signature" in err
+    assert "left without the log's ML-DSA-44 signature" in err
     assert len(parse_note((tmp_path / "elsewhere/checkpoint").read_bytes()).signatures) == 1
