@@ -301,8 +301,8 @@ def test_every_truncation_of_the_file_is_found(least):
     assert verify_trail(least).level is Level.UNANCHORED
 
 
-def test_the_log_beside_the_file_cannot_be_cut_without_a_trace(folder, tmp_path, home):
-    """The write-ahead log of a writer that was killed: each cut of it loses whole commits, and the memory shows it."""
+def test_the_log_beside_the_file_cannot_be_cut_or_changed_without_a_trace(folder, tmp_path, home):
+    """The write-ahead log of a writer that was killed: each cut or flip loses whole commits; the memory shows it."""
     opened = Trail.open(folder)
     for number in range(6):
         opened.append("a.b", b'{"n":%d}' % number).wait()
@@ -313,10 +313,12 @@ def test_the_log_beside_the_file_cannot_be_cut_without_a_trace(folder, tmp_path,
     log = (folder / "trail.sqlite-wal").read_bytes()
     opened.close()
     levels = []
-    for length in range(0, len(log) + 1, 997):
+    cuts = [log[:length] for length in range(0, len(log) + 1, 997)]
+    flips = [log[:at] + bytes([log[at] ^ (1 << at % 8)]) + log[at + 1 :] for at in range(0, len(log), 499)]
+    for changed in (*cuts, *flips):
         for name in ("trail.sqlite-shm", "trail.sqlite-wal"):
             (copy / name).unlink(missing_ok=True)
-        (copy / "trail.sqlite-wal").write_bytes(log[:length])
+        (copy / "trail.sqlite-wal").write_bytes(changed)
         verdict = outcome(copy)
         if isinstance(verdict, Verdict) and verdict.level is Level.UNANCHORED:
             assert entries_of(copy) == entries
