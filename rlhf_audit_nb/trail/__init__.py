@@ -5,7 +5,8 @@ and `vkey` (what a signed note and a key look like), `checkpoint`, `statement` a
 `note` (who signs, and what counts), `proof`, `policy`; `keys`, `key_files`, `key_care` and `signers` (key rings),
 `succession` and `rotation` (which key counts when, and how keys change); `commitment`, `vault`, `vault_file`,
 `vault_key`, `openings`, `erasure` and `disclosure` (what is private); `store`, `writer`, `heads` and `liveness` keep
-it; `verify` checks it; `trail` is what the floors above hold.
+it; `verify` checks it and `verdict` says how far that reaches, `query` looks into it; `trail` is what the floors above
+hold.
 """
 
 from __future__ import annotations
