@@ -642,3 +642,40 @@ def test_erasing_again_finishes_what_was_stopped(folder, home, monkeypatch):
         assert caught.value.reason == "unknown-owner"
     assert look(folder)[1] == set()
     assert [name for name, data in theirs.items() if data in every_byte(folder, home)] == []
+
+
+def test_old_copies_from_long_before_bring_nobody_back_and_what_they_lack_is_said(folder, home, tmp_path):
+    filled(folder, ANN, BEN)
+    keep(folder, tmp_path / "kept")
+    key = next(home.rglob("vault.key"))
+    old = key.read_bytes()
+    with Trail.open(folder) as trail:
+        for owner in (ANN, BEN, "joined later"):
+            trail.append("a.b", b"{}", run="r", private=SECRET + b" late", owner=owner)
+        for owner in (ANN, "joined later"):
+            erase(trail, owner, reason="request")
+    put_back(tmp_path / "kept", folder)
+    key.write_bytes(old)
+    for _ in range(2):  # the second opening finds nothing more to do
+        with Trail.open(folder) as trail:
+            assert trail.keys.master.newest.number == 3
+            states = []
+            for seq, commitment in enumerate(commitments(folder)):
+                try:
+                    states.append(bool(trail.vault.open_payload("r", seq, commitment)))
+                except VaultError as error:
+                    states.append(error.reason)
+        assert states == ["erased", True] * 4 + ["opening-missing"] * 3
+    summary, codes = look(folder)
+    assert "opening-missing" in codes
+    assert summary.openings == 4
+    assert verify_trail(folder).level is Level.INVALID
+    assert len(erasures(folder)) == 2
+
+
+def test_what_was_handed_in_and_is_not_durable_yet_is_erased_too(folder):
+    with Trail.open(folder) as trail:
+        for number in range(700):
+            trail.append("a.b", b"{}", run="r", private=b"%d" % number, owner=ANN)
+        assert erase(trail, ANN, reason="request").openings == 700
+    assert look(folder)[0].erased == 700
