@@ -355,6 +355,15 @@ def test_the_environment_names_the_trail(tmp_path, home, monkeypatch):
         Trail.open("postgresql+psycopg://host/db")
 
 
+def test_the_names_of_new_folders_are_on_the_disk_before_anything_is_promised_in_them(tmp_path, home, monkeypatch):
+    synced = []
+    monkeypatch.setattr("rlhf_audit_nb.trail.trail.sync_folder", synced.append)
+    Trail.open(tmp_path / "a" / "b" / "audit").close()
+    assert synced == [tmp_path, tmp_path / "a", tmp_path / "a" / "b"]
+    Trail.open(tmp_path / "a" / "b" / "audit").close()
+    assert len(synced) == 3
+
+
 def test_a_link_in_place_of_the_store_is_refused(folder, tmp_path):
     Trail.open(folder).close()
     (folder / "trail.sqlite").rename(tmp_path / "real.sqlite")
