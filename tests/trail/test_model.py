@@ -222,6 +222,8 @@ class TrailMachine(RuleBasedStateMachine):
         copy = self.copy
         assert copy is not None
         self.trail.close()
+        # What a killed process appended is not in the memory until somebody looks: writers remember every two seconds.
+        verify_trail(self.folder, policy=self.policy, home=self.home)
         away = self.place / "away"
         self.folder.rename(away)
         shutil.copytree(copy.folder, self.folder)
