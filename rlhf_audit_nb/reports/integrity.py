@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["integrity_facts"]
 
 _ROLES = {
-    "log": "the log key, which signs the trail",
+    "log": "the log key, which signs the trail,",
     "record": "the record key",
     "model": "the model key",
     "mldsa": "the second (ML-DSA-44) key",

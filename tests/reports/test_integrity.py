@@ -41,7 +41,7 @@ def test_a_new_key_is_told_with_its_entry_and_its_reason():
     (fact,) = facts(evidence, "New key")
     assert fact.value == "example.com/rlhf-audit+22222222+AQI="
     assert fact.cites[0].text == "#1"
-    assert fact.note.endswith("the log key, which signs the trail was replaced; yearly")
+    assert fact.note.endswith("the log key, which signs the trail, was replaced; yearly")
 
 
 def test_a_signature_by_a_new_key_is_the_trails_own():
