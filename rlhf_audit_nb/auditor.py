@@ -21,12 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_audit_nb.config import AuditConfig, PrivacyConfig
-from rlhf_audit_nb.errors import AuditError, ConfigError, PrivacyError, StoreError
+from rlhf_audit_nb.errors import AuditError, ConfigError, StoreError
 from rlhf_audit_nb.events import (
     CardCreated,
-    PrivacyReserved,
     ReportCreated,
-    decode_body,
     encode_body,
 )
 
@@ -34,13 +32,12 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.capture.annotations import AnnotationImport, Headers, ImportSummary, OpenedAnnotation
     from rlhf_audit_nb.capture.run import Run, RunObserver
     from rlhf_audit_nb.capture.state import PrivacyView
-    from rlhf_audit_nb.privacy.accountant import Mechanism
-    from rlhf_audit_nb.privacy.ledger import Ledger
+    from rlhf_audit_nb.privacy.ledger import Ledger, Spend
     from rlhf_audit_nb.privacy.plan import Plan
-    from rlhf_audit_nb.trail import Entry, Trail, TrailReader, Verdict
+    from rlhf_audit_nb.trail import Trail, TrailReader, Verdict
     from rlhf_audit_nb.trail.erasure import ErasureDone
 
-__all__ = ["AuditableRLHF", "Budget", "Status"]
+__all__ = ["AuditableRLHF", "Budget", "BudgetRun", "Status"]
 
 _NOT_SAID: Any = object()
 
@@ -317,8 +314,40 @@ class AuditableRLHF:
         return Status.of(self.trail)
 
     def budget(self) -> Budget:
-        """What the trail's population has spent and reserved, composed from the trail itself."""
+        """What the trail's population has spent and reserved, and what is left, composed from the trail itself."""
         return Budget.of(_ledger(self.trail.reader()), self.privacy_config)
+
+    def set_budget(
+        self, epsilon: float, *, reason: str, by: str, delta: float | None = None, unit: str | None = None
+    ) -> int:
+        """Set the budget of this trail's population, in an entry that says why and by whom; reports name it.
+
+        Once a budget was set, a run that asks for more is refused; without one, a run's own configuration counts, and
+        a run that names a larger epsilon than the one before raises the budget with a warning. Set it again to raise
+        or lower it; what was spent stays spent::
+
+            auditor.set_budget(8.0, reason="second study, approved by the ethics board", by="A. Keeper")
+
+        Args:
+            epsilon: what all runs together may cost, those included that have spent already.
+            reason: why, in one line that stands in the open.
+            by: who decides, as they are to be named in the open.
+            delta: of the bound; without it the privacy configuration's, the budget's in force, or 1e-5.
+            unit: ``annotator`` or ``pair``; without it the privacy configuration's, or the trail's.
+
+        Returns:
+            The index of the entry.
+
+        Raises:
+            ConfigError: a number out of range; no reason or no name.
+            PrivacyError: the trail keeps the budget of another unit.
+        """
+        from rlhf_audit_nb.privacy.reservation import set_budget
+
+        config = self.privacy_config
+        if config is not None:
+            delta, unit = config.delta if delta is None else delta, unit or config.unit
+        return set_budget(self.trail, epsilon, reason=reason, by=by, delta=delta, unit=unit)
 
     # --- what people read --------------------------------------------------------------------------------------------
 
@@ -480,9 +509,10 @@ class _Privatiser:
     def plan(self, trainer: Any) -> _PrivatePlan:
         from rlhf_audit_nb.privacy.plan import plan_training
 
-        reader = self.trail.reader()
-        prior = _ledger(reader).mechanisms(self.config.unit, self.config.unit_column)
-        return _PrivatePlan(self.trail, plan_training(trainer, self.config, prior), _raised(reader, self.config))
+        ledger = _ledger(self.trail.reader())
+        prior = ledger.mechanisms(self.config.unit, self.config.unit_column)
+        ledger.check(self.config)
+        return _PrivatePlan(self.trail, plan_training(trainer, self.config, prior), _raised(ledger, self.config))
 
 
 class _PrivatePlan:
@@ -567,17 +597,15 @@ def _ledger(reader: TrailReader) -> Ledger:
     return read_ledger(reader)
 
 
-def _raised(reader: TrailReader, config: PrivacyConfig) -> str:
+def _raised(ledger: Ledger, config: PrivacyConfig) -> str:
     """A sentence where the configuration asks for a larger budget than the trail's last reservation; else nothing."""
-    entries = list(reader.entries(type=PrivacyReserved.TYPE))
-    if not entries:
+    if not ledger.spends or ledger.budgets:
         return ""
-    last = decode_body(entries[-1].type, entries[-1].body)
-    assert isinstance(last, PrivacyReserved)  # for the type checker; decode_body checked it
-    if config.epsilon <= last.epsilon_budget:
+    before = ledger.spends[-1].asked.epsilon
+    if config.epsilon <= before:
         return ""
     return (
-        f"This run raises the trail's budget from {last.epsilon_budget:g} to {config.epsilon:g}; "
+        f"This run raises the trail's budget from {before:g} to {config.epsilon:g}; "
         "the trail keeps both, and reports name the raise."
     )
 
@@ -631,11 +659,53 @@ class Status:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budget:
-    """A population's privacy budget on one trail.
+class BudgetRun:
+    """One private training in the budget: ``steps`` that it took, or that it reserved while ``settled`` is false.
 
-    ``spent`` is the composed epsilon of all trainings at ``delta``: settled ones by the steps that they took, others by
-    all that they reserved. ``budget`` and ``left`` are ``None`` where no privacy configuration names a budget.
+    ``epsilon`` is what the training costs alone; these do not add up to the total, which is composed.
+    """
+
+    run: str | None
+    entry: int
+    settled: bool
+    noise_multiplier: float
+    sampling_rate: float
+    steps: int
+    epsilon: float
+
+    def cells(self) -> tuple[str, ...]:
+        """The fields as a table shows them."""
+        from rlhf_audit_nb.compliance.words import epsilon_text, short
+
+        state = "spent" if self.settled else "reserved"
+        noise, rate = f"{self.noise_multiplier:.5g}", f"{self.sampling_rate:.5g}"
+        return (
+            short(self.run or ""),
+            f"#{self.entry}",
+            state,
+            str(self.steps),
+            noise,
+            rate,
+            epsilon_text(self.epsilon),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """A population's privacy budget on one trail; every epsilon is composed, at ``delta``.
+
+    Attributes:
+        unit: whose budget it is; ``None`` while nothing was spent and none was set.
+        delta: of the budget in force.
+        spent: what the settled trainings cost together, by the steps that they took.
+        reserved: what trainings that are not settled add to that, by all that they reserved.
+        budget: the budget in force: the one that was set last, else the configuration's, else the last run's.
+        left: what is left of it, with what is reserved counted; ``None`` where there is no budget.
+        trainings: how many there are.
+        unsettled: how many of them are not settled.
+        set_in: the entry that set the budget; ``None`` where it is a configuration's.
+        set_by: who set it.
+        runs: the trainings one by one.
     """
 
     unit: str | None
@@ -645,21 +715,46 @@ class Budget:
     left: float | None
     trainings: int
     unsettled: int
+    reserved: float = 0.0
+    set_in: int | None = None
+    set_by: str | None = None
+    runs: tuple[BudgetRun, ...] = ()
 
     @classmethod
-    def of(cls, ledger: Ledger, config: PrivacyConfig | None) -> Budget:
-        """The budget as the ledger shows it; without a configuration, at delta 1e-5."""
-        delta = config.delta if config is not None else PrivacyConfig.delta
-        spent = ledger.composed(delta).epsilon
+    def of(cls, ledger: Ledger, config: PrivacyConfig | None = None, *, delta: float | None = None) -> Budget:
+        """The budget as the ledger shows it.
+
+        ``delta`` is that of the budget in force; where another one is given, what is left of it is not known.
+        """
+        chosen = ledger.budgets[-1] if ledger.budgets else None
+        if chosen is not None:
+            limit: tuple[float, float] | None = (chosen.epsilon, chosen.delta)
+        elif config is not None:
+            limit = (config.epsilon, config.delta)
+        else:
+            limit = (ledger.limit.epsilon, ledger.limit.delta) if ledger.limit is not None else None
+        if limit is not None and delta not in (None, limit[1]):
+            limit, chosen = None, None
+        at = delta if delta is not None else limit[1] if limit is not None else PrivacyConfig.delta
+        spent, total = ledger.spent(at)
         return cls(
             unit=ledger.unit,
-            delta=delta,
+            delta=at,
             spent=spent,
-            budget=config.epsilon if config is not None else None,
-            left=max(config.epsilon - spent, 0.0) if config is not None else None,
+            budget=limit[0] if limit is not None else None,
+            left=max(limit[0] - total, 0.0) if limit is not None else None,
             trainings=len(ledger.spends),
             unsettled=sum(not spend.settled for spend in ledger.spends),
+            reserved=total - spent,
+            set_in=chosen.index if chosen is not None else None,
+            set_by=chosen.by if chosen is not None else None,
+            runs=tuple(_budget_run(spend, at) for spend in ledger.spends),
         )
+
+    @property
+    def total(self) -> float:
+        """What is spent and reserved together."""
+        return self.spent + self.reserved
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values."""
@@ -672,19 +767,45 @@ class Budget:
     def __str__(self) -> str:
         from rlhf_audit_nb.compliance.words import delta_text, epsilon_text
 
+        set_by = f", set by {self.set_by} in entry {self.set_in}" if self.set_by is not None else ""
+        of = f" of {self.budget:g} ({_down(self.left or 0.0)} left{set_by})" if self.budget is not None else ""
         if not self.trainings:
-            return "No training under differential privacy is recorded in this trail."
-        # Rounded against us: what is spent upwards, what is left downwards.
-        left = math.floor((self.left or 0.0) * 100) / 100
-        of = f" of {self.budget:g} ({left:.2f} left)" if self.budget is not None else ""
+            none = "No training under differential privacy is recorded in this trail."
+            return f"{none} The budget is {self.budget:g}{set_by}." if self.set_by is not None else none
         open_ones = f", {self.unsettled} of them not settled" if self.unsettled else ""
+        reserved = f" (spent {epsilon_text(self.spent)}, reserved {epsilon_text(self.reserved)})"
         return (
-            f"ε {epsilon_text(self.spent)}{of}, δ {delta_text(self.delta)}, unit {self.unit}, "
-            f"{self.trainings} private training{'s' if self.trainings != 1 else ''}{open_ones}."
+            f"ε {epsilon_text(self.total)}{reserved if self.unsettled else ''}{of}, δ {delta_text(self.delta)}, "
+            f"unit {self.unit}, {self.trainings} private training{'s' if self.trainings != 1 else ''}{open_ones}."
         )
 
     def _repr_html_(self) -> str:
-        return f"<p><b>Privacy budget.</b> {escape(str(self))}</p>"
+        words = f"<p><b>Privacy budget.</b> {escape(str(self))}</p>"
+        if not self.runs:
+            return words
+        heads = ("run", "entry", "state", "steps", "noise multiplier", "sampling rate", "ε alone")
+        rows = [heads, *(one.cells() for one in self.runs)]
+        lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+        return f"{words}<table>{lines}</table><p>All runs are composed; their ε do not add up.</p>"
+
+
+def _budget_run(spend: Spend, delta: float) -> BudgetRun:
+    from rlhf_audit_nb.privacy.accountant import composed_epsilon
+
+    return BudgetRun(
+        run=spend.run,
+        entry=spend.asked.index,
+        settled=spend.settled,
+        noise_multiplier=spend.mechanism.noise_multiplier,
+        sampling_rate=spend.mechanism.sampling_rate,
+        steps=spend.steps,
+        epsilon=composed_epsilon([spend.mechanism], delta),
+    )
+
+
+def _down(value: float, digits: int = 2) -> str:
+    """What is left, rounded against us: downwards."""
+    return f"{math.floor(value * 10**digits) / 10**digits:.{digits}f}"
 
 
 def _save_json(values: dict[str, Any], path: Path | str) -> Path:

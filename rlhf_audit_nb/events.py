@@ -25,6 +25,7 @@ __all__ = [
     "AnnotationRecorded",
     "AnnotationSource",
     "AnnotationsImported",
+    "BudgetSet",
     "CardCreated",
     "CellExecuted",
     "DataBound",
@@ -281,6 +282,22 @@ class PrivacySettled(Event, frozen=True, kw_only=True):
     epsilon_run: Number
     epsilon_total: Number
     stopped_by_budget: bool = False
+
+
+class BudgetSet(Event, frozen=True, kw_only=True):
+    """Somebody set the population's budget on this trail: from here on no run may ask for more.
+
+    ``unit`` is the privacy unit that the budget counts; ``epsilon`` and ``delta`` bound the composed total of all runs,
+    earlier ones included. ``by`` and ``reason`` are what was said of it, in the open.
+    """
+
+    TYPE: ClassVar[str] = "privacy.budget"
+
+    unit: str
+    epsilon: float
+    delta: float
+    reason: str
+    by: str
 
 
 class StepPrivate(Private, frozen=True, kw_only=True):

@@ -43,6 +43,8 @@ from rlhf_audit_nb.events import (
     StepPrivate,
     TrainerAttached,
 )
+from rlhf_audit_nb.privacy.accountant import Mechanism, composed_epsilon
+from rlhf_audit_nb.privacy.ledger import Ledger, Limit, Spend
 from rlhf_audit_nb.trail import TrailReader, verify_trail
 
 PAIRS = synthetic_pairs(20)
@@ -503,6 +505,58 @@ def test_a_run_that_asks_for_a_larger_budget_than_the_trails_last_one_is_warned_
         assert trained("less", 800.0) == []
 
 
+def test_once_a_budget_was_set_a_run_that_asks_for_more_is_refused_before_data_is_touched(tmp_path):
+    held = auditor(tmp_path, epsilon=900.0)
+    index = held.set_budget(400.0, reason="two studies", by="A. Keeper")
+    trainer = reward_trainer(PAIRS, tmp_path / "more", max_steps=1)
+    before = weights(trainer)
+    refused = pytest.raises(BudgetExceededError, match=rf"A\. Keeper set it in entry {index}")
+    with refused as caught, held.track_training("more") as run:
+        trainer.train()
+    assert caught.value.reason == "budget-set"
+    assert unchanged(trainer, before)
+    assert not events(held.trail, PrivacyReserved)
+    assert not events(held.trail, DataBound, run.id)
+    with auditor(tmp_path, epsilon=300.0).track_training("less"):
+        reward_trainer(PAIRS, tmp_path / "less", max_steps=1).train()
+    held.set_budget(900.0, reason="a third study", by="A. Keeper")
+    with held.track_training("raised") as run:
+        trainer.train()
+    assert not [said for said in run.state.warnings if "raises" in said]
+    said = held.generate_compliance_report().to_dict()["privacy_words"]
+    assert "set to ε = 400 (δ = 0.001) by A. Keeper" in said
+    assert "“a third study”" in said
+
+
+def test_an_exhausted_budget_is_named_with_the_choices_before_the_data_is_read(tmp_path):
+    class Untouchable:
+        """A data set of which only the outside may be looked at."""
+
+        def __init__(self, real):
+            self.column_names, self.features = real.column_names, real.features
+
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, key):
+            raise AssertionError(f"{key} was read")
+
+        def __iter__(self):
+            raise AssertionError("rows were read")
+
+    with auditor(tmp_path).track_training("first"):
+        reward_trainer(PAIRS, tmp_path / "a", max_steps=1).train()
+    trainer = reward_trainer(PAIRS, tmp_path / "b", max_steps=1)
+    trainer.train_dataset = Untouchable(trainer.train_dataset)
+    held = auditor(tmp_path, epsilon=auditor(tmp_path).budget().spent)
+    with pytest.raises(BudgetExceededError, match="not a single step fits") as refused, held.track_training("second"):
+        trainer.train()
+    for choice in ("fewer steps", "more noise", "a larger budget"):
+        assert choice in refused.value.next_step
+    with pytest.raises(AssertionError, match="annotator_id was read"), auditor(tmp_path).track_training("reads"):
+        trainer.train()  # with budget left the roster is read: the data set above does notice
+
+
 def test_evaluation_in_a_private_run_is_refused_and_free_again_after_it(tmp_path):
     trainer = dpo_trainer(PAIRS, tmp_path / "out", max_steps=1)
     with auditor(tmp_path).track_training("private"):
@@ -675,7 +729,7 @@ def test_after_kill_9_nothing_durable_is_lost_and_the_reservation_counts(tmp_pat
     budget = held.budget()
     (reserved,) = events(held.trail, PrivacyReserved)
     assert (budget.trainings, budget.unsettled) == (1, 1)
-    assert budget.spent == pytest.approx(reserved.epsilon_planned)
+    assert (budget.spent, budget.reserved) == (0.0, pytest.approx(reserved.epsilon_planned))
     with held.track_training("after"):  # the budget goes on from there
         dpo_trainer(PAIRS, tmp_path / "again", max_steps=1).train()
     assert events(held.trail, PrivacyReserved)[1].epsilon_before == pytest.approx(reserved.epsilon_planned)
@@ -703,6 +757,38 @@ def test_markup_in_a_name_stays_text(tmp_path):
 def test_the_budget_of_an_untouched_trail_is_empty(tmp_path):
     budget = auditor(tmp_path).budget()
     assert budget == Budget(unit=None, delta=1e-3, spent=0.0, budget=50.0, left=50.0, trainings=0, unsettled=0)
+
+
+def test_a_budget_that_was_set_is_what_is_left_of_whatever_a_configuration_says(tmp_path):
+    held = auditor(tmp_path)
+    entry = held.set_budget(20.0, reason="r", by="A. <b>Keeper</b>")
+    budget = held.budget()
+    assert (budget.budget, budget.left, budget.set_in, budget.set_by) == (20.0, 20.0, entry, "A. <b>Keeper</b>")
+    assert (budget.unit, budget.delta) == ("annotator", 1e-3)
+    assert f"The budget is 20, set by A. <b>Keeper</b> in entry {entry}." in str(budget)
+    assert "<b>Keeper" not in budget._repr_html_()
+    assert AuditableRLHF(audit_config=held.audit_config).budget() == budget
+
+
+def test_spent_reserved_and_left_are_told_apart_by_run():
+    def spend(name, index, settled):
+        asked = Limit(index, "pair", 8.0, 1e-5)
+        return Spend(name, name * 32, Mechanism(2.0, 0.2, 10), settled=settled, steps=10, asked=asked)
+
+    budget = Budget.of(Ledger("pair", None, (spend("a", 3, settled=True), spend("b", 9, settled=False))))
+    alone = composed_epsilon([Mechanism(2.0, 0.2, 10)], 1e-5)
+    both = composed_epsilon([Mechanism(2.0, 0.2, 20)], 1e-5)
+    assert (budget.spent, budget.total) == (alone, pytest.approx(both))
+    assert budget.reserved == pytest.approx(both - alone)
+    assert budget.left == pytest.approx(8.0 - both)
+    assert [(one.entry, one.settled, one.steps, one.epsilon) for one in budget.runs] == [
+        (3, True, 10, alone),
+        (9, False, 10, alone),
+    ]
+    assert "spent" in str(budget)
+    assert budget._repr_html_().count("<tr>") == 3
+    other = Budget.of(Ledger("pair", None, (spend("a", 3, settled=True),)), delta=1e-6)
+    assert (other.budget, other.left, other.delta) == (None, None, 1e-6)
 
 
 def test_two_auditors_share_one_trail_and_a_deleted_one_is_made_anew(tmp_path):

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from rlhf_audit_nb.events import (
+    BudgetSet,
     DataBound,
     EnvironmentCaptured,
     Event,
@@ -128,7 +129,8 @@ class Composed:
     """The privacy loss of the population over all private runs, as the trail last recorded it.
 
     ``total`` is ``None`` where no run is private; ``unbounded_runs`` were trained without differential privacy (or
-    without a recorded reservation) and are covered by no bound at all.
+    without a recorded reservation) and are covered by no bound at all. ``set_budgets`` are those that somebody set,
+    in an entry of their own.
     """
 
     total: Number | None
@@ -143,6 +145,7 @@ class Composed:
     private_runs: int
     unbounded_runs: int
     raises: tuple[Raise, ...] = ()
+    set_budgets: tuple[tuple[Item, BudgetSet], ...] = ()
 
 
 def run_facts(evidence: Evidence) -> tuple[RunFacts, ...]:
@@ -209,7 +212,7 @@ def _by_run(pairs: tuple[tuple[Item, EventT], ...]) -> dict[str, tuple[tuple[Ite
     return {run: tuple(events) for run, events in found.items()}
 
 
-def composed_privacy(runs: tuple[RunFacts, ...]) -> Composed:
+def composed_privacy(runs: tuple[RunFacts, ...], set_budgets: tuple[tuple[Item, BudgetSet], ...] = ()) -> Composed:
     """The population's composed privacy loss, from the totals that reservations and settlements recorded.
 
     Each total already composes what came before it; an unsettled reservation counts in full. So the figure that
@@ -220,7 +223,7 @@ def composed_privacy(runs: tuple[RunFacts, ...]) -> Composed:
     private = sum(run.guarantee == "bound" for run in runs)
     if not spends:
         return Composed(None, None, None, None, None, None, settled=True, indices=(), other_deltas=(),
-                        private_runs=private, unbounded_runs=unbounded)  # fmt: skip
+                        private_runs=private, unbounded_runs=unbounded, set_budgets=set_budgets)  # fmt: skip
     newest = spends[-1].reserved
     same = [spend for spend in spends if spend.reserved.delta == newest.delta]
     others = tuple(sorted({spend.reserved.delta for spend in spends} - {newest.delta}))
@@ -232,11 +235,14 @@ def composed_privacy(runs: tuple[RunFacts, ...]) -> Composed:
         units=newest.units,
         budget=newest.epsilon_budget,
         settled=all(spend.settled is not None for spend in spends),
-        indices=tuple(sorted(index for spend in spends for index in spend.indices)),
+        indices=tuple(
+            sorted([*(index for one in spends for index in one.indices), *(item.index for item, _ in set_budgets)])
+        ),
         other_deltas=others,
         private_runs=private,
         unbounded_runs=unbounded,
         raises=tuple(_raises(spends)),
+        set_budgets=set_budgets,
     )
 
 

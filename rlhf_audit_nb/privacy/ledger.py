@@ -4,6 +4,9 @@ A training reserves its whole plan in one entry (``privacy.reserved``) before it
 (``privacy.settled``) puts the steps that really ran in its place. A reservation that was never settled, because the
 process died, counts in full for ever. Mechanisms are kept, not epsilons, and are composed again each time.
 
+What a run may plan with is its own configuration's epsilon, until somebody sets the trail's budget in an entry
+(``privacy.budget``): from then on no run may ask for more than the newest such entry says.
+
 One trail holds one population under one unit. Runs that count annotators and runs that count pairs cannot be added
 up, so a trail with both is refused; so is one whose runs tell annotators apart by different columns.
 """
@@ -11,21 +14,25 @@ up, so a trail with both is refused; so is one whose runs tell annotators apart 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-from rlhf_audit_nb.errors import PrivacyError
-from rlhf_audit_nb.events import PrivacyReserved, PrivacySettled, decode_body
-from rlhf_audit_nb.privacy.accountant import Accounted, Mechanism, compose
+from rlhf_audit_nb.errors import BudgetExceededError, PrivacyError
+from rlhf_audit_nb.events import BudgetSet, PrivacyReserved, PrivacySettled, decode_body
+from rlhf_audit_nb.privacy.accountant import Accounted, Mechanism, compose, composed_epsilon
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.config import PrivacyConfig
 
-__all__ = ["Ledger", "Spend", "fold"]
+__all__ = ["Ledger", "Limit", "Spend", "fold"]
 
 
 class LedgerEntry(Protocol):
     """What the ledger reads of a trail's entry."""
+
+    @property
+    def index(self) -> int:
+        """Its place in the trail."""
 
     @property
     def type(self) -> str:
@@ -41,6 +48,27 @@ class LedgerEntry(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Limit:
+    """A budget, and the entry that says so.
+
+    Attributes:
+        index: that entry.
+        unit: the privacy unit that it counts.
+        epsilon: what all runs together may cost,
+        delta: at this delta.
+        reason: why it was set; ``None`` where it is only what a run's configuration named.
+        by: who set it, likewise.
+    """
+
+    index: int
+    unit: str
+    epsilon: float
+    delta: float
+    reason: str | None = None
+    by: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Spend:
     """One training's place in the ledger.
 
@@ -50,6 +78,7 @@ class Spend:
         mechanism: sigma, q and the steps that count: those that ran once settled, all that were planned before.
         settled: whether the actual steps are known.
         steps: the steps that count (``mechanism.steps``).
+        asked: the budget that the run's configuration named.
     """
 
     reservation: str
@@ -57,15 +86,50 @@ class Spend:
     mechanism: Mechanism
     settled: bool
     steps: int
+    asked: Limit
 
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """What was spent on one trail; ``unit`` is ``None`` while nothing was, ``column`` also where each row is a unit."""
+    """What was spent on one trail.
+
+    Attributes:
+        unit: whose budget it is; ``None`` while nothing was spent and no budget was set.
+        column: the column that tells units apart; ``None`` also where each row is one.
+        spends: the trainings, in the order of their reservations.
+        budgets: the budgets that were set, in order; the last one is in force.
+    """
 
     unit: str | None
     column: str | None
     spends: tuple[Spend, ...]
+    budgets: tuple[Limit, ...] = ()
+
+    @property
+    def limit(self) -> Limit | None:
+        """The budget in force: the one that was set last; while none was, the one that the last run named."""
+        if self.budgets:
+            return self.budgets[-1]
+        return self.spends[-1].asked if self.spends else None
+
+    def check(self, config: PrivacyConfig) -> None:
+        """Whether a run may ask for what ``config`` asks for, now that the trail's budget was set (if it was).
+
+        Raises:
+            BudgetExceededError: it asks for a larger epsilon, or a larger delta, than the budget that was set.
+        """
+        limit = self.budgets[-1] if self.budgets else None
+        if limit is None or (config.epsilon <= limit.epsilon and config.delta <= limit.delta):
+            return
+        asked = f"epsilon {config.epsilon:g}" if config.epsilon > limit.epsilon else f"delta {config.delta:g}"
+        raised = f"--epsilon {max(config.epsilon, limit.epsilon):g} --delta {max(config.delta, limit.delta):g}"
+        raise BudgetExceededError(
+            f"This run asks for a budget of {asked}, and this trail's is epsilon {limit.epsilon:g} at delta "
+            f"{limit.delta:g}: {limit.by} set it in entry {limit.index}.",
+            next_step="Ask for no more than that, or have it raised, which is recorded: rlhf-audit budget set "
+            f"{raised} --reason TEXT --by NAME. Nothing was trained.",
+            code="budget-set",
+        )
 
     def mechanisms(self, unit: str, column: str | None = None) -> tuple[Mechanism, ...]:
         """What counts against the budget of the population that ``unit`` and ``column`` tell apart.
@@ -79,7 +143,7 @@ class Ledger:
                 next_step=f'Use unit="{self.unit}", or another trail (trail="...") for the other unit.',
                 code="mixed-units",
             )
-        if self.unit is not None and column != self.column:
+        if self.spends and column != self.column:
             same = f'Use annotator_column="{self.column}", or' if self.column else "Use"
             raise PrivacyError(
                 f"This trail keeps the privacy budget of {self.unit}s by {_column_words(self.column)}; a run by "
@@ -97,40 +161,53 @@ class Ledger:
         """What is left of the configured budget, never below 0."""
         return max(config.epsilon - self.composed(config.delta).epsilon, 0.0)
 
+    def spent(self, delta: float) -> tuple[float, float]:
+        """Composed epsilon of what was settled, and of that with all that is still reserved."""
+        settled = composed_epsilon([spend.mechanism for spend in self.spends if spend.settled], delta)
+        if all(spend.settled for spend in self.spends):
+            return settled, settled
+        # Bounds on grids of their own may cross where the reservation is next to nothing.
+        return settled, max(composed_epsilon([spend.mechanism for spend in self.spends], delta), settled)
+
 
 def fold(entries: Iterable[LedgerEntry]) -> Ledger:
     """The ledger of a trail, from its entries in order (others than the ledger's own are passed over).
 
     Raises:
-        PrivacyError: reservations of two units or by two columns; a settlement of an unknown or settled reservation, or
-            of more steps.
+        PrivacyError: reservations or budgets of two units, reservations by two columns; a settlement of an unknown or
+            settled reservation, or of more steps.
         EntryError: an entry of the ledger is malformed.
     """
     spends: dict[str, Spend] = {}
     first: PrivacyReserved | None = None
+    budgets: list[Limit] = []
     for entry in entries:
         if entry.type == PrivacyReserved.TYPE:
             reserved = decode_body(entry.type, entry.body)
             assert isinstance(reserved, PrivacyReserved)  # for the type checker; decode_body checked it
             first = first or reserved
             _check_same_population(first, reserved)
-            _reserve(spends, reserved, entry.run)
+            _reserve(spends, reserved, entry)
         elif entry.type == PrivacySettled.TYPE:
             settled = decode_body(entry.type, entry.body)
             assert isinstance(settled, PrivacySettled)  # for the type checker; decode_body checked it
             _settle(spends, settled)
-    if first is None:
-        return Ledger(None, None, ())
-    return Ledger(first.unit, first.column, tuple(spends.values()))
+        elif entry.type == BudgetSet.TYPE:
+            chosen = decode_body(entry.type, entry.body)
+            assert isinstance(chosen, BudgetSet)  # for the type checker; decode_body checked it
+            budgets.append(
+                Limit(entry.index, chosen.unit, chosen.epsilon, chosen.delta, reason=chosen.reason, by=chosen.by)
+            )
+    units = {budget.unit for budget in budgets} | ({first.unit} if first is not None else set())
+    if len(units) > 1:
+        raise _mixed_units(*sorted(units))
+    unit = next(iter(units), None)
+    return Ledger(unit, None if first is None else first.column, tuple(spends.values()), tuple(budgets))
 
 
 def _check_same_population(first: PrivacyReserved, other: PrivacyReserved) -> None:
     if other.unit != first.unit:
-        raise PrivacyError(
-            f"The trail holds reservations for {first.unit}s and for {other.unit}s; they cannot be added up.",
-            next_step="Keep one trail for each privacy unit.",
-            code="mixed-units",
-        )
+        raise _mixed_units(first.unit, other.unit)
     if other.column != first.column:
         raise PrivacyError(
             f"The trail holds reservations for {first.unit}s of {_column_words(first.column)} and of "
@@ -140,15 +217,26 @@ def _check_same_population(first: PrivacyReserved, other: PrivacyReserved) -> No
         )
 
 
+def _mixed_units(first: str, second: str) -> PrivacyError:
+    return PrivacyError(
+        f"The trail holds budgets for {first}s and for {second}s; they cannot be added up.",
+        next_step="Keep one trail for each privacy unit.",
+        code="mixed-units",
+    )
+
+
 def _column_words(column: str | None) -> str:
     return f"the column {column!r}" if column else "a column that is not recorded"
 
 
-def _reserve(spends: dict[str, Spend], event: PrivacyReserved, run: str | None) -> None:
+def _reserve(spends: dict[str, Spend], event: PrivacyReserved, entry: LedgerEntry) -> None:
     if event.reservation in spends:
         raise PrivacyError(f"Reservation {event.reservation} stands twice in the trail.", code="ledger")
     mechanism = Mechanism(event.noise_multiplier, event.sampling_rate, event.steps)
-    spends[event.reservation] = Spend(event.reservation, run, mechanism, settled=False, steps=event.steps)
+    asked = Limit(entry.index, event.unit, event.epsilon_budget, event.delta)
+    spends[event.reservation] = Spend(
+        event.reservation, entry.run, mechanism, settled=False, steps=event.steps, asked=asked
+    )
 
 
 def _settle(spends: dict[str, Spend], event: PrivacySettled) -> None:
@@ -160,4 +248,4 @@ def _settle(spends: dict[str, Spend], event: PrivacySettled) -> None:
             code="ledger",
         )
     mechanism = spend.mechanism.with_steps(event.steps)
-    spends[event.reservation] = Spend(spend.reservation, spend.run, mechanism, settled=True, steps=event.steps)
+    spends[event.reservation] = replace(spend, mechanism=mechanism, settled=True, steps=event.steps)

@@ -151,6 +151,8 @@ def plan_training(trainer: Any, config: PrivacyConfig, prior: Sequence[Mechanism
     """
     check_supported(trainer)
     check_unit(trainer, config.unit)
+    if composed_epsilon(prior, config.delta) >= config.epsilon:  # said before even the roster is read
+        raise _exhausted(config, composed_epsilon(prior, config.delta))
     dataset = _dataset(trainer)
     units = _units(dataset, config)
     rate = config.sampling_rate or _default_rate(trainer.args, len(units))
@@ -302,15 +304,16 @@ def _mechanism(
     return Mechanism(config.noise_multiplier, rate, steps)
 
 
-def _exhausted(config: PrivacyConfig, before: float, asked: int) -> BudgetExceededError:
+def _exhausted(config: PrivacyConfig, before: float, asked: int | None = None) -> BudgetExceededError:
     left = max(config.epsilon - before, 0.0)
     noise = "" if config.noise_multiplier is None else f" at noise multiplier {config.noise_multiplier:g}"
     this_run = "" if config.run_epsilon is None else f" (this run may add {config.run_epsilon:g})"
+    none_fits = "not a single step fits" if asked is None else f"none of the {asked} steps fits"
     return BudgetExceededError(
         f"The privacy budget does not allow this run: epsilon {before:.4g} of {config.epsilon:g} is spent or reserved, "
-        f"{left:.4g} is left{this_run}, and none of the {asked} steps fits{noise}.",
+        f"{left:.4g} is left{this_run}, and {none_fits}{noise}.",
         next_step="Choose fewer steps, more noise (a larger noise_multiplier or a smaller sampling_rate), or a larger "
-        "budget (epsilon); nothing was trained.",
+        "budget (epsilon; where the trail's was set, `rlhf-audit budget set`); nothing was trained.",
     )
 
 

@@ -1,4 +1,4 @@
-"""Reserving on a trail: the ledger is read and the plan appended in one transaction. Floor 2.
+"""Writing to the ledger: it is read and what is reserved, or set, is appended in one transaction. Floor 2.
 
 Of any number of runs, in any number of processes, that want the last of a budget, as many get it as fit: the
 reservation's body is made within the append's own transaction, from the ledger as it stands there. Where another run
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rlhf_audit_nb.errors import PrivacyError
-from rlhf_audit_nb.events import PrivacyReserved, PrivacySettled, encode_body, encode_private
+from rlhf_audit_nb.config import PrivacyConfig
+from rlhf_audit_nb.errors import ConfigError, PrivacyError
+from rlhf_audit_nb.events import BudgetSet, PrivacyReserved, PrivacySettled, encode_body, encode_private
 from rlhf_audit_nb.privacy.ledger import Ledger, fold
 from rlhf_audit_nb.privacy.plan import Plan, reserve_event, sealed_event
 
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.privacy.sampling import SealedRandom
     from rlhf_audit_nb.trail import Trail, TrailReader
 
-__all__ = ["RACES", "read_ledger", "reserve"]
+__all__ = ["RACES", "read_ledger", "reserve", "set_budget"]
 
 RACES = 8
 """How often a reservation is planned anew when other runs reserve at the same time."""
 
-_KINDS = (PrivacyReserved.TYPE, PrivacySettled.TYPE)
+_KINDS = (PrivacyReserved.TYPE, PrivacySettled.TYPE, BudgetSet.TYPE)
+_LONGEST = 500  # characters of a reason or a name
 
 
 def read_ledger(reader: TrailReader) -> Ledger:
@@ -52,14 +54,16 @@ def reserve(
         The plan that was reserved: ``plan`` itself, or what was planned anew where other runs had reserved meanwhile.
 
     Raises:
-        BudgetExceededError: other runs took the budget; nothing was appended.
+        BudgetExceededError: other runs took the budget, or a smaller one was set; nothing was appended.
         PrivacyError: code ``reservation-race``: others reserved each time while this one was planned.
         StoreError: the append failed.
     """
     for _ in range(RACES):
 
         def body(reader: TrailReader, plan: Plan = plan) -> bytes:
-            prior = read_ledger(reader).mechanisms(plan.config.unit, plan.config.unit_column)
+            ledger = read_ledger(reader)
+            ledger.check(plan.config)
+            prior = ledger.mechanisms(plan.config.unit, plan.config.unit_column)
             if prior != plan.prior:
                 raise _LedgerMovedError(prior)
             return encode_body(reserve_event(plan, reservation))
@@ -82,6 +86,65 @@ def reserve(
         next_step="Start the run again when the others have begun.",
         code="reservation-race",
     )
+
+
+def set_budget(
+    trail: Trail, epsilon: float, *, reason: str, by: str, delta: float | None = None, unit: str | None = None
+) -> int:
+    """Set the budget of a trail's population: no run may ask for more from here on, larger or smaller than before.
+
+    Args:
+        trail: the population's trail.
+        epsilon: what all runs together may cost, those included that have spent already.
+        reason: why, in one line that stands in the open.
+        by: who decides, as they are to be named in the open.
+        delta: of the bound; without it that of the budget in force, else 1e-5.
+        unit: ``annotator`` or ``pair``; without it the unit that the trail counts already, else ``annotator``.
+
+    Returns:
+        The index of the entry.
+
+    Raises:
+        ConfigError: a number out of range; no reason or no name.
+        PrivacyError: the trail keeps the budget of another unit.
+        StoreError: the append failed.
+    """
+    said = {"reason": _one_line("reason", reason), "by": _one_line("by", by)}
+
+    def body(reader: TrailReader) -> bytes:
+        ledger = read_ledger(reader)
+        limit = ledger.limit
+        known = {
+            "delta": delta if delta is not None else limit.delta if limit is not None else None,
+            "unit": unit or ledger.unit,
+        }
+        config = PrivacyConfig(
+            epsilon=epsilon,
+            **{name: value for name, value in known.items() if value is not None},  # type: ignore[arg-type]
+        )
+        if ledger.unit not in (None, config.unit):
+            raise PrivacyError(
+                f"This trail keeps the privacy budget of {ledger.unit}s; one of {config.unit}s cannot be set on it.",
+                next_step=f'Set it with unit "{ledger.unit}", or on the trail of the other unit.',
+                code="mixed-units",
+            )
+        return encode_body(
+            BudgetSet(unit=config.unit, epsilon=float(config.epsilon), delta=float(config.delta), **said)
+        )
+
+    return trail.append_guarded(BudgetSet.TYPE, body).index
+
+
+def _one_line(name: str, text: str) -> str:
+    said = text.strip() if isinstance(text, str) else ""
+    if not said or len(said) > _LONGEST or not said.isprintable():
+        found = "empty" if not said else "too long" if len(said) > _LONGEST else "not one line of text"
+        raise ConfigError(
+            f"{name} is {found}; a budget is set with a reason and a name, which stand in the trail.",
+            next_step=f'Write {name}="...", one line of at most {_LONGEST} characters.',
+            code=name,
+        )
+    return said
 
 
 class _LedgerMovedError(Exception):

@@ -89,9 +89,10 @@ def composed_words(composed: Composed, *, trusted: bool) -> str:
     if not trusted:
         return "The trail does not verify. The figures below are what it says, and none of them can be relied on."
     if composed.total is None:
+        said = "Nothing was trained here, so nothing was spent."
         if composed.unbounded_runs:
-            return f"Every run here was {words.NO_BOUND} on what the model may reveal of the people in its data."
-        return "Nothing was trained here, so nothing was spent."
+            said = f"Every run here was {words.NO_BOUND} on what the model may reveal of the people in its data."
+        return said + _set_budgets(composed)
     settled = "spent" if composed.settled else "spent or reserved (a reservation counts in full until it is settled)"
     said = (
         f"{_protects(composed.unit or 'unit')}. Her influence is bounded by " if composed.unit == "annotator"
@@ -107,6 +108,7 @@ def composed_words(composed: Composed, *, trusted: bool) -> str:
     for one in composed.raises:
         before, after = words.number_text(one.before), words.number_text(one.after)
         text += f" The budget was raised from {before} to {after} (#{one.before_index} → #{one.index})."
+    text += _set_budgets(composed)
     if composed.unbounded_runs:
         text += (
             f" This bound does not reach {words.plural(composed.unbounded_runs, 'other run')} of this trail, "
@@ -116,6 +118,14 @@ def composed_words(composed: Composed, *, trusted: bool) -> str:
         deltas = ", ".join(map(words.delta_text, composed.other_deltas))
         text += f" Earlier reservations at δ = {deltas} are composed into it; their own figures are not comparable."
     return text
+
+
+def _set_budgets(composed: Composed) -> str:
+    return "".join(
+        f" The trail's budget was set to ε = {words.number_text(event.epsilon)} (δ = {words.delta_text(event.delta)}) "
+        f"by {event.by} (#{item.index}): “{event.reason}”."
+        for item, event in composed.set_budgets
+    )
 
 
 def privacy_part(run: RunFacts, *, trusted: bool) -> PrivacyPart:

@@ -12,10 +12,10 @@ from support.trails import events, without_cross_checks
 
 from rlhf_audit_nb.auditor import AuditableRLHF
 from rlhf_audit_nb.config import AuditConfig, PrivacyConfig
-from rlhf_audit_nb.errors import EntryError, PrivacyError
-from rlhf_audit_nb.events import Event, PrivacyReserved, PrivacySettled, RunFinished, encode_body
+from rlhf_audit_nb.errors import BudgetExceededError, EntryError, PrivacyError
+from rlhf_audit_nb.events import BudgetSet, Event, PrivacyReserved, PrivacySettled, RunFinished, encode_body
 from rlhf_audit_nb.privacy.accountant import Mechanism, compose
-from rlhf_audit_nb.privacy.ledger import fold
+from rlhf_audit_nb.privacy.ledger import Limit, fold
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,16 @@ class Line:
     type: str
     run: str | None
     body: bytes
+    index: int = 0
 
 
-def line(event: Event, run: str = "run-1") -> Line:
-    return Line(event.TYPE, run, encode_body(event))
+def line(event: Event, run: str = "run-1", index: int = 0) -> Line:
+    return Line(event.TYPE, run, encode_body(event), index)
+
+
+def budget(epsilon: float, delta: float = 1e-5, unit: str = "annotator", index: int = 7) -> Line:
+    event = BudgetSet(unit=unit, epsilon=epsilon, delta=delta, reason="the board agreed", by="A. Keeper")
+    return Line(event.TYPE, None, encode_body(event), index)
 
 
 def reserved(
@@ -134,6 +140,65 @@ def test_a_training_by_another_annotator_column_is_refused_before_it_reserves(tm
         with pytest.raises(PrivacyError, match="by the column 'annotator_id'"):
             train("team")
     assert [event.column for event in events(held.trail, PrivacyReserved)] == ["annotator_id"]
+
+
+def test_without_a_budget_that_was_set_the_last_runs_own_stands_and_none_is_refused() -> None:
+    assert fold([]).limit is None
+    ledger = fold([line(reserved("a"), index=4), line(reserved("b"), index=9)])
+    assert ledger.limit == Limit(9, "annotator", 8.0, 1e-5)
+    ledger.check(PrivacyConfig(epsilon=1000.0, delta=0.1))
+
+
+def test_a_budget_that_was_set_is_in_force_until_the_next_one() -> None:
+    ledger = fold([budget(4.0, index=1), line(reserved("a"), index=2), budget(6.0, 1e-6, index=3)])
+    assert ledger.limit == Limit(3, "annotator", 6.0, 1e-6, reason="the board agreed", by="A. Keeper")
+    assert [one.epsilon for one in ledger.budgets] == [4.0, 6.0]
+    assert ledger.mechanisms("annotator", None) == (Mechanism(1.0, 0.1, 10),)
+
+
+@pytest.mark.parametrize(("epsilon", "delta"), [(4.0, 1e-5), (3.9, 1e-5), (4.0, 1e-6)])
+def test_a_run_that_asks_for_no_more_than_the_budget_that_was_set_may_run(epsilon: float, delta: float) -> None:
+    fold([budget(4.0)]).check(PrivacyConfig(epsilon=epsilon, delta=delta))
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "delta", "asked", "raise_by"),
+    [
+        (4.1, 1e-5, "epsilon 4.1", "--epsilon 4.1 --delta 1e-05"),
+        (3.0, 1e-4, "delta 0.0001", "--epsilon 4 --delta 0.0001"),
+    ],
+)
+def test_a_run_that_asks_for_more_is_refused_and_told_who_set_it_and_how_it_is_raised(
+    epsilon: float, delta: float, asked: str, raise_by: str
+) -> None:
+    with pytest.raises(BudgetExceededError, match=r"A\. Keeper set it in entry 7") as refused:
+        fold([budget(4.0)]).check(PrivacyConfig(epsilon=epsilon, delta=delta))
+    assert refused.value.reason == "budget-set"
+    assert asked in str(refused.value)
+    assert f"rlhf-audit budget set {raise_by} " in refused.value.next_step
+    assert refused.value.exit_code == 3
+
+
+def test_a_budget_says_whose_it_is_before_anything_was_spent() -> None:
+    ledger = fold([budget(4.0, unit="pair")])
+    assert (ledger.unit, ledger.column, ledger.mechanisms("pair")) == ("pair", None, ())
+    with pytest.raises(PrivacyError, match="privacy budget of pairs"):
+        ledger.mechanisms("annotator", "annotator_id")
+    assert fold([budget(4.0)]).mechanisms("annotator", "whichever") == ()
+
+
+def test_budgets_of_two_units_cannot_stand_on_one_trail() -> None:
+    with pytest.raises(PrivacyError, match="annotators and for pairs"):
+        fold([budget(4.0, unit="pair"), line(reserved("a"))])
+
+
+def test_what_is_reserved_is_told_from_what_is_spent() -> None:
+    lines = [line(reserved("a", 10)), line(settled("a", 10)), line(reserved("b", 5, sigma=2.0))]
+    spent, both = fold(lines).spent(1e-5)
+    assert spent == compose([Mechanism(1.0, 0.1, 10)], 1e-5).epsilon
+    assert both == compose([Mechanism(1.0, 0.1, 10), Mechanism(2.0, 0.1, 5)], 1e-5).epsilon
+    assert fold(lines[:2]).spent(1e-5) == (spent, spent)
+    assert fold([]).spent(1e-5) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,20 @@ import pytest
 from support.racing import DELTA, ONE, racers
 
 from rlhf_audit_nb.config import PrivacyConfig
-from rlhf_audit_nb.errors import BudgetExceededError, PrivacyError
-from rlhf_audit_nb.events import PrivacyReserved, PrivacySealed, PrivacySettled, decode_private, encode_body
+from rlhf_audit_nb.errors import BudgetExceededError, ConfigError, PrivacyError
+from rlhf_audit_nb.events import (
+    BudgetSet,
+    PrivacyReserved,
+    PrivacySealed,
+    PrivacySettled,
+    decode_body,
+    decode_private,
+    encode_body,
+)
 from rlhf_audit_nb.privacy import reservation as module
 from rlhf_audit_nb.privacy.accountant import composed_epsilon
 from rlhf_audit_nb.privacy.plan import Plan, plan_units
-from rlhf_audit_nb.privacy.reservation import RACES, read_ledger, reserve
+from rlhf_audit_nb.privacy.reservation import RACES, read_ledger, reserve, set_budget
 from rlhf_audit_nb.privacy.sampling import SealedRandom
 from rlhf_audit_nb.privacy.units import Units
 from rlhf_audit_nb.trail import Trail, TrailReader
@@ -154,6 +162,69 @@ def test_a_run_that_is_always_overtaken_ends_with_a_sentence(tmp_path: Path, mon
         assert refused.value.reason == "reservation-race"
         assert tries == list(range(1, RACES + 1))
         assert module.RACES == RACES
+
+
+def test_a_budget_is_set_in_an_entry_with_its_reason_and_name(tmp_path: Path) -> None:
+    with Trail.open(tmp_path / "audit") as trail:
+        index = set_budget(trail, 4, reason=" the board agreed ", by="A. Keeper")
+        (entry,) = trail.reader().entries(type=BudgetSet.TYPE)
+        assert entry.index == index
+        assert decode_body(entry.type, entry.body) == BudgetSet(
+            unit="annotator", epsilon=4.0, delta=1e-5, reason="the board agreed", by="A. Keeper"
+        )
+
+
+def test_a_budget_takes_over_what_the_trail_says_already(tmp_path: Path) -> None:
+    with Trail.open(tmp_path / "audit") as trail:
+        taken(trail, planned(trail))
+        set_budget(trail, 4.0, reason="r", by="b")
+        set_budget(trail, 5.0, reason="r", by="b", delta=1e-6)
+        set_budget(trail, 6.0, reason="r", by="b")
+        budgets = read_ledger(trail.reader()).budgets
+    assert [(one.unit, one.epsilon, one.delta) for one in budgets] == [
+        ("pair", 4.0, DELTA),
+        ("pair", 5.0, 1e-6),
+        ("pair", 6.0, 1e-6),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"epsilon": 0.0}, "epsilon is 0.0"),
+        ({"epsilon": float("nan")}, "epsilon is nan"),
+        ({"delta": 1.0}, "delta is 1.0"),
+        ({"unit": "person"}, "unit is 'person'"),
+        ({"reason": "  "}, "reason is empty"),
+        ({"by": ""}, "by is empty"),
+        ({"by": "A\nB"}, "by is not one line"),
+        ({"reason": "x" * 501}, "reason is too long"),
+    ],
+)
+def test_a_budget_that_cannot_be_set_changes_nothing(tmp_path: Path, given: dict[str, object], said: str) -> None:
+    with Trail.open(tmp_path / "audit") as trail:
+        size = trail.reader().size
+        arguments = {"epsilon": 4.0, "reason": "r", "by": "b", **given}
+        with pytest.raises(ConfigError, match=said):
+            set_budget(trail, arguments.pop("epsilon"), **arguments)  # type: ignore[arg-type]
+        assert trail.reader().size == size
+
+
+def test_a_budget_of_another_unit_is_refused(tmp_path: Path) -> None:
+    with Trail.open(tmp_path / "audit") as trail:
+        taken(trail, planned(trail))
+        with pytest.raises(PrivacyError, match="keeps the privacy budget of pairs") as refused:
+            set_budget(trail, 4.0, reason="r", by="b", unit="annotator")
+        assert refused.value.reason == "mixed-units"
+
+
+def test_a_smaller_budget_that_is_set_between_plan_and_reservation_counts(tmp_path: Path) -> None:
+    with Trail.open(tmp_path / "audit") as trail:
+        plan = planned(trail)
+        set_budget(trail, BUDGET / 2, reason="halved", by="A. Keeper", unit="pair")
+        with pytest.raises(BudgetExceededError, match=r"A\. Keeper set it"):
+            taken(trail, plan)
+        assert read_ledger(trail.reader()).spends == ()
 
 
 def test_nothing_of_the_seed_is_in_the_trails_folder_in_the_open(tmp_path: Path) -> None:

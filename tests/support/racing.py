@@ -77,7 +77,7 @@ def _work(pipe: Any, start: Any) -> None:
 
 @contextmanager
 def racers(count: int) -> Iterator[Any]:
-    """``count`` processes; what comes back starts one race: ``race(folder, epsilon, faulty=False)`` -> who said what."""
+    """``count`` processes; what comes back starts a race, and gives what each said."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     start = context.Barrier(count)
