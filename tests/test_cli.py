@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sqlite3
 
@@ -13,7 +14,8 @@ from records_support import write_notebook
 from rlhf_audit_nb import cli
 from rlhf_audit_nb.cli import saying
 from rlhf_audit_nb.cli.shared import beside
-from rlhf_audit_nb.trail import Trail
+from rlhf_audit_nb.events import PrivacyReserved, PrivacySettled, encode_body
+from rlhf_audit_nb.trail import Trail, TrailReader
 
 
 @pytest.fixture
@@ -51,7 +53,7 @@ def test_each_command_has_help_and_json(run, command):
         (["verfy", "x.ipynb"], "Did you mean 'verify'?"),
         (["run", "x.ipynb", "--kernl", "y"], "Did you mean '--kernel'?"),
         (["verify"], "RECORD.ipynb|TRAIL"),
-        (["budget"], "plan|show"),
+        (["budget"], "plan|show|left|set"),
         (["budget", "plan", "--sampling-rate", "0.1"], "--steps"),
         (["budget", "plan", "--sampling-rate", "0.1", "--steps", "5"], "either the noise multiplier or the ε"),
         (["verify", "nowhere"], "There is no record or trail at nowhere"),
@@ -306,6 +308,109 @@ def test_budgets_that_differ_are_listed_over_time(run, tmp_path, monkeypatch):
     words, budgets = show(ledger[4:])
     assert "budget over time: 4 (#1), 9 (#5)" in words
     assert [one["epsilon"] for one in budgets] == [4.0, 9.0]
+
+
+@pytest.fixture
+def spent_trail(tmp_path, monkeypatch):
+    """A trail on which one run of 10 steps is settled and one of 20 is not, under a budget of 4."""
+    monkeypatch.setenv("RLHF_AUDIT_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "audit"
+    told = {"unit": "pair", "adjacency": "zero-out", "mechanism": "m", "engine": "e", "generator": "g", "units": 50}
+    told |= {"clipping_norm": 1.0, "noise_multiplier": 2.0, "sampling_rate": 0.1, "max_pairs_per_unit": 8}
+    told |= {"delta": 1e-5, "epsilon_budget": 4.0, "epsilon_before": 0.0, "epsilon_planned": 1.0, "accountants": {}}
+    with Trail.open(folder) as trail:
+        for name, steps in (("a", 10), ("b", 20)):
+            event = PrivacyReserved(reservation=name, steps=steps, steps_asked=steps, **told)
+            trail.append(event.TYPE, encode_body(event), run=name * 32).wait()
+        event = PrivacySettled(reservation="a", steps=10, epsilon_run=0.0, epsilon_total=0.0)
+        trail.append(event.TYPE, encode_body(event), run="a" * 32).wait()
+    return folder
+
+
+def test_a_budget_is_shown_as_spent_reserved_and_left_by_run(run, spent_trail):
+    code, out, _ = run("budget", "show", "--trail", spent_trail, "--json")
+    answer = json.loads(out)
+    spent, total = (dp_accounting_epsilon(2.0, 0.1, steps, 1e-5) for steps in (10, 30))
+    assert code == 0
+    assert answer["spent"] == pytest.approx(spent, rel=1e-6)
+    assert answer["reserved"] == pytest.approx(total - spent, rel=1e-6)
+    assert answer["left"] == pytest.approx(4 - total, rel=1e-6)
+    assert [(one["steps"], one["settled"]) for one in answer["spends"]] == [(10, True), (20, False)]
+    words = run("budget", "show", "--trail", spent_trail)[1]
+    assert f"left      {math.floor((4 - total) * 1e4) / 1e4:.4f} of 4" in words
+    assert "reserved 20 steps" in words
+
+
+def test_the_steps_that_are_left_fit_and_one_more_does_not(run, spent_trail):
+    argv = ("budget", "left", "--noise-multiplier", "2", "--sampling-rate", "0.1", "--trail", spent_trail)
+    code, out, _ = run(*argv, "--json")
+    answer = json.loads(out)
+    assert code == 0
+    assert dp_accounting_epsilon(2.0, 0.1, 30 + answer["steps"], 1e-5) <= 4.0
+    assert dp_accounting_epsilon(2.0, 0.1, 31 + answer["steps"], 1e-5) > 4.0
+    assert answer["epsilon_after"] == pytest.approx(dp_accounting_epsilon(2.0, 0.1, 30 + answer["steps"], 1e-5))
+    assert f"{answer['steps']} steps fit at noise multiplier 2" in run(*argv)[1]
+    words = run("budget", "left", "--noise-multiplier", "0.3", "--sampling-rate", "0.9", "--trail", spent_trail)[1]
+    assert words.startswith("0 steps fit")
+    assert "budget set" in words
+
+
+def test_a_budget_is_set_and_shown_with_its_reason(run, spent_trail):
+    said = ("--reason", "approved by the board", "--by", "A. Keeper", "--trail", spent_trail)
+    code, out, _ = run("budget", "set", "--epsilon", "3", *said, "--json")
+    answer = json.loads(out)
+    assert code == 0
+    assert (answer["epsilon"], answer["before"], answer["unit"], answer["delta"]) == (3.0, 4.0, "pair", 1e-5)
+    shown = json.loads(run("budget", "show", "--trail", spent_trail, "--json")[1])
+    assert (shown["budget"], shown["set_in"], shown["set_by"]) == (3.0, answer["entry"], "A. Keeper")
+    assert shown["budgets"][-1]["reason"] == "approved by the board"
+    words = run("budget", "show", "--trail", spent_trail)[1]
+    assert "of 3, set by A. Keeper" in words
+    assert "A. Keeper set 3: approved by the board" in words
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "said"),
+    [
+        (["set", "--epsilon", "0", "--reason", "r", "--by", "b"], 2, "epsilon is 0.0"),
+        (["set", "--epsilon", "1", "--reason", " ", "--by", "b"], 2, "reason is empty"),
+        (["set", "--epsilon", "1", "--by", "b"], 2, "--reason"),
+        (["set", "--epsilon", "1", "--reason", "r", "--by", "b", "--unit", "annotator"], 3, "budget of pairs"),
+        (["left", "--noise-multiplier", "0", "--sampling-rate", "0.1"], 2, "noise_multiplier is 0.0"),
+        (["left", "--noise-multiplier", "1", "--sampling-rate", "2"], 2, "sampling_rate is 2.0"),
+        (["left", "--noise-multiplier", "1e9", "--sampling-rate", "0.1"], 2, "at most 10,000"),
+    ],
+)
+def test_a_mistake_about_a_budget_is_one_sentence_and_changes_nothing(run, spent_trail, argv, code, said):
+    size = TrailReader.open(spent_trail).size
+    got, out, err = run("budget", *argv, "--trail", spent_trail)
+    assert (got, out) == (code, "")
+    assert said in err
+    assert TrailReader.open(spent_trail).size == size
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("set", "--epsilon", "1", "--reason", "r", "--by", "b"),
+        ("left", "--noise-multiplier", "1", "--sampling-rate", "0.1"),
+    ],
+)
+def test_a_trail_that_is_not_there_is_not_made_for_a_budget(run, tmp_path, argv):
+    code, _, err = run("budget", *argv, "--trail", tmp_path / "misspelt")
+    assert code == 2
+    assert "There is no trail at" in err
+    assert not (tmp_path / "misspelt").exists()
+
+
+def test_what_is_left_of_no_budget_says_how_to_set_one(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_AUDIT_HOME", str(tmp_path / "home"))
+    Trail.open(tmp_path / "audit").close()
+    argv = ("--noise-multiplier", "1", "--sampling-rate", "0.1", "--trail", tmp_path / "audit")
+    code, _, err = run("budget", "left", *argv)
+    assert code == 2
+    assert "has no budget yet" in err
+    assert "budget set" in err
 
 
 def test_publishing_no_trail_is_one_sentence(run, tmp_path):
