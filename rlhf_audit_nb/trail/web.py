@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import http.client
+import socket
+import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from dataclasses import dataclass
 from email.message import Message
-from typing import IO
+from functools import partial
+from typing import IO, Any, Self
 from urllib.parse import urlsplit
 
 from rlhf_audit_nb.errors import AnchorError, ConfigError
@@ -36,6 +40,59 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
     ) -> None:
         """No request."""
+
+
+class _Deadline:
+    """Cuts the connection of a request whose answer has not begun in time.
+
+    The timeout of a socket begins anew with each byte, so that a service that sends its headers byte by byte would be
+    waited for as long as it likes.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.passed = False
+        self._connections: list[http.client.HTTPConnection] = []
+        self._timer = threading.Timer(seconds, self._cut)
+        self._timer.daemon = True
+
+    def __enter__(self) -> Self:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    def connection(self, kind: type[http.client.HTTPConnection], *args: Any, **options: Any) -> Any:
+        """A connection that is cut when the time is over."""
+        made = kind(*args, **options)
+        self._connections.append(made)
+        return made
+
+    def _cut(self) -> None:
+        self.passed = True
+        for connection in self._connections:
+            opened = connection.sock
+            if opened is not None:
+                with suppress(OSError):
+                    opened.shutdown(socket.SHUT_RDWR)
+
+
+class _Http(urllib.request.HTTPHandler):
+    def __init__(self, deadline: _Deadline) -> None:
+        super().__init__()
+        self._deadline = deadline
+
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(partial(self._deadline.connection, http.client.HTTPConnection), req)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def __init__(self, deadline: _Deadline) -> None:
+        super().__init__()
+        self._deadline = deadline
+
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(partial(self._deadline.connection, http.client.HTTPSConnection), req)
 
 
 def check_url(url: str) -> str:
@@ -76,13 +133,21 @@ def get(url: str, *, timeout: float = TIMEOUT) -> Answer:
 def _ask(url: str, body: bytes | None, headers: dict[str, str], timeout: float) -> Answer:
     headers = {**headers, "User-Agent": "rlhf-audit"}
     request = urllib.request.Request(check_url(url), body, headers)  # noqa: S310 (http or https: checked)
+    deadline = _Deadline(timeout)
+    opener = urllib.request.build_opener(_NoRedirect, _Http(deadline), _Https(deadline))
     try:
-        with urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout) as reply:
+        with deadline:
+            try:
+                reply = opener.open(request, timeout=timeout)
+            except urllib.error.HTTPError as error:
+                reply = error
+        with reply:
+            if deadline.passed:  # headers that are cut look like headers that end
+                raise TimeoutError
             return _answer(url, reply.status, reply, timeout)
-    except urllib.error.HTTPError as error:
-        with error:
-            return _answer(url, error.code, error, timeout)
     except (OSError, http.client.HTTPException) as error:
+        if deadline.passed:
+            raise _unreachable(url, f"did not begin its answer in {timeout:g} s") from error
         reason = getattr(error, "reason", None) or error
         raise _unreachable(url, f"gave no answer: {reason}") from error
 

@@ -70,6 +70,16 @@ def test_a_service_that_does_not_speak_http_or_hangs_up_is_unreachable(answer):
     assert caught.value.reason == "unreachable"
 
 
+@pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\nX-Long: ", b"HTTP/1.1 ", b""])
+def test_a_service_that_drips_its_headers_is_let_go(head):
+    server, url = listen(head + b"x" * 60_000, drip=0.05)
+    begun = time.monotonic()
+    with server, pytest.raises(AnchorError) as caught:
+        get(url, timeout=1.0)
+    assert time.monotonic() - begun < 5
+    assert "did not begin its answer in 1 s" in caught.value.message
+
+
 def test_a_service_that_drips_is_let_go():
     body = b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n" + b"x" * 500
     server, url = listen(body, drip=0.1)
