@@ -93,7 +93,7 @@ def parse_range(text: str, size: int) -> range:
         StoreError: it names none of them, or is no such thing.
     """
     match = _RANGE.fullmatch(text.strip())
-    if match is None or not text.strip():
+    if match is None or not text.strip() or (not match[2] and match[3] is not None):
         raise StoreError(
             f"{text[:40]!r} names no entry.",
             next_step="Write an index such as 7, -1 for the last, or a range such as 5:10 (10 not included).",

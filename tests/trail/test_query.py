@@ -142,7 +142,7 @@ def test_a_range_is_read_as_python_reads_it(text, places):
     assert parse_range(text, 10) == places
 
 
-@pytest.mark.parametrize("text", ["10", "-11", "5:5", "7:2", "99:", "x", "", " ", "1:2:3", "1,2", "٣", "1.5"])
+@pytest.mark.parametrize("text", ["10", "-11", "5:5", "7:2", "99:", "x", "", " ", "1:2:3", "1,2", "٣", "1.5", "0-2"])
 def test_what_names_no_entry_is_refused(text):
     with pytest.raises(StoreError) as caught:
         parse_range(text, 10)

@@ -200,7 +200,8 @@ class TestFolder:
 
     def test_a_target_that_is_a_file_is_refused(self, tmp_path, trail):
         (tmp_path / "www").write_text("mine")
-        assert "www cannot be written: no folder" in refused(open_target(tmp_path / "www").publishing(trail).__enter__).message
+        said = refused(open_target(tmp_path / "www").publishing(trail).__enter__).message
+        assert "www cannot be written: no folder" in said
         assert (tmp_path / "www").read_text() == "mine"
 
     def test_a_device_and_a_pipe_are_no_files(self, tmp_path):
