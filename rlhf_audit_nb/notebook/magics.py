@@ -16,6 +16,7 @@ import hashlib
 import re
 import shlex
 import warnings
+from argparse import BooleanOptionalAction
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
@@ -54,7 +55,7 @@ CELL = "audit_train"
 LINE = "audit"
 COMMANDS = ("status", "verify", "report", "card", "budget")
 _MATCHER = "rlhf_audit_nb"
-_VERDICT = ("rlhf_audit_nb.trail.verify", "Verdict")
+_VERDICT = ("rlhf_audit_nb.trail.verdict", "Verdict")
 
 _PRIVACY_OPTIONS = (
     "delta",
@@ -66,6 +67,7 @@ _PRIVACY_OPTIONS = (
     "max_pairs_per_unit",
     "annotator_column",
 )
+_AUDIT_OPTIONS = ("trail", "origin", "durability", "asynchronous", "every_steps", "weights_every")
 
 
 @magics_class
@@ -97,6 +99,11 @@ class AuditMagics(Magics):
     @argument("--trail", metavar="FOLDER", help="where the trail lies (default: RLHF_AUDIT_TRAIL, else ./audit)")
     @argument("--origin", metavar="NAME", help="name of a new trail, such as example.com/alignment")
     @argument("--durability", choices=["batched", "always"], help="how entries are synced (default batched)")
+    @argument(
+        "--asynchronous",
+        action=BooleanOptionalAction,
+        help="whether recording returns before an entry is synced (default: with batched, not with always)",
+    )
     @argument("--every-steps", type=int, metavar="N", help="one step entry every N steps (default 1)")
     @argument(
         "--weights-every", type=int, metavar="N", help="digest of the weights every N steps (default: at the end)"
@@ -191,7 +198,7 @@ class AuditMagics(Magics):
         from rlhf_audit_nb.auditor import AuditableRLHF
 
         privacy = _privacy(options)
-        audit = AuditConfig(**_given(options, ("trail", "origin", "durability", "every_steps", "weights_every")))
+        audit = AuditConfig(**_given(options, _AUDIT_OPTIONS))
         auditor = AuditableRLHF(
             model_name=options.model_name,
             privacy_config=privacy,

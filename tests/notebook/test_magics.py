@@ -122,7 +122,7 @@ def test_every_option_reaches_its_setting(shell, tmp_path):
         "--experiment all --epsilon 9 --delta 1e-6 --unit pair --run-epsilon 2 --noise-multiplier 1.5 "
         "--clipping-norm 0.5 --sampling-rate 0.25 --max-pairs-per-unit 3 --annotator-column worker "
         "--model-name example/m --trail elsewhere --origin example.com/t --durability always --every-steps 4 "
-        "--weights-every 2 --compliance-mode eu_ai_act"
+        "--asynchronous --weights-every 2 --compliance-mode eu_ai_act"
     )
     assert run(shell, f"%%audit_train {line}\npass").success
     opened = AuditableRLHF(audit_config=AuditConfig(trail=str(tmp_path / "elsewhere"))).trail
@@ -130,6 +130,7 @@ def test_every_option_reaches_its_setting(shell, tmp_path):
     assert opened.origin == "example.com/t"
     assert started.declared_model == "example/m"
     assert started.audit == {"every_steps": 4, "weights_every": 2}
+    assert shell.find_line_magic("audit").__self__._auditor.audit_config.asynchronous is True
     assert started.privacy == {
         "epsilon": 9.0,
         "delta": 1e-6,
