@@ -27,7 +27,10 @@ __all__ = ["Accounted", "Mechanism", "calibrate", "compose", "composed_epsilon",
 FINE_GRID = 1e-5
 GRID = 1e-4
 COARSE_GRID = 1e-3
+MIN_NOISE_MULTIPLIER = 2.0**-6
 MAX_NOISE_MULTIPLIER = 1e4
+MAX_LOSS = 1e6
+_CHEAP_LOSS = 1e3
 _FINE_BELOW = 0.1
 _PRV_MAX_EPSILON = 50.0
 _PRV_MAX_STEPS = 200_000
@@ -36,9 +39,18 @@ _WIDE_SIGNAL = 25.0
 _WIDE_NOISE = 0.4
 _CURVE_FIRST = 16
 _CURVE_REST = 40
-_SEARCH_TOLERANCE = 2e-3
 _SIGMA_MARGIN = 1e-4
 _SLACK = 1e-3  # how much of the budget a calibrated run may leave unused
+_ROUGH_SLACK = 5e-4
+_SLOPE = 1.2  # epsilon falls about as 1 / sigma where it is small, and faster where it is large
+_MOST_TURNS = 40
+_STAGED_FROM = 200_000  # steps
+_SMALL_LOSS = 5e-4
+_FINE_BELOW_MANY = 5.0
+_TAIL = 1e-15  # dp-accounting's own
+
+_Point = tuple[float, float]  # logarithms of the noise and of epsilon over its target
+_Reached = tuple[int, float]  # steps, and what they cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,26 +149,27 @@ def epsilon_curve(mechanism: Mechanism, delta: float, prior: Sequence[Mechanism]
 def calibrate(epsilon: float, delta: float, sampling_rate: float, steps: int, prior: Sequence[Mechanism] = ()) -> float:
     """The least noise multiplier (to about a thousandth, rounded up) whose composed total stays within ``epsilon``.
 
-    The search runs on a coarse grid, where the bound is looser and a tenth as dear; the answer is then tightened and
-    checked on the authority's own grid.
+    A coarse grid, where the bound is looser and a tenth as dear, says where to look; what is returned was accepted by
+    the authority itself.
 
     Raises:
-        PrivacyError: code ``no-noise-fits``: not even a noise multiplier of 10,000 stays within the budget.
+        PrivacyError: code ``no-noise-fits``: not even a noise multiplier of 10,000 stays within the budget; code
+            ``too-dear``: the settings cannot be accounted for in reasonable time.
     """
 
-    def on_grid(sigma: float, grid: float) -> float:
+    def rough(sigma: float) -> float:
+        grid = COARSE_GRID if epsilon >= _FINE_BELOW else GRID
         return _on_grid(_merged([*prior, Mechanism(sigma, sampling_rate, steps)]), grid, delta)
 
     def cost(sigma: float) -> float:
         return composed_epsilon([*prior, Mechanism(sigma, sampling_rate, steps)], delta)
 
-    coarse = COARSE_GRID if epsilon >= 1 else GRID
-    low, high = _bracket(lambda sigma: on_grid(sigma, coarse), epsilon)
-    while high - low > _SEARCH_TOLERANCE * high:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if on_grid(middle, coarse) <= epsilon else (middle, high)
-    slope = math.log(on_grid(high, coarse) / on_grid(low, coarse)) / math.log(high / low)
-    return _tighten(cost, epsilon, high, slope)
+    room = max(epsilon - composed_epsilon(prior, delta), 0.05 * epsilon)
+    sigma, slope = _first_guess(room, delta, sampling_rate, steps), _SLOPE
+    # Where the grid is coarser than a step's own loss, the rough bound says little: then the authority's is as cheap.
+    if sampling_rate * math.sqrt(math.expm1(min(1 / sigma**2, 50.0))) > COARSE_GRID:
+        sigma, slope = _search(rough, epsilon, sigma, slope, _ROUGH_SLACK)
+    return _search(cost, epsilon, sigma, slope, _SLACK)[0]
 
 
 def max_steps(
@@ -167,18 +180,53 @@ def max_steps(
     prior: Sequence[Mechanism] = (),
     at_most: int = 100_000,
 ) -> int:
-    """How many steps (0 to ``at_most``) of the mechanism fit into ``epsilon`` on top of ``prior``."""
+    """How many steps (0 to ``at_most``) of the mechanism fit into ``epsilon`` on top of ``prior``.
 
-    def fits(steps: int) -> bool:
-        return composed_epsilon([*prior, Mechanism(noise_multiplier, sampling_rate, steps)], delta) <= epsilon
+    The search comes from below, so that settings that cost far too much are never composed in full.
+    """
 
-    if at_most < 1 or fits(at_most):
-        return max(at_most, 0)
-    good, bad = 0, at_most
-    while bad - good > 1:
-        middle = max(1, math.isqrt(good * bad)) if bad > 4 * good else (good + bad) // 2
-        good, bad = (middle, bad) if fits(middle) else (good, middle)
-    return good
+    def ran(steps: int) -> list[Mechanism]:
+        return [*prior, Mechanism(noise_multiplier, sampling_rate, steps)]
+
+    def cost(steps: int) -> float:
+        return composed_epsilon(ran(steps), delta) if _loss(_merged(ran(steps))) <= MAX_LOSS else math.inf
+
+    if at_most < 1:
+        return 0
+    good: _Reached = (0, composed_epsilon(prior, delta))
+    before, bad = good, (at_most + 1, math.inf)
+    steps = at_most if _loss(_merged(ran(at_most))) <= _CHEAP_LOSS else 1
+    turn = 0
+    while bad[0] - good[0] > 1:
+        here = (steps, cost(steps))
+        if here[1] <= epsilon:
+            before, good = good, here
+        else:
+            bad = here
+        turn += 1
+        steps = _next_steps(epsilon, before, good, bad, turn)
+    return good[0]
+
+
+def _next_steps(epsilon: float, before: _Reached, good: _Reached, bad: _Reached, turn: int) -> int:
+    """Where to look next, strictly between ``good`` and ``bad``; epsilon grows as a power of the steps (1/2 to 1)."""
+    middle = math.isqrt(good[0] * bad[0]) if bad[0] > 4 * good[0] > 0 else (good[0] + bad[0]) // 2
+    guess = middle
+    if good[0] > 0 and 0 < good[1] < epsilon:
+        if bad[1] < math.inf:
+            power = math.log(bad[1] / good[1]) / math.log(bad[0] / good[0])
+        else:
+            seen = before[0] > 0 and 0 < before[1] < good[1]
+            power = math.log(good[1] / before[1]) / math.log(good[0] / before[0]) if seen else 0.5
+        reach = math.log(epsilon / good[1]) / max(power, 0.05)
+        guess = int(good[0] * math.exp(min(reach, math.log(16))))
+        if turn % 4 == 3 and bad[1] < math.inf:  # noqa: PLR2004  a secant may creep up from one side
+            guess = middle
+    elif good[0] == 0 and bad[1] < math.inf:
+        guess = min(int(bad[0] * (epsilon / bad[1]) ** 1.4), bad[0] // 2)
+    elif bad[1] == math.inf:
+        guess = 16 * max(good[0], 1)
+    return min(max(guess, good[0] + 1), max(bad[0] - 1, good[0] + 1))
 
 
 # -- the authority ------------------------------------------------------------------------------------------------
@@ -200,16 +248,42 @@ def composed_epsilon(mechanisms: Sequence[Mechanism], delta: float) -> float:
 
 
 def _authority(ran: tuple[Mechanism, ...], delta: float) -> tuple[float, float]:
-    """Epsilon and the grid it was computed on: a coarse one where the loss is so wide that a fine one costs minutes."""
+    """Epsilon and the grid it was computed on: a coarse one where the loss is so wide that a fine one costs minutes.
+
+    Raises:
+        PrivacyError: code ``too-dear``.
+    """
+    if _loss(ran) > MAX_LOSS:
+        raise PrivacyError(
+            "These settings would cost an epsilon of many thousands, which protects nobody and takes minutes to "
+            "compute.",
+            next_step="Choose more noise (a larger noise_multiplier), a smaller sampling_rate or fewer steps.",
+            code="too-dear",
+        )
     if _wide(ran):
         for grid, coarse_enough_above in ((10 * COARSE_GRID, 1000.0), (COARSE_GRID, 100.0)):
             epsilon = _on_grid(ran, grid, delta)
             if epsilon > coarse_enough_above:
                 return epsilon, grid
     epsilon = _on_grid(ran, GRID, delta)
-    if epsilon < _FINE_BELOW:
+    if epsilon < _FINE_BELOW or (epsilon < _FINE_BELOW_MANY and _many_small(ran)):
         return _on_grid(ran, FINE_GRID, delta), FINE_GRID
     return epsilon, GRID
+
+
+def _many_small(ran: tuple[Mechanism, ...]) -> bool:
+    """Whether the grid's rounding of each step's loss adds up to percents: very many steps, each of next to no loss."""
+    return any(item.steps >= _STAGED_FROM and item.sampling_rate < _SMALL_LOSS * item.noise_multiplier for item in ran)
+
+
+def _loss(ran: tuple[Mechanism, ...]) -> float:
+    """About twice the epsilon to come, from above: memory and time grow with it."""
+    return sum(
+        (1 + item.steps * (item.sampling_rate if item.noise_multiplier < 1 else item.sampling_rate**2))
+        / item.noise_multiplier
+        / item.noise_multiplier
+        for item in ran
+    )
 
 
 def _wide(ran: tuple[Mechanism, ...]) -> bool:
@@ -244,14 +318,30 @@ def _composed(ran: tuple[Mechanism, ...], grid: float) -> Any:
     total = privacy_loss_distribution.identity(value_discretization_interval=grid)
     for mechanism in ran:
         base = _base(mechanism.noise_multiplier, mechanism.sampling_rate, grid)
-        total = total.compose(base.self_compose(mechanism.steps))
+        total = total.compose(_self_composed(base, mechanism.steps))
     return total
+
+
+def _self_composed(base: Any, steps: int) -> Any:
+    """``base`` composed with itself, in two stages where the steps are very many.
+
+    dp-accounting bounds where a composition may be cut off with moments of fixed orders, which are far too high for
+    very many narrow steps: its transforms are then ten times too long. The sum of the first stage has a width for
+    which they are right. What each stage cuts off counts as infinite loss, so the bound stays one.
+    """
+    if steps < _STAGED_FROM:
+        return base.self_compose(steps)
+    inner = math.isqrt(steps)
+    outer, rest = divmod(steps, inner)
+    stage = base.self_compose(inner, tail_mass_truncation=_TAIL / outer)
+    total = stage.self_compose(outer)
+    return total.compose(base.self_compose(rest)) if rest else total
 
 
 def _repeated(base: Any, count: int, known: dict[int, Any]) -> Any:
     """``base`` composed with itself ``count`` times, each count computed once."""
     if count not in known:
-        known[count] = base.self_compose(count)
+        known[count] = _self_composed(base, count)
     return known[count]
 
 
@@ -272,40 +362,72 @@ def _curve_points(steps: int) -> list[int]:
 # -- searching ----------------------------------------------------------------------------------------------------
 
 
-def _bracket(cost: Callable[[float], float], epsilon: float) -> tuple[float, float]:
-    """Two noise multipliers, a factor of two apart, of which only the larger fits."""
-    sigma = 1.0
-    if cost(sigma) <= epsilon:
-        while sigma > 2**-6 and cost(sigma / 2) <= epsilon:
-            sigma /= 2
-        return sigma / 2, sigma
-    while cost(sigma) > epsilon:
-        sigma *= 2
-        if sigma > MAX_NOISE_MULTIPLIER:
-            raise PrivacyError(
-                f"No noise multiplier up to {MAX_NOISE_MULTIPLIER:g} keeps the composed epsilon within {epsilon:g}.",
-                next_step="Ask for fewer steps, or give the population a larger budget.",
-                code="no-noise-fits",
-            )
-    return sigma / 2, sigma
+def _first_guess(epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
+    """The noise multiplier by the central limit: mu = q sqrt(T (exp(1 / sigma^2) - 1)); only where a search begins."""
+
+    def exceeded(mu: float) -> float:
+        upper, lower = epsilon / mu - mu / 2, epsilon / mu + mu / 2
+        return _tail(upper) - math.exp(min(epsilon, 700.0)) * _tail(lower)
+
+    low, high = 1e-6, 1e3
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if exceeded(middle) > delta else (middle, high)
+    sigma = 1 / math.sqrt(math.log1p(low**2 / (sampling_rate**2 * max(steps, 1))))
+    return min(max(sigma, MIN_NOISE_MULTIPLIER), MAX_NOISE_MULTIPLIER)
 
 
-def _tighten(cost: Callable[[float], float], epsilon: float, sigma: float, slope: float) -> float:
-    """The least noise multiplier near ``sigma`` that the authority accepts; ``slope`` is d log cost / d log sigma."""
-    best = math.inf
-    for _ in range(4):
-        spent = cost(sigma)
-        if spent <= epsilon:
-            best = min(best, sigma)
-            if spent >= epsilon * (1 - _SLACK):
+def _tail(value: float) -> float:
+    return 0.5 * math.erfc(value / math.sqrt(2))
+
+
+def _search(
+    cost: Callable[[float], float], epsilon: float, sigma: float, slope: float, slack: float
+) -> tuple[float, float]:
+    """The least noise multiplier that fits, to ``slack`` of epsilon, and how steeply ``cost`` falls there.
+
+    Secants between the logarithms of both, kept within what is known: ``low`` does not fit, ``high`` does.
+    """
+    low: _Point | None = None
+    high: _Point | None = None
+    for turn in range(_MOST_TURNS):
+        here = (math.log(sigma), math.log(max(cost(sigma), 1e-12) / epsilon))
+        if here[1] <= 0:
+            high = here
+            if here[1] >= math.log1p(-slack) or sigma <= MIN_NOISE_MULTIPLIER:
+                return sigma, slope
+        else:
+            low = here
+            if sigma >= MAX_NOISE_MULTIPLIER:
+                raise PrivacyError(
+                    f"No noise multiplier up to {MAX_NOISE_MULTIPLIER:g} keeps the composed epsilon within "
+                    f"{epsilon:g}.",
+                    next_step="Ask for fewer steps, or give the population a larger budget.",
+                    code="no-noise-fits",
+                )
+        if low is not None and high is not None:
+            if high[0] - low[0] < _SIGMA_MARGIN:
                 break
-        step = (epsilon / spent) ** (1 / min(slope, -0.1))
-        sigma = sigma * min(max(step, 0.9), 1.1) * (1 + _SIGMA_MARGIN)
-    while best == math.inf:
-        sigma *= 1.01
-        if cost(sigma) <= epsilon:
-            best = sigma
-    return best
+            slope = max((low[1] - high[1]) / (high[0] - low[0]), 0.1)
+        sigma = math.exp(_next_noise(here, low, high, slope, slack, turn))
+        sigma = min(max(sigma, MIN_NOISE_MULTIPLIER), MAX_NOISE_MULTIPLIER)
+    if high is None:  # for the type checker; far fewer turns reach the largest noise
+        raise PrivacyError("The search for a noise multiplier did not end.", code="no-noise-fits")
+    return math.exp(high[0]), slope
+
+
+def _next_noise(here: _Point, low: _Point | None, high: _Point | None, slope: float, slack: float, turn: int) -> float:
+    aim = math.log1p(-slack / 2)
+    if low is None or high is None:
+        # Steps grow until both sides are known: what was spent before may leave no noise that fits.
+        least = math.ldexp(0.02, turn)
+        step = max((here[1] - aim) / slope, least) if low is not None else min((here[1] - aim) / slope, -least)
+        return here[0] + min(max(step, -math.log(4)), math.log(4))
+    middle = (low[0] + high[0]) / 2
+    if turn % 4 == 3:  # noqa: PLR2004  a secant may creep up from one side; now and then the interval is halved
+        return middle
+    share = (low[1] - aim) / (low[1] - high[1])
+    return low[0] + min(max(share, 0.02), 0.98) * (high[0] - low[0])
 
 
 # -- the cross-checks ---------------------------------------------------------------------------------------------

@@ -9,10 +9,19 @@ import time
 import dp_accounting
 import pytest
 from dp_accounting import pld
+from scipy.optimize import brentq
+from scipy.stats import norm
 
 from rlhf_audit_nb.errors import PrivacyError
 from rlhf_audit_nb.privacy import accountant
-from rlhf_audit_nb.privacy.accountant import Mechanism, calibrate, compose, epsilon_curve, max_steps
+from rlhf_audit_nb.privacy.accountant import (
+    Mechanism,
+    calibrate,
+    compose,
+    composed_epsilon,
+    epsilon_curve,
+    max_steps,
+)
 
 SETTINGS = [
     (1.3, 250 / 60000, 3600, 1e-5),
@@ -194,6 +203,112 @@ def test_no_step_may_fit_and_more_are_never_given_than_asked_for() -> None:
 def test_a_mechanism_that_cannot_be_is_refused(sigma: float, rate: float, steps: int) -> None:
     with pytest.raises(PrivacyError):
         Mechanism(sigma, rate, steps)
+
+
+def gaussian(sigma: float, steps: int, delta: float) -> float:
+    """Exact epsilon of the Gaussian mechanism without sampling, from its privacy profile in closed form."""
+    mu = math.sqrt(steps) / sigma
+
+    def over(epsilon: float) -> float:
+        above, below = norm.cdf(-epsilon / mu + mu / 2), norm.logcdf(-epsilon / mu - mu / 2)
+        return float(above - math.exp(epsilon + below) - delta)
+
+    return float(brentq(over, 1e-9, 500))
+
+
+@pytest.mark.parametrize("delta", [1e-5, 2e-10])
+@pytest.mark.parametrize(
+    ("sigma", "steps"), [(5.0, 1), (30.0, 400), (500.0, 200_000), (1000.0, 10**6), (5000.0, 10**6), (16000.0, 10**7)]
+)
+def test_no_number_of_steps_makes_the_bound_understate(sigma: float, steps: int, delta: float) -> None:
+    exact = gaussian(sigma, steps, delta)
+    spent = composed_epsilon([Mechanism(sigma, 1.0, steps)], delta)
+    assert exact <= spent <= exact * 1.005
+
+
+@pytest.mark.parametrize(("sigma", "rate", "steps"), [(30.0, 0.01, 200_003), (1.0, 0.001, 300_000)])
+def test_two_stages_of_composition_give_what_one_gives(sigma: float, rate: float, steps: int) -> None:
+    mechanism = Mechanism(sigma, rate, steps)
+    accounted = compose([mechanism], 1e-6)
+    assert accounted.epsilon == pytest.approx(direct([mechanism], 1e-6, accounted.grid), rel=1e-6)
+
+
+def test_very_many_steps_of_next_to_no_loss_are_counted_on_the_fine_grid() -> None:
+    mechanism = Mechanism(45.0, 0.01, 10**6)
+    accounted = compose([mechanism], 1e-5)
+    assert accounted.grid == accountant.FINE_GRID
+    assert accounted.epsilon == pytest.approx(direct([mechanism], 1e-5, accountant.FINE_GRID), rel=1e-6)
+    assert accounted.epsilon < 0.99 * direct([mechanism], 1e-5, accountant.GRID)
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 1.0, 8.0])
+@pytest.mark.parametrize(
+    ("rate", "steps"), [(0.001, 1000), (0.01, 100_000), (0.05, 10_000), (0.2, 100), (0.2, 100_000)]
+)
+def test_calibrated_noise_spends_the_budget_and_not_more_by_dp_accountings_own_count(
+    epsilon: float, rate: float, steps: int
+) -> None:
+    sigma = calibrate(epsilon, 1e-5, rate, steps)
+    assert 0.998 * epsilon <= direct([Mechanism(sigma, rate, steps)], 1e-5) <= epsilon
+
+
+def test_a_million_steps_waste_no_budget() -> None:
+    sigma = calibrate(1.0, 1e-5, 0.01, 10**6)
+    assert 0.998 <= direct([Mechanism(sigma, 0.01, 10**6)], 1e-5, 1e-5) <= 1.0
+
+
+def test_a_small_rest_of_a_budget_is_found_and_used() -> None:
+    prior = [Mechanism(2.0, 0.1, 200)]
+    before = composed_epsilon(prior, 1e-5)
+    sigma = calibrate(before * 1.01, 1e-5, 0.1, 50, prior)
+    spent = composed_epsilon([*prior, Mechanism(sigma, 0.1, 50)], 1e-5)
+    assert before * 1.008 <= spent <= before * 1.01
+
+
+def test_what_cannot_be_counted_in_reasonable_time_is_refused_in_a_sentence() -> None:
+    begun = time.process_time()
+    with pytest.raises(PrivacyError, match="protects nobody") as refused:
+        compose([Mechanism(0.2, 0.9, 10**6)], 1e-5)
+    assert refused.value.reason == "too-dear"
+    assert "more noise" in refused.value.next_step
+    assert time.process_time() - begun < 0.5
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "sigma", "rate", "prior"),
+    [
+        (8.0, 1.1, 0.01, ()),
+        (1.0, 4.0, 0.01, ()),
+        (4.0, 2.0, 0.2, (Mechanism(2.0, 0.2, 6),)),
+        (2.0, 1.5, 0.1, (Mechanism(3.0, 0.1, 40), Mechanism(2.0, 0.05, 10))),
+        (0.3, 30.0, 0.2, ()),
+    ],
+)
+def test_the_steps_that_fit_are_found_from_below(
+    epsilon: float, sigma: float, rate: float, prior: tuple[Mechanism, ...]
+) -> None:
+    steps = max_steps(epsilon, 1e-5, sigma, rate, prior, at_most=10**6)
+    assert 1 < steps < 10**6
+    assert direct([*prior, Mechanism(sigma, rate, steps)], 1e-5) <= epsilon
+    assert direct([*prior, Mechanism(sigma, rate, steps + 1)], 1e-5) > epsilon
+
+
+def test_steps_that_cost_far_too_much_are_told_quickly() -> None:
+    begun = time.process_time()
+    assert max_steps(4.0, 1e-5, 0.2, 0.9, at_most=10**6) == 0
+    assert max_steps(4.0, 1e-5, 500.0, 0.001, at_most=10**6) == 10**6
+    assert time.process_time() - begun < 15
+
+
+@pytest.mark.parametrize(("rate", "steps"), [(0.001, 100), (0.001, 100_000), (0.2, 100), (0.2, 100_000), (0.01, 10**7)])
+def test_planning_takes_seconds_whatever_the_settings(rate: float, steps: int) -> None:
+    compose([Mechanism(1.0, 0.1, 2)], 1e-5)  # imports
+    begun = time.process_time()
+    sigma = calibrate(3.0, 1e-5, rate, steps)
+    compose([Mechanism(sigma, rate, steps)], 1e-5)
+    if steps <= 100_000:
+        epsilon_curve(Mechanism(sigma, rate, steps), 1e-5)
+    assert time.process_time() - begun < 6  # twice what it takes on a quiet machine, and more
 
 
 def test_planning_a_usual_run_takes_seconds() -> None:
