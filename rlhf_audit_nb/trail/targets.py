@@ -17,6 +17,7 @@ cut off. An address is shown without what may be secret in it: user, password an
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import fcntl
@@ -42,6 +43,7 @@ __all__ = ["Target", "is_url", "open_target", "put_all", "read_ahead"]
 UNFINISHED = ".publishing"
 _PARALLEL = 16
 _ATTEMPTS = 3
+_PATIENCE, _LEAST_RATE = 30.0, 64 << 10  # seconds for any file, and bytes a second beyond
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _NOT_A_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EISDIR)
@@ -683,7 +685,9 @@ class _Web:
 
     async def _get(self, url: str, most: int) -> bytes | None:
         session = await self.system.set_session()
-        async with session.get(self.system.encode_url(url)) as answer:
+        # Of the whole file: a server that sends a byte now and then would be waited for as long as it likes.
+        patience = asyncio.timeout(_PATIENCE + most / _LEAST_RATE)
+        async with patience, session.get(self.system.encode_url(url)) as answer:
             if answer.status in _GONE:
                 return None
             answer.raise_for_status()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import functools
 import http.server
 import os
+import socketserver
 import stat
 import threading
+import time
 
 import fsspec
 import pytest
@@ -346,6 +349,30 @@ class TestWeb:
         assert error.reason == "unreachable"
         assert "http://127.0.0.1:9/t/checkpoint" in error.message
         assert "s3cret" not in str(error)
+
+    @pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\nX-Long: ", b"HTTP/1.1 200 OK\r\n\r\n"])
+    def test_a_server_that_sends_a_byte_now_and_then_is_let_go(self, head, monkeypatch):
+        monkeypatch.setattr(targets, "_PATIENCE", 0.3)
+        monkeypatch.setattr(targets.time, "sleep", lambda seconds: None)
+
+        class Dripping(socketserver.BaseRequestHandler):
+            def handle(self):
+                with contextlib.suppress(OSError):
+                    self.request.recv(4096)
+                    self.request.sendall(head)
+                    while not over.wait(0.02):
+                        self.request.sendall(b"x")
+
+        over = threading.Event()
+        server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Dripping)
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        begun = time.monotonic()
+        error = refused(open_target(f"http://127.0.0.1:{server.server_address[1]}/t").read, "checkpoint", 1000)
+        assert (error.reason, time.monotonic() - begun < 10) == ("unreachable", True)
+        over.set()
+        server.shutdown()
+        server.server_close()
 
     def test_a_server_that_fails_once_is_asked_again(self, tmp_path, monkeypatch):
         monkeypatch.setattr(targets.time, "sleep", lambda seconds: None)
