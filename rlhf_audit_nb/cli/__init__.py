@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import os
 import sys
 import textwrap
@@ -18,7 +17,7 @@ from typing import Any, get_args
 
 from rlhf_audit_nb import __version__
 from rlhf_audit_nb.cli import anchoring, annotating, checking, keys, publishing, reading, recording, saying, vault
-from rlhf_audit_nb.cli.shared import PROGRAM, WIDTH, Parser, Section, note
+from rlhf_audit_nb.cli.shared import PROGRAM, WIDTH, Parser, Section, as_json, note
 from rlhf_audit_nb.errors import AuditError, ConfigError
 
 __all__ = ["main"]
@@ -127,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             note(f"Next step: {error.next_step}")
         if "--json" in given:
             reason = {"code": error.reason, "message": error.message, "next_step": error.next_step}
-            print(json.dumps({"error": reason}, ensure_ascii=False))
+            print(as_json({"error": reason}))
         return error.exit_code
     except KeyboardInterrupt:
         note("interrupted; what was recorded until now is kept")

@@ -204,8 +204,15 @@ def verdict_words(verdict: Verdict, notes: Notes) -> list[str]:
     lines += _opening_words(verdict)
     if len(verdict.runs) > MOST_RUNS:
         lines.append(f"  {len(verdict.runs) - MOST_RUNS:,} earlier runs (--json lists them all), and")
-    lines += [f"  run {short(run.run)}: {run.status}, {run.entries} entries" for run in verdict.runs[-MOST_RUNS:]]
+    for run in verdict.runs[-MOST_RUNS:]:
+        # A status is whatever the trail says; it must not end this line and begin a verdict of its own.
+        lines.append(f"  run {short(run.run)}: {_one_line(run.status)}, {run.entries} entries")
     return [*lines, *textwrap.wrap(words.not_shown, WIDTH, initial_indent="  ", subsequent_indent="  ")]
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
 
 
 def _reason_words(reason: Reason, *, worth_knowing: bool) -> list[str]:

@@ -20,6 +20,7 @@ from rlhf_audit_nb.cli.shared import (
     Parser,
     add_json,
     add_trail,
+    as_json,
     finish,
     note,
     output,
@@ -179,7 +180,7 @@ def _print(args: argparse.Namespace, look: Look, items: Iterable[Item]) -> int:
             yield item
 
     if args.jsonl:
-        number = _lines(lambda item: json.dumps(_plain(item), ensure_ascii=False), counted())
+        number = _lines(lambda item: as_json(_plain(item)), counted())
     elif args.json:
         found = [_plain(item) for item in counted()]
         number = len(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ __all__ = [
     "add_json",
     "add_policy",
     "add_trail",
+    "as_json",
     "beside",
     "endorse",
     "finish",
@@ -33,6 +35,7 @@ __all__ = [
     "output",
     "read_policy",
     "say",
+    "shown",
     "trail_folder",
 ]
 
@@ -70,14 +73,41 @@ class Parser(argparse.ArgumentParser):
         return self.options() + [text for parts in groups for part in parts.values() for text in part.all_options()]
 
 
+def as_json(value: Any) -> str:
+    """One JSON value in a line; characters that a terminal would obey, or not show, are written as escapes."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:  # 1e999 is a number in JSON and too large for ours
+        text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+    return text if text.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def shown(text: str) -> str:
+    """``text`` as a terminal may be told it: whoever wrote a trail must not write our verdicts, or hide them."""
+    if text.isprintable():
+        return text
+    # Here and not above: most of what is said needs no table of all characters.
+    from rlhf_audit_nb.compliance.words import visible
+
+    return visible(text)
+
+
 def say(text: str = "") -> None:
     """A result, for whoever reads stdout."""
-    print(text)
+    print(shown(text))
 
 
 def note(text: str) -> None:
     """Progress and complaints, which are no result."""
-    print(text, file=sys.stderr, flush=True)
+    print(shown(text), file=sys.stderr, flush=True)
 
 
 def finish(args: argparse.Namespace, result: dict[str, Any], words: Sequence[str], code: int = 0) -> int:
@@ -85,7 +115,7 @@ def finish(args: argparse.Namespace, result: dict[str, Any], words: Sequence[str
     for line in words:
         (note if args.json else say)(line)
     if args.json:
-        print(json.dumps(result, ensure_ascii=False, allow_nan=False))
+        print(as_json(result))
     return code
 
 

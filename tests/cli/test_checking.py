@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import sqlite3
@@ -14,6 +15,7 @@ from rlhf_audit_nb.cli import checking
 from rlhf_audit_nb.trail import Level, Trail, TrailReader, Verdict
 from rlhf_audit_nb.trail.anchors import AnchorFolder
 from rlhf_audit_nb.trail.note import COSIGNATURE, Signer, cosign_note, format_vkey, parse_note
+from rlhf_audit_nb.trail.tiles import publish_tiles
 from rlhf_audit_nb.trail.verdict import Anchor, Reason, RunSummary
 
 WITNESS = Signer("witness.example/one", Ed25519PrivateKey.generate())
@@ -201,3 +203,40 @@ def test_what_is_worth_knowing_is_told_apart_from_faults_and_long_lists_are_cut(
     assert "  28 earlier runs (--json lists them all), and" in words
     assert sum(word.startswith("  run run-") for word in words) == 12
     assert all(len(word) <= 100 for word in words)
+
+
+HOSTILE = "x\x1b[2J\x9b31m\u202e\x7f\nCOSIGNED  All is well."
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_whoever_wrote_a_trail_cannot_write_the_verdict(tmp_path, monkeypatch, run, options):
+    monkeypatch.setenv("RLHF_AUDIT_HOME", str(tmp_path / "home"))
+    origin = "example.org/\u202egro\x9b31m\x7f"
+    with Trail.open(tmp_path / "audit", origin=origin) as trail:
+        said = json.dumps({"status": HOSTILE}, ensure_ascii=False).encode()
+        trail.append("run.started", b"{}", run="r").wait()
+        trail.append("run.finished", said, run="r").wait()
+        body = json.dumps({"role": "log", "key": HOSTILE, "since": 1, "reason": "", "signature": "AAAA"})
+        trail.append("key.revoked", body.encode()).wait()
+    publish_tiles(tmp_path / "audit", tmp_path / "www")
+    (tmp_path / "www" / "tile" / HOSTILE).write_bytes(b"")
+    for target in ("audit", "www"):
+        code, out, err = run("verify", tmp_path / target, *options)
+        assert code == 40
+        assert "[U+202E]" in (err if options else out)
+        assert all(char.isprintable() or char == "\n" for char in out + err)
+        assert not any(line.startswith("COSIGNED") for line in (out + err).splitlines())
+        if options:
+            verdict = json.loads(out)
+            assert (verdict["origin"], verdict["runs"][0]["status"]) == (origin, HOSTILE)
+
+
+def test_an_error_that_quotes_a_file_is_no_command_to_the_terminal(tmp_path, monkeypatch, run):
+    monkeypatch.setenv("RLHF_AUDIT_HOME", str(tmp_path / "home"))
+    (tmp_path / "www").mkdir()
+    root = base64.b64encode(bytes(32)).decode()
+    (tmp_path / "www" / "checkpoint").write_text(f"a\x9b31m\u202e\n1\n{root}\n\n\u2014 a\u202e AAAAAAAA\n")
+    code, out, err = run("verify", tmp_path / "www")
+    assert code == 2
+    assert "[U+009B]31m[U+202E]" in err
+    assert all(char.isprintable() or char == "\n" for char in out + err)

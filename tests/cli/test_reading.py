@@ -167,3 +167,16 @@ def test_following_prints_what_comes_until_it_is_interrupted(run, trail, monkeyp
     monkeypatch.setattr(query.Look.follow, "__defaults__", (interrupt,))
     code, out, _ = run("trail", "tail", "-n", "1", "--follow", "--jsonl")
     assert (code, [json.loads(line)["index"] for line in out.splitlines()]) == (0, [6])
+
+
+@pytest.mark.parametrize("options", [["show", "1", "--json"], ["query", "--json"], ["query", "--jsonl"]])
+def test_what_an_entry_says_is_json_and_no_command_to_the_terminal(tmp_path, monkeypatch, capsys, options):
+    monkeypatch.setenv("RLHF_AUDIT_HOME", str(tmp_path / "home"))
+    with Trail.open(tmp_path / "odd") as trail:
+        trail.append("a.b", '{"far":1e999,"note":"\\u001b[2J\x9b\u202e\x7f\U000e0041é"}'.encode()).wait()
+    assert cli.main(["trail", *options, "--trail", str(tmp_path / "odd")]) == 0
+    out = capsys.readouterr().out
+    assert all(char.isprintable() or char == "\n" for char in out)
+    found = json.loads(out.splitlines()[-1])
+    body = (found["entries"][-1] if "entries" in found else found)["body"]
+    assert body == {"far": "inf", "note": "\x1b[2J\x9b\u202e\x7f\U000e0041é"}
