@@ -230,7 +230,7 @@ class _Tiles:
 
     def _signed(self, policy: TrustPolicy, note: str) -> CheckedCheckpoint | None:
         try:
-            return self.keys.check(policy, note)
+            return self.keys.check_newest(policy, note)
         except FormatError as error:
             self.fault(error.reason, CHECKPOINT, error.message)
             return None

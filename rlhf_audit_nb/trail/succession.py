@@ -8,9 +8,10 @@ own, by the log key that is in force, over a text that no checkpoint can be (`ro
 ``key.revoked``  what ``key`` signed counts only for the first ``since`` entries
 
 `KeySuccession` is fed the entries and answers whose signature counts for a checkpoint of a given size. An old log key
-counts up to the checkpoint that holds its rotation (``size <= index + 1``), the new one from there on. Who trusts an
-old key follows the signed rotations forward. Who trusts only a newer key accepts the older ones for strictly older
-checkpoints alone: these are vouched for by the entries below the newest checkpoint, which the newer key has signed.
+counts up to the checkpoint that holds its rotation (``size <= index + 1``; one less for who lists a later key), the new
+one from there on. Who trusts an old key follows the signed rotations forward. Who trusts only a newer key accepts the
+older ones for strictly older checkpoints alone: these are vouched for by the entries below the newest checkpoint, which
+the newer key has signed. Who lists both takes no whole trail that lacks the newer one (`KeySuccession.check_newest`).
 So a key that was replaced can never sign a newest checkpoint, not even for who trusts its successor.
 
 A fork may lack the entry that says so. `Revocation` says it apart from the trail: a signed note, kept in
@@ -271,11 +272,48 @@ class KeySuccession:
         if not trusted:
             return policy.check(note, self.origin)
         try:
-            return replace(policy, logs=self.log_verifiers(trusted, size)).check(note, self.origin)
+            checked = replace(policy, logs=self.log_verifiers(trusted, size)).check(note, self.origin)
+            self._refuse_second_alone(checked.signers, {format_vkey(key) for key in trusted})
         except FormatError as error:
             if error.reason not in ("unsigned", "untrusted-log"):
                 raise
             raise self._why_not(policy, note, size) or error from error
+        return checked
+
+    def check_newest(self, policy: TrustPolicy, note: str | bytes) -> CheckedCheckpoint:
+        """`check` for the newest checkpoint of a whole trail, all of whose entries were added.
+
+        A policy that lists a key and its successor trusts the first for its own time. A whole trail that names the
+        first alone ends before the second, or is a fork by whoever has the first one today: nothing tells which.
+
+        Raises:
+            FormatError: as `check`; ``retired-key`` also where the policy lists a successor that the trail lacks.
+        """
+        checked = self.check(policy, note)
+        named = {span.key for role in ("log", "mldsa") for span in self._spans[role]}
+        listed = [key for key in policy.logs if key.name == self.origin]
+        signers = [key for key in self.log_verifiers(listed, checked.checkpoint.size) if _signs(checked, key)]
+        if any(format_vkey(key) not in named or format_vkey(key) in self._limits for key in signers):
+            return checked
+        second = all(key.algorithm == MLDSA44 for key in signers)
+        lacking = [key for key in listed if format_vkey(key) not in named and (second or key.algorithm != MLDSA44)]
+        if lacking:
+            raise FormatError(
+                f"The policy lists the key {lacking[0].name}+{lacking[0].key_id.hex()}, which is not of this trail: "
+                "it ends before that key, or is not the key-holder's.",
+                next_step="Ask the key-holder for the trail's newest state.",
+                code="retired-key",
+            )
+        return checked
+
+    def _refuse_second_alone(self, signers: Sequence[str], names: set[str]) -> None:
+        """Raise `FormatError` where all signers are ML-DSA keys that the trail names and the policy does not.
+
+        Theirs are second signatures: who trusts the log key alone need not trust whoever has, or had, those too.
+        """
+        first = {span.key for span in self._spans["log"]} | names
+        if not any(signer in first for signer in signers):
+            raise FormatError("Only a second signature, which the policy does not list, is on it.", code="unsigned")
 
     def _why_not(self, policy: TrustPolicy, note: str | bytes, size: int) -> FormatError | None:
         """Why the signers of a note, which are known, do not count; ``None`` where none of them is known."""
@@ -323,15 +361,15 @@ class KeySuccession:
         found = [key for key in trusted if format_vkey(key) not in named]
         leading = self._followed(names)
         for at, span in enumerate(spans):
-            # Backwards one entry less: the checkpoint that holds a rotation has the new key's signature as well, and
-            # were the old one's alone enough, whoever has an old key could end a history of his own with it.
-            room = 1 if leading[at] else 0
+            # The checkpoint that holds a rotation has the new key's signature as well, and were the old one's alone
+            # enough for who knows the new one, whoever has an old key could end a history of his own with it.
+            room = 1 if leading[at] and not any(later.key in names for later in spans[at + 1 :]) else 0
             if not leading[at] and not any(leading[at:]):
                 continue
             if (size > span.first or at == 0) and (span.last is None or size <= span.last + room):
                 found.append(parse_vkey(span.key))
         for span in post:
-            inside = size > span.first and (span.last is None or size <= span.last + 1)
+            inside = size > span.first and (span.last is None or size <= span.last)
             if inside and (span.key in names or self._named_by(span, leading)):
                 found.append(parse_vkey(span.key))
         return found
@@ -411,6 +449,10 @@ class KeySuccession:
         data = decode_base64(signature, "signature of a key entry")
         if not spans or parse_vkey(spans[-1].key).check(text, data) is None:
             raise FormatError("The log key in force has not signed it.", code="key-signature")
+
+
+def _signs(checked: CheckedCheckpoint, key: Verifier) -> bool:
+    return format_vkey(key) in checked.signers
 
 
 @dataclass(frozen=True)

@@ -293,7 +293,8 @@ class _Audit:
 
     def _signed(self, note: str, where: str) -> CheckedCheckpoint | None:
         try:
-            checked = self.keys.check(self.policy, note)
+            check = self.keys.check_newest if where == NEWEST else self.keys.check
+            checked = check(self.policy, note)
         except FormatError as error:
             # An older checkpoint by a key that was revoked is no evidence, and no fault of a history that goes on.
             if error.reason != "revoked-key" or where == NEWEST:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA44PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_audit_nb.errors import FormatError, KeyFileError
 from rlhf_audit_nb.events import EVENTS, encode_body
 from rlhf_audit_nb.trail.checkpoint import Checkpoint
+from rlhf_audit_nb.trail.cosignature import CosignerMLDSA44
 from rlhf_audit_nb.trail.entry import Entry, Envelope, encode_envelope
 from rlhf_audit_nb.trail.note import (
     COSIGNATURE,
@@ -145,7 +147,9 @@ def test_every_chain_agrees_with_the_rules_as_they_are_told(gaps, trusted, revok
         expected = {number for number in trusted if number > len(gaps)}
         for number in range(len(gaps) + 1):
             first = 0 if number == 0 else places[number - 1] + 1
-            last = 99 if number == len(gaps) else places[number] + (1 if followed(number) else 0)
+            # With its successor only where it leads there: whoever knows a later key asks for that one's signature.
+            room = followed(number) and not any(later in trusted for later in range(number + 1, len(gaps) + 1))
+            last = 99 if number == len(gaps) else places[number] + (1 if room else 0)
             counted = followed(number) or any(followed(later) for later in range(number, len(gaps) + 1))
             if counted and first <= size <= last:
                 expected.add(number)
@@ -260,6 +264,58 @@ def test_what_a_replaced_key_signs_later_does_not_count_even_where_the_policy_li
         found.check(policy(A, C), note(30, A))
     assert refused.value.reason == "retired-key"
     assert found.check(policy(A, C), note(30, C)).signers == (vkey(C),)
+
+
+M_ONE, M_TWO = (CosignerMLDSA44(ORIGIN, MLDSA44PrivateKey.from_seed_bytes(bytes([seed]) * 32)) for seed in (1, 2))
+
+
+def second(index: int, old: CosignerMLDSA44 | None, new: CosignerMLDSA44, by: Signer) -> Entry:
+    """The entry that names an ML-DSA-44 key."""
+    names = (None if old is None else format_vkey(old.verifier()), format_vkey(new.verifier()))
+    text = rotation_text(ORIGIN, "mldsa", index, *names, "a year has passed")
+    return rotation(index, "mldsa", *names, signed(by, text))
+
+
+def listed(*signers: Signer | CosignerMLDSA44) -> TrustPolicy:
+    return TrustPolicy(tuple(signer.verifier() for signer in signers))
+
+
+def why(found: KeySuccession, trusted: TrustPolicy, text: str) -> str:
+    with pytest.raises(FormatError) as caught:
+        found.check_newest(trusted, text)
+    return caught.value.reason
+
+
+def test_a_second_signature_alone_does_not_count_for_who_trusts_the_log_key():
+    """Whoever has an ML-DSA-44 key, or had one that was replaced, has no part in the log key."""
+    forked = chain(created(A), second(3, None, M_ONE, A))  # the thief leaves out what came after
+    assert why(forked, listed(A), note(9, M_ONE)) == "retired-key"
+    both = forked.check_newest(listed(A), note(9, A, M_ONE))
+    assert both.signers == (vkey(A), format_vkey(M_ONE.verifier()))
+    assert forked.check_newest(listed(M_ONE), note(9, M_ONE)).checkpoint.size == 9
+
+
+def test_a_policy_that_lists_the_old_keys_too_takes_no_fork_by_whoever_has_one_of_them():
+    policy = listed(A, B, M_ONE, M_TWO)
+    whole = chain(created(A), second(3, None, M_ONE, A), second(5, M_ONE, M_TWO, A), rotated(7, A, B))
+    assert whole.check_newest(policy, note(9, B)).signers == (vkey(B),)
+    assert whole.check_newest(policy, note(9, B, M_TWO)).checkpoint.size == 9
+    assert whole.check_newest(policy, note(8, A, B)).checkpoint.size == 8
+    # Forks that leave out what came after the key, or end with it.
+    assert why(chain(created(A)), policy, note(9, A)) == "retired-key"
+    assert why(whole, policy, note(8, A)) == "retired-key"
+    assert why(chain(created(A), second(3, None, M_ONE, A)), policy, note(5, M_ONE)) == "retired-key"
+    replaced = chain(created(A), second(3, None, M_ONE, A), second(5, M_ONE, M_TWO, A))
+    assert why(replaced, policy, note(6, M_ONE)) == "retired-key"
+
+
+def test_older_checkpoints_and_records_go_on_to_hold_under_a_policy_that_lists_the_old_keys_too():
+    policy = listed(A, B)
+    assert chain(created(A)).check(policy, note(5, A)).checkpoint.size == 5
+    assert chain(created(A), rotated(7, A, B)).check(policy, note(5, A)).checkpoint.size == 5
+    # Whoever remembers by himself how long the old key counted needs no such rule.
+    own = chain(created(A), limits={vkey(A): Limit(8, vkey(B), revoked=False)})
+    assert own.check_newest(policy, note(5, A)).checkpoint.size == 5
 
 
 def test_a_signature_that_does_not_hold_is_still_named_so():
