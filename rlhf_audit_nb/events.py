@@ -390,7 +390,8 @@ class CellExecuted(Event, frozen=True, kw_only=True):
 class RecordSealed(Event, frozen=True, kw_only=True):
     """A record was sealed: the digest of its normal form and its outcome (``completed``, ``failed``, ``aborted``).
 
-    ``cell`` is the id of the cell in which it failed or was aborted.
+    ``cell`` is the id of the cell in which it failed or was aborted; ``keys`` are the ids of the keys that sign the
+    record's statement, so that no choice of entries can name others (``None`` in records of earlier versions).
     """
 
     TYPE: ClassVar[str] = "record.sealed"
@@ -401,6 +402,7 @@ class RecordSealed(Event, frozen=True, kw_only=True):
     cells: int
     reason: str | None = None
     cell: str | None = None
+    keys: list[str] | None = None
 
 
 class ReportCreated(Event, frozen=True, kw_only=True):

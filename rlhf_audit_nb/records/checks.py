@@ -34,6 +34,7 @@ from rlhf_audit_nb.records.statement import (
     entries_digest,
     event_of,
     first_difference,
+    only,
     record_of,
 )
 from rlhf_audit_nb.trail import Reason
@@ -281,6 +282,9 @@ def check_statement(
     except (FormatError, RecordError, EntryError) as error:
         return [Reason(error.reason, f"{SEAL}.entries", error.message)], []
     spans = [span for span in (keys.key_at(role, sealed_at) for role in ("record", "mldsa")) if span is not None]
+    others = _other_keys(seal, entries, spans)
+    if others is not None:
+        return [others], []
     if len(spans) != len(seal.signatures):
         return [_wrong_count(len(seal.signatures), spans)], []
     found: list[Reason] = []
@@ -304,6 +308,26 @@ def check_statement(
             if not _check_signed(seal, at, span)[1]
         ]
     return found, notes
+
+
+def _other_keys(seal: Seal, entries: Sequence[Entry], spans: Sequence[KeySpan]) -> Reason | None:
+    """Why the keys that the entries name are not those that the seal's own entry names.
+
+    A record is a choice of the trail's entries: whoever has a key that was replaced could leave out the entry that says
+    so, and sign again what is left.
+    """
+    _, sealed = only(entries, RecordSealed, seal.record)
+    if sealed.keys is None:
+        return None
+    try:
+        named = [key_id(_spki(span)) for span in spans]
+    except FormatError:
+        return None  # told with the signature that it is of
+    if named == sealed.keys:
+        return None
+    code = "keyid" if len(named) == len(sealed.keys) else "second-signature"
+    message = "The entries name other keys for the record's signatures than its seal does: some were left out."
+    return Reason(code, f"{SEAL}.statement.signatures", message)
 
 
 def _wrong_count(found: int, spans: Sequence[KeySpan]) -> Reason:

@@ -31,7 +31,7 @@ from rlhf_audit_nb.events import (
     RunStarted,
     encode_body,
 )
-from rlhf_audit_nb.records.dsse import sign_envelope
+from rlhf_audit_nb.records.dsse import key_id, sign_envelope
 from rlhf_audit_nb.records.normal_form import (
     SEAL_KEY,
     canonical_json,
@@ -178,6 +178,7 @@ class RecordSession:
             cells=len(manifest["cells"]),
             reason=outcome.reason,
             cell=outcome.cell,
+            keys=[key_id(key.spki) for key in self._trail.keys.record_signers],
         )
         self._append(sealed).wait()
         notebook["metadata"][SEAL_KEY] = self._sealed(manifest)

@@ -16,9 +16,11 @@ from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA44PrivateKey, M
 from rlhf_audit_nb.records import read_record
 from rlhf_audit_nb.records.dsse import DsseEnvelope, key_id, pae, sign_envelope
 from rlhf_audit_nb.records.session import Outcome, RecordSession
+from rlhf_audit_nb.records.statement import build_statement, encode_statement
 from rlhf_audit_nb.trail import Level, Trail, TrustPolicy
+from rlhf_audit_nb.trail.entry import Entry
 from rlhf_audit_nb.trail.keys import encode_private, load_keys, local_policy
-from rlhf_audit_nb.trail.note import parse_vkey
+from rlhf_audit_nb.trail.note import MLDSA44, parse_vkey
 from rlhf_audit_nb.trail.rotation import revoke_key, rotate_key
 from rlhf_audit_nb.trail.signers import FileKey, HeldKey, spki_of
 
@@ -242,3 +244,38 @@ def test_a_person_is_not_shown_a_whole_mldsa_key(folder, home):
     assert len(added.new) > 1000
     assert "+".join(added.new.split("+")[:2]) in verdict.signed_by
     assert len(verdict.signed_by) < 300
+
+
+def resealed(record, keys, keep):
+    """The record with a choice of its entries, and a statement over them that ``keys`` have signed."""
+    other = copy.deepcopy(record)
+    seal = seal_of(other)
+    seal["entries"] = [item for item in seal["entries"] if keep(Entry.decode(0, base64.b64decode(item["data"])))]
+    entries = [Entry.decode(item["index"], base64.b64decode(item["data"])) for item in seal["entries"]]
+    payload = encode_statement(build_statement(seal["record"], seal["checkpoint"], entries))
+    envelope = sign_envelope(payload, keys)
+    signatures = [{"keyid": item.keyid, "sig": item.sig} for item in envelope.signatures]
+    seal["statement"].update(payload=envelope.payload, signatures=signatures)
+    return other
+
+
+def test_whoever_has_an_old_record_key_cannot_leave_out_that_it_was_replaced(folder, home, tmp_path):
+    old, policy = load_keys(home, ORIGIN).record, local_policy(home, ORIGIN)
+    rotate(folder, "record")
+    record = made(folder)
+    assert opened(record, tmp_path / "auditor", policy).verdict.level is Level.UNANCHORED
+    same = resealed(record, [load_keys(home, ORIGIN).record], lambda entry: True)
+    assert opened(same, tmp_path / "auditor", policy).verdict.level is Level.UNANCHORED
+    forged = resealed(record, [old], lambda entry: entry.type != "key.rotated")
+    assert faults(forged, tmp_path / "auditor", policy) == [("keyid", f"{SEAL}.statement.signatures")]
+
+
+def test_whoever_breaks_the_first_signature_cannot_leave_out_that_there_is_a_second(folder, home, tmp_path):
+    rotate(folder, "mldsa")
+    policy, record = local_policy(home, ORIGIN), made(folder)
+    forged = resealed(record, [load_keys(home, ORIGIN).record], lambda entry: entry.type != "key.rotated")
+    alone = TrustPolicy(tuple(key for key in policy.logs if key.algorithm == MLDSA44))
+    for trusted in (policy, alone):
+        assert faults(forged, tmp_path / "auditor", trusted)[-1:] == [
+            ("second-signature", f"{SEAL}.statement.signatures")
+        ]
