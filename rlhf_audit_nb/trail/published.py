@@ -339,8 +339,12 @@ class _Tiles:
                 self.fault("tile" if name.endswith(".p/0") else "stray", _printable(name), what)
                 continue
             now = TileName(tile.level, tile.number, tile.available(self.head.size))
-            if now.width not in (0, tile.width) and not self._agree(tile, now):
+            if now.width not in (0, tile.width) and not self._agree(tile, now) and self._is_there(name):
                 self.fault("tile", name, f"It does not agree with {now.path}, which is of the same tile.")
+
+    def _is_there(self, name: str) -> bool:
+        """Whether a file is still listed: a publisher may have dropped an older partial tile since it was."""
+        return name in self.target.files(name.rpartition("/")[0])
 
     def _agree(self, tile: TileName, now: TileName) -> bool:
         """Whether of two tiles of one number the shorter is the beginning of the longer."""

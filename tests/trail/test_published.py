@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from support.tsa import Authority
 
 from rlhf_audit_nb.errors import KeyFileError, StoreError
-from rlhf_audit_nb.trail import Level, Trail, TrailReader, TrustPolicy, verify_trail
+from rlhf_audit_nb.trail import Level, Trail, TrailReader, TrustPolicy, targets, verify_trail
 from rlhf_audit_nb.trail.anchors import AnchorFolder
 from rlhf_audit_nb.trail.checkpoint import Checkpoint, checkpoint_of
 from rlhf_audit_nb.trail.cosignature import CosignerEd25519
@@ -362,6 +362,29 @@ class TestWhilePublishing:
             reader.join()
         assert {(verdict.level, verdict.reasons) for verdict in found} == {(Level.UNANCHORED, ())}
         assert len({verdict.size for verdict in found}) > 1
+
+    def test_a_partial_tile_that_a_publisher_drops_after_it_was_listed_is_no_fault(self, small, monkeypatch):
+        published, policy = small
+        found, dropped = targets._Folder.files, []
+
+        def files(self, folder):
+            listed = list(found(self, folder))
+            for name in listed:
+                if folder == "tile" and name.endswith("/000.p/5"):
+                    (published / name).unlink()
+                    dropped.append(name)
+            return iter(listed)
+
+        monkeypatch.setattr(targets._Folder, "files", files)
+        verdict = verify_published(published, policy=policy)
+        assert sorted(dropped) == ["tile/0/000.p/5", "tile/entries/000.p/5"]
+        assert (verdict.level, verdict.reasons) == (Level.UNANCHORED, ())
+
+    def test_an_older_partial_tile_that_cannot_be_read_is_a_fault(self, small):
+        published, policy = small
+        (published / "tile/0/000.p/5").unlink()
+        (published / "tile/0/000.p/5").symlink_to(published / "tile/0/000.p/12")
+        assert [reason.where for reason in verify_published(published, policy=policy).reasons] == ["tile/0/000.p/5"]
 
     def test_an_older_partial_tile_must_be_the_beginning_of_the_one_that_is_there(self, small):
         published, policy = small
