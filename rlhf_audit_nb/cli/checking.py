@@ -239,7 +239,8 @@ def _anchor_words(verdict: Verdict) -> list[str]:
         reach = f"up to entry {anchor.size - 1}" if anchor.size else "while it was empty"
         after = "" if not left else "; the one after that is not" if left == 1 else f"; the {left:,} after that are not"
         by = anchor.by.split("+")[0]
-        lines.append(f"  {done} by {by} at {time_text(anchor.time * 1_000_000)}, {reach}{after}")
+        when = f"at {time_text(anchor.time * 1_000_000)}" if anchor.time else "without a time"
+        lines.append(f"  {done} by {by} {when}, {reach}{after}")
     return lines
 
 

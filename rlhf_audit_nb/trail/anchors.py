@@ -234,8 +234,12 @@ class _LogSigned:
 
 
 def quorum_reached(policy: TrustPolicy, anchors: Iterable[Anchor], size: int, root: bytes) -> bool:
-    """Whether the policy's quorum of witnesses has cosigned this very head; never where it asks for ``none``."""
-    said = {item.by for item in anchors if (item.kind, item.size, item.root) == (COSIGNATURE_ANCHOR, size, root)}
+    """Whether the policy's quorum of witnesses has cosigned this very head; never where it asks for ``none``.
+
+    As in `TrustPolicy.check`, a cosignature without a time does not count: it claims consistency alone.
+    """
+    of_head = [item for item in anchors if (item.kind, item.size, item.root) == (COSIGNATURE_ANCHOR, size, root)]
+    said = {item.by for item in of_head if item.time}
     held = {name for name, key in policy.witnesses.items() if format_vkey(key) in said}
 
     def holds(name: str) -> bool:

@@ -8,6 +8,7 @@ import time
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA44PrivateKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.tsa import Authority
@@ -16,7 +17,18 @@ from rlhf_audit_nb.errors import StoreError
 from rlhf_audit_nb.trail import Level, Trail, TrustPolicy
 from rlhf_audit_nb.trail.anchors import AnchorFolder, anchored_level, quorum_reached, read_anchors
 from rlhf_audit_nb.trail.checkpoint import checkpoint_of
-from rlhf_audit_nb.trail.note import COSIGNATURE, Note, Signer, cosign_note, format_vkey, parse_note, sign_note
+from rlhf_audit_nb.trail.cosignature import CosignerMLDSA44
+from rlhf_audit_nb.trail.note import (
+    COSIGNATURE,
+    Note,
+    Signature,
+    Signer,
+    cosign_note,
+    format_vkey,
+    parse_note,
+    sign_note,
+)
+from rlhf_audit_nb.trail.statement import mldsa44_message
 
 
 def signer(name: str) -> Signer:
@@ -251,6 +263,24 @@ def test_the_quorum_is_over_this_very_head():
     assert not quorum_reached(policy("a"), found, 6, ROOT)
     assert not quorum_reached(policy("b"), found, 6, OTHER)
     assert not quorum_reached(policy("none"), found, 5, ROOT)
+
+
+def test_a_cosignature_without_a_time_does_not_reach_the_quorum():
+    """It claims consistency alone, wherever it lies: in the checkpoint itself or in a file beside it."""
+    key = MLDSA44PrivateKey.from_seed_bytes(bytes(32))
+    witness = CosignerMLDSA44("w.example/m", key)
+    trusted = TrustPolicy.parse(
+        f"log {format_vkey(LOG.verifier())}\nwitness m {format_vkey(witness.verifier())}\nquorum m\n"
+    )
+    plain = parse_note(head(5))
+    timed = plain.plus(witness.cosign(plain, NOW)).format()
+    untimed = key.sign(mldsa44_message(witness.name, checkpoint_of(head(5)), 0))
+    silent = plain.plus(Signature(witness.name, witness.verifier().key_id, bytes(8) + untimed)).format()
+    for note, reached in ((timed, True), (silent, False)):
+        found, said = read({"5.cosigned": note}, trusted=trusted)
+        assert (len(found), said) == (1, ())
+        assert quorum_reached(trusted, found, 5, ROOT) is reached
+        assert trusted.check(note).cosigned is reached
 
 
 def test_the_level_is_that_of_the_newest_head(stamped, authority):
