@@ -280,6 +280,13 @@ class Transaction:
         """The file's application id and layout version."""
         return self._session.pragma("application_id"), self._session.pragma("user_version")
 
+    def strange(self) -> list[str]:
+        """What the file holds beside its tables: a view, a trigger or an index answers as whoever made it likes."""
+        rows = self._session.raw.execute(
+            "SELECT type, name FROM sqlite_master WHERE name NOT LIKE 'sqlite!_%' ESCAPE '!'"
+        )
+        return sorted(f"{kind} {name}" for kind, name in rows if kind != "table" or name not in _metadata.tables)
+
     def has_head(self) -> bool:
         """Whether the trail was made completely."""
         return self._session.execute(_SELECT_SIZE).fetchone() is not None

@@ -451,6 +451,8 @@ class _Audit:
         found = () if self.openings is None else self.openings.reasons
         for reason in (*self.keys.reasons, *self.checker.reasons, *found):
             self.fault(reason.code, reason.where, reason.message)
+        for name in self.transaction.strange():
+            self.fault("store", str(name), "It is no part of a trail, and could answer for what is.")
         if self.legible:
             self._derived()
         if self.unsaid:

@@ -325,3 +325,21 @@ def test_the_log_beside_the_file_cannot_be_cut_or_changed_without_a_trace(folder
             assert kept == entries[: len(kept)]
         levels.append(verdict.level if isinstance(verdict, Verdict) else None)
     assert Level.DIVERGED in levels
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "CREATE VIEW terms AS SELECT * FROM kept WHERE strftime('%Y') < '2100'",
+        "CREATE TABLE terms AS SELECT * FROM kept; CREATE INDEX odd ON terms (term)",
+        "CREATE TRIGGER odd AFTER INSERT ON bundles BEGIN DELETE FROM open_runs; END; ALTER TABLE kept RENAME TO terms",
+    ],
+)
+def test_a_file_that_can_answer_otherwise_later_is_refused(trail, statement):
+    """A view that lets everything through today says what its maker likes to whoever asks tomorrow."""
+    store = sqlite3.connect(trail / "trail.sqlite")
+    store.executescript(f"ALTER TABLE terms RENAME TO kept; {statement}")
+    store.close()
+    verdict = verify_trail(trail)
+    assert verdict.level is Level.INVALID
+    assert {reason.code for reason in verdict.reasons} == {"store"}
