@@ -511,7 +511,7 @@ def compare_with_seen(heads: Heads, note: str | None, found: str, root_at_seen: 
         return None
     seen = checkpoint_of(note)
     if seen.size > now.size:
-        what = f"It has {now.size} entries; {seen.size} were seen before, so entries were taken away."
+        what = f"It has {now.size} entries; {seen.size} were seen before: entries were taken away, or this copy lags."
     elif root_at_seen != seen.root:
         what = f"At size {seen.size} its root is not the one seen before, so its history was rewritten."
     else:

@@ -266,9 +266,10 @@ def test_an_interrupted_process_seals_what_there_is(folder, sent, raised):
         if (position, state) == (1, "running"):
             threading.Timer(0.5, os.kill, (os.getpid(), sent)).start()
 
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(raised):
         run_notebook("in.ipynb", "out.ipynb", progress=interrupt)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
     opened = open_record("out.ipynb")
     assert opened.verdict.level is Level.UNANCHORED
     assert (opened.sealed.status, opened.sealed.reason, opened.sealed.cell) == ("aborted", raised.__name__, "cell-1")

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from support.processes import startable
+
 from rlhf_audit_nb.config import PrivacyConfig
 from rlhf_audit_nb.errors import BudgetExceededError
 from rlhf_audit_nb.privacy.accountant import Mechanism, compose
@@ -85,7 +87,8 @@ def racers(count: int) -> Iterator[Any]:
     for _ in range(count):
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs, start), daemon=True)
-        process.start()
+        with startable():
+            process.start()
         pipes.append(ours)
         processes.append(process)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_audit_nb.trail import Level, Trail, TrailReader, ending, verify_trail
+from rlhf_audit_nb.trail import Level, Trail, TrailReader, verify_trail
 from rlhf_audit_nb.trail import writer as writing
 
 ROOT = Path(__file__).parents[2]
@@ -161,13 +161,22 @@ def test_a_users_own_handler_is_left_alone(folder):
     assert (status, count(folder)) == (7, 300)
 
 
-def test_the_handler_is_there_only_while_a_trail_is_open(folder, tmp_path):
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    with Trail.open(folder):
-        with Trail.open(tmp_path / "other"):
-            assert signal.getsignal(signal.SIGTERM) is ending.on_sigterm
+HANDLERS = """
+import signal, sys
+from rlhf_audit_nb.trail import Trail, ending
+assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+with Trail.open(sys.argv[1]):
+    with Trail.open(sys.argv[1] + "-other"):
         assert signal.getsignal(signal.SIGTERM) is ending.on_sigterm
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is ending.on_sigterm
+assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+"""
+
+
+def test_the_handler_is_there_only_while_a_trail_is_open(folder):
+    # In a process of its own: here, another test may have left a trail open, as a notebook does.
+    done = subprocess.run([sys.executable, "-c", HANDLERS, str(folder)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_forked_child_dies_of_sigterm_too(folder):

@@ -16,6 +16,7 @@ from pathlib import Path
 import metamorphic_log
 import pytest
 from cryptography.exceptions import InvalidSignature
+from support.processes import startable
 from support.witnesses import Log, check_cosignature, tree
 
 from rlhf_audit_nb.errors import FormatError, KeyFileError, StoreError
@@ -279,8 +280,9 @@ def test_processes_that_race_with_two_histories_get_only_one_of_them_cosigned(wi
     out = context.Queue()
     arguments = (str(witness.folder), (log.leaves, fork.leaves), log.key.private_bytes_raw())
     workers = [context.Process(target=_climb, args=(*arguments, seed, out)) for seed in range(3)]
-    for worker in workers:
-        worker.start()
+    with startable():
+        for worker in workers:
+            worker.start()
     notes = [note for _ in workers for note in out.get(timeout=120)]
     for worker in workers:
         worker.join(30)
