@@ -33,6 +33,7 @@ ADVISORY = frozenset(
         "last-seen",
         "quorum",
         "run-open",
+        "split-view",
         "tsa-unknown",
         "vault-old",
     }

@@ -746,6 +746,13 @@ def conclude(
         reasons.append(Reason("quorum", NEWEST, _quorum_words(policy, anchors, head.size)))
     if diverged is not None or forced is not None:
         return Level.DIVERGED
+    if reached is Level.COSIGNED and policy.split_view_unsafe:
+        said = (
+            f"Two sets of witnesses without a common member can each reach its quorum {policy.quorum}: two histories "
+        )
+        reasons.append(
+            Reason("split-view", "trust policy", said + "could both be cosigned, and no witness would know.")
+        )
     reasons += _remember(heads, head.origin, note)
     return reached
 

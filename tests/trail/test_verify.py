@@ -283,6 +283,19 @@ def test_the_quorum_of_the_policy_makes_it_cosigned(small, home):
     assert (cosigned.level, cosigned.reasons, cosigned.exit_code(Level.COSIGNED)) == (Level.COSIGNED, (), 0)
 
 
+def test_a_quorum_that_can_be_reached_twice_is_told(small, home):
+    one, two = (Signer(f"witness.example/{name}", Ed25519PrivateKey.generate()) for name in ("one", "two"))
+    vkey = next((home / "keys").rglob("log.vkey")).read_text().strip()
+    keys = "".join(f"witness {w.name[-3:]} {format_vkey(w.verifier(COSIGNATURE))}\n" for w in (one, two))
+    (note,) = select(small, "SELECT note FROM head")[0]
+    signed = cosign_note(cosign_note(parse_note(note), one, 1_700_000_000), two, 1_700_000_001)
+    change(small, "UPDATE head SET note=?", signed.format())
+    for threshold, said in (("any", {"split-view"}), ("all", set())):
+        policy = TrustPolicy.parse(f"log {vkey}\n{keys}group both {threshold} one two\nquorum both\n")
+        verdict = verify_trail(small, policy=policy)
+        assert (verdict.level, codes(verdict), verdict.exit_code()) == (Level.COSIGNED, said, 0)
+
+
 def test_an_older_copy_of_the_store_diverges_and_the_evidence_is_kept(small, home, tmp_path):
     old = tmp_path / "old.sqlite"
     shutil.copy(small / "trail.sqlite", old)
