@@ -12,21 +12,10 @@ import pytest
 from support.tsa import Authority, serve
 from support.witnesses import Log
 
-from rlhf_audit_nb import cli
 from rlhf_audit_nb.trail import Trail
 from rlhf_audit_nb.trail.tiles import publish_tiles
 from rlhf_audit_nb.trail.witness import Witness
 from rlhf_audit_nb.trail.witness_server import WitnessServer
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*argv):
-        code = cli.main([str(a) for a in argv])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from rlhf_audit_nb import cli
 from rlhf_audit_nb.trail import Trail, TrailReader
 from rlhf_audit_nb.trail.erasure import erase
 
@@ -17,19 +16,6 @@ What is it?,"an answer, with a comma",\x1b[31mred,same,w1,3,
 """
 COLUMNS = "prompt=question,first=left,second=right,choice=vote,annotator_id=worker"
 WORDS = "L=first,R=second,same=tie"
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*argv):
-        try:
-            code = cli.main([str(a) for a in argv])
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import sqlite3
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from rlhf_audit_nb import cli
 from rlhf_audit_nb.cli import checking
 from rlhf_audit_nb.trail import Level, Trail, TrailReader, Verdict
 from rlhf_audit_nb.trail.anchors import AnchorFolder
@@ -19,16 +18,6 @@ from rlhf_audit_nb.trail.tiles import publish_tiles
 from rlhf_audit_nb.trail.verdict import Anchor, Reason, RunSummary
 
 WITNESS = Signer("witness.example/one", Ed25519PrivateKey.generate())
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*argv):
-        code = cli.main([str(a) for a in argv])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture

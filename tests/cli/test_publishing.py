@@ -8,21 +8,10 @@ import os
 
 import pytest
 
-from rlhf_audit_nb import cli
 from rlhf_audit_nb.cli import publishing
 from rlhf_audit_nb.trail import Trail
 from rlhf_audit_nb.trail.note import parse_note
 from rlhf_audit_nb.trail.rotation import rotate_key
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*argv):
-        code = cli.main([str(a) for a in argv])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture

@@ -15,16 +15,6 @@ from rlhf_audit_nb.trail.proof import parse_proof
 
 
 @pytest.fixture
-def run(capsys):
-    def call(*argv):
-        code = cli.main([str(a) for a in argv])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
-
-
-@pytest.fixture
 def trail(tmp_path, monkeypatch):
     """Seven entries, one with a private half, one with characters that could deceive a reader."""
     monkeypatch.setenv("RLHF_AUDIT_HOME", str(tmp_path / "home"))

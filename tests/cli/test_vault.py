@@ -7,19 +7,8 @@ import json
 
 import pytest
 
-from rlhf_audit_nb import cli
 from rlhf_audit_nb.trail import Trail, TrailReader, TrustPolicy
 from rlhf_audit_nb.trail.vault import VAULT_ERASED, Vault
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*argv):
-        code = cli.main([str(a) for a in argv])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture

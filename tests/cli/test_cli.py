@@ -18,19 +18,6 @@ from rlhf_audit_nb.events import PrivacyReserved, PrivacySettled, encode_body
 from rlhf_audit_nb.trail import Trail, TrailReader
 
 
-@pytest.fixture
-def run(capsys):
-    def call(*argv):
-        try:
-            code = cli.main([str(a) for a in argv])
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
-
-
 def test_help_lists_every_command_under_its_section(run):
     code, out, _ = run("--help")
     assert code == 0

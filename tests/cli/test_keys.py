@@ -13,25 +13,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from rlhf_audit_nb import cli
 from rlhf_audit_nb.trail import Level, Trail, TrustPolicy, verify_trail
 from rlhf_audit_nb.trail.keys import load_keys
 
 ORIGIN = "example.org/team"
 SECRET = "five random words here"
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*argv):
-        try:
-            code = cli.main([str(a) for a in argv])
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture
