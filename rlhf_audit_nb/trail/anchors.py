@@ -17,19 +17,18 @@ future is told of and not counted, for anybody who can write here could have put
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_audit_nb.errors import FormatError, StoreError
 from rlhf_audit_nb.trail.checkpoint import Checkpoint, checkpoint_of, parse_checkpoint
-from rlhf_audit_nb.trail.durable import write_durably
+from rlhf_audit_nb.trail.durable import locked, write_durably
 from rlhf_audit_nb.trail.note import Note, Signature, Verified, Verifier, format_vkey, parse_note, verify_note
 from rlhf_audit_nb.trail.verdict import Anchor, Level, Reason
 
@@ -375,17 +374,13 @@ class AnchorFolder:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            raise self._unusable(error) from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with ExitStack() as held:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(self.path / ".lock"))
+            except OSError as error:
+                raise self._unusable(error) from error
             yield
-        finally:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-            os.close(descriptor)
 
     def _diverged(self, size: int) -> StoreError:
         return StoreError(

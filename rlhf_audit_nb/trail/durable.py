@@ -1,13 +1,15 @@
-"""Files that are whole or not there, whenever the machine stops. Floor 0."""
+"""Files that are whole or not there, whenever the machine stops, and locks that end with their process. Floor 0."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["sync_folder", "write_durably"]
+__all__ = ["locked", "sync_folder", "write_durably"]
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -33,4 +35,21 @@ def sync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(path: Path, mode: int = 0o600) -> Iterator[None]:
+    """Hold the lock file ``path``, made where it is missing, alone among all processes; waits for whoever holds it.
+
+    Raises:
+        OSError: the file cannot be opened, or the system has no such lock.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, mode)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        # Said outright: a child forked meanwhile has a copy of the descriptor, which would go on holding it.
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)

@@ -7,8 +7,6 @@ signature in it may hold. Both notes are then kept in ``HOME/heads/ORIGIN.diverg
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -16,7 +14,7 @@ from pathlib import Path
 
 from rlhf_audit_nb.errors import AuditError, FormatError, StoreError
 from rlhf_audit_nb.trail.checkpoint import Checkpoint, checkpoint_of
-from rlhf_audit_nb.trail.durable import write_durably
+from rlhf_audit_nb.trail.durable import locked, write_durably
 from rlhf_audit_nb.trail.home import folder_name
 
 __all__ = ["MAX_EVIDENCE", "Heads"]
@@ -108,12 +106,5 @@ class Heads:
     @contextmanager
     def _locked(self, origin: str) -> Iterator[None]:
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        path = self._folder / f".{folder_name(origin)}.lock"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with locked(self._folder / f".{folder_name(origin)}.lock"):
             yield
-        finally:
-            # Said outright: a child forked meanwhile has a copy of the descriptor, which would go on holding it.
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-            os.close(descriptor)

@@ -14,7 +14,6 @@ taken for a whole one.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +24,7 @@ from pathlib import Path
 import msgspec
 
 from rlhf_audit_nb.errors import KeyFileError
-from rlhf_audit_nb.trail.durable import sync_folder, write_durably
+from rlhf_audit_nb.trail.durable import locked, sync_folder, write_durably
 
 __all__ = ["RESEALED", "ROTATED", "Change", "Retired", "RingFolder", "read_retired"]
 
@@ -129,18 +128,10 @@ class RingFolder:
             KeyFileError: the folder cannot be written.
         """
         try:
-            descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            with locked(self.path / _LOCK):
+                yield
         except OSError as error:
             raise self._unwritable(error) from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        except OSError as error:
-            raise self._unwritable(error) from error
-        finally:
-            # Said outright: a child forked meanwhile has a copy of the descriptor, which would go on holding it.
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-            os.close(descriptor)
 
     def _unwritable(self, error: OSError) -> KeyFileError:
         change = self.pending()

@@ -8,7 +8,6 @@ and the memory of its last-seen head lie elsewhere, in the user's home folder (`
 from __future__ import annotations
 
 import base64
-import fcntl
 import os
 import secrets
 import time
@@ -26,7 +25,7 @@ import msgspec
 from rlhf_audit_nb.config import DEFAULT_TRAIL, ENV_TRAIL, Durability
 from rlhf_audit_nb.errors import FormatError, StoreError
 from rlhf_audit_nb.trail.checkpoint import checkpoint_of
-from rlhf_audit_nb.trail.durable import sync_folder
+from rlhf_audit_nb.trail.durable import locked, sync_folder
 from rlhf_audit_nb.trail.ending import watch
 from rlhf_audit_nb.trail.entry import MAX_ENTRY, Entry, check_body, check_run, check_type
 from rlhf_audit_nb.trail.erasure import finish_erasures
@@ -536,13 +535,8 @@ def _opening(folder: Path) -> Iterator[None]:
     (folder / "writers").mkdir(exist_ok=True)
     for part in reversed(missing):  # else what is durable in a new folder could go with the folder's name
         sync_folder(part.parent)
-    descriptor = os.open(folder / "writers" / ".opening", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with locked(folder / "writers" / ".opening", 0o644):
         yield
-    finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-        os.close(descriptor)
 
 
 def _new_keys(home: Path, heads: Heads, origin: str | None, passphrase: str | None) -> KeyRing:

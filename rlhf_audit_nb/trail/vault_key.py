@@ -17,13 +17,11 @@ The file is replaced under a lock beside it (``.vault.lock``), whole or not at a
 from __future__ import annotations
 
 import base64
-import fcntl
 import hmac
 import json
-import os
 import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -35,7 +33,7 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from rlhf_audit_nb.config import ENV_PASSPHRASE
 from rlhf_audit_nb.errors import FormatError, KeyFileError
-from rlhf_audit_nb.trail.durable import sync_folder, write_durably
+from rlhf_audit_nb.trail.durable import locked, sync_folder, write_durably
 from rlhf_audit_nb.trail.note import decode_base64
 
 __all__ = [
@@ -269,18 +267,12 @@ def unusable_keys(folder: Path, error: Exception) -> KeyFileError:
 
 @contextmanager
 def _exclusive(path: Path) -> Iterator[None]:
-    try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(path.with_name(".vault.lock"), flags, 0o600)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(path.with_name(".vault.lock")))
+        except OSError as error:
+            raise _unwritable(path, error) from error
         yield
-    finally:
-        # Said outright: a child forked meanwhile has a copy of the descriptor, which would go on holding it.
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-        os.close(descriptor)
 
 
 def _unwritable(path: Path, error: OSError) -> KeyFileError:
