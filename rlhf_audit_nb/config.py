@@ -57,6 +57,8 @@ class PrivacyConfig:
         max_pairs_per_unit: k, at most so many pairs of a sampled unit enter a step (>= 1); costs no epsilon.
         annotator_column: the data column that holds the annotator's id.
         adjacency: ``"zero-out"``: the roster of units is public, what each of them answered is not.
+        public_prompts: you declare that no protected person wrote the prompts that a GRPOTrainer or RLOOTrainer uses;
+            such a trainer then inherits the epsilon of its private reward models and charges nothing.
 
     Raises:
         ConfigError: naming the field, the value and what to write instead.
@@ -73,6 +75,7 @@ class PrivacyConfig:
     max_pairs_per_unit: int = 8
     annotator_column: str = "annotator_id"
     adjacency: Adjacency = "zero-out"
+    public_prompts: bool = False
 
     def __post_init__(self) -> None:
         _positive("epsilon", self.epsilon, "Write a budget such as epsilon=1.0 (strict) to 8.0 (loose).")
@@ -97,6 +100,12 @@ class PrivacyConfig:
                 f"anonymize_annotators is {self.anonymize_annotators!r}; annotator ids are never written in the open.",
                 next_step="Leave it out, or write anonymize_annotators=True.",
                 code="anonymize_annotators",
+            )
+        if not isinstance(self.public_prompts, bool):
+            raise ConfigError(
+                f"public_prompts is {self.public_prompts!r}; it is a declaration, True or False.",
+                next_step="Write public_prompts=True only where no protected person wrote the prompts.",
+                code="public_prompts",
             )
         if not self.annotator_column:
             raise ConfigError(

@@ -36,6 +36,7 @@ __all__ = [
     "KeyRotated",
     "ModelBound",
     "Number",
+    "PrivacyInherited",
     "PrivacyReserved",
     "PrivacySealed",
     "PrivacySettled",
@@ -282,6 +283,26 @@ class PrivacySettled(Event, frozen=True, kw_only=True):
     epsilon_run: Number
     epsilon_total: Number
     stopped_by_budget: bool = False
+
+
+class PrivacyInherited(Event, frozen=True, kw_only=True):
+    """A training charged nothing of its own: what it learnt of the protected units came through these sources.
+
+    ``kind`` is ``released-labels`` (it trained on what label randomisation had released) or ``private-model`` (it was
+    rewarded by, or began from, models that private runs left). Each of ``sources`` has ``entry`` (the index of the
+    entry that shows it), ``run`` (that entry's run, or ``None``) and ``digest``. ``epsilon`` and ``delta`` are the
+    composed total, over ``unit``, of what the sources charged; ``prompts`` says what was declared of the prompts.
+    """
+
+    TYPE: ClassVar[str] = "privacy.inherited"
+
+    kind: str
+    sources: list[dict[str, Any]]
+    unit: str
+    epsilon: Number
+    delta: float
+    prompts: str | None = None
+    note: str | None = None
 
 
 class BudgetSet(Event, frozen=True, kw_only=True):

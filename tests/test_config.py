@@ -47,6 +47,8 @@ def test_a_delta_between_is_taken(delta):
         ("max_pairs_per_unit", 0),
         ("max_pairs_per_unit", 2.5),
         ("max_pairs_per_unit", True),
+        ("public_prompts", "yes"),
+        ("public_prompts", None),
     ],
 )
 def test_every_other_privacy_setting_is_checked_and_its_refusal_says_what_to_write(field, value):

@@ -10,6 +10,7 @@ import pytest
 from rlhf_audit_nb.errors import EntryError
 from rlhf_audit_nb.events import (
     EVENTS,
+    PrivacyInherited,
     PrivacySealed,
     RunFinished,
     Step,
@@ -30,6 +31,15 @@ def test_every_event_has_a_type_name_of_its_own():
 def test_an_event_comes_back_as_it_went_in():
     step = Step(step=3, metrics={"loss": 0.5}, epsilon=1.25, learning_rate=1e-3)
     assert decode_body(Step.TYPE, encode_body(step)) == step
+
+
+def test_what_a_training_inherited_comes_back_with_its_sources():
+    source = {"entry": 7, "run": "a" * 32, "digest": "b" * 64}
+    event = PrivacyInherited(
+        kind="private-model", sources=[source], unit="annotator", epsilon=number(math.inf), delta=1e-5, prompts="public"
+    )
+    assert decode_body(PrivacyInherited.TYPE, encode_body(event)) == event
+    assert event.epsilon == "Infinity"
 
 
 def test_the_bytes_do_not_depend_on_the_order_in_which_a_map_was_filled():
