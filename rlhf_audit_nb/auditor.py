@@ -1,8 +1,8 @@
 """`AuditableRLHF`: the one object that users hold. Floor 5.
 
 It composes the floors below and has little logic of its own: it opens the trail, opens runs on it with privacy wired
-in (ledger, plan, reservation, engine, settlement), and asks for verdicts, reports and cards. Building one is cheap: the
-trail is opened when it is first needed, and one trail is opened once in a process, however many auditors share it.
+in (`rlhf_audit_nb.privatiser`), and asks for verdicts, reports and cards. Building one is cheap: the trail is opened
+when it is first needed, and one trail is opened once in a process, however many auditors share it.
 """
 
 from __future__ import annotations
@@ -10,11 +10,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 import threading
-import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
@@ -30,14 +28,12 @@ from rlhf_audit_nb.events import (
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.capture.annotations import AnnotationImport, Headers, ImportSummary, OpenedAnnotation
-    from rlhf_audit_nb.capture.run import Run, RunObserver
-    from rlhf_audit_nb.capture.state import PrivacyView
-    from rlhf_audit_nb.privacy.ledger import Ledger, Spend
-    from rlhf_audit_nb.privacy.plan import Plan
-    from rlhf_audit_nb.trail import Trail, TrailReader, Verdict
+    from rlhf_audit_nb.capture.run import Run
+    from rlhf_audit_nb.reports.budget import Budget
+    from rlhf_audit_nb.trail import Trail, Verdict
     from rlhf_audit_nb.trail.erasure import ErasureDone
 
-__all__ = ["AuditableRLHF", "Budget", "BudgetRun", "Status"]
+__all__ = ["AuditableRLHF", "Status"]
 
 _NOT_SAID: Any = object()
 
@@ -106,12 +102,13 @@ class AuditableRLHF:
     ) -> Run:
         """`track_training`, with what a notebook's cell has to add."""
         from rlhf_audit_nb.capture.run import Run
+        from rlhf_audit_nb.privatiser import TrailPrivatiser
 
         privacy = self.privacy_config
         return Run(
             self.trail,
             experiment,
-            privatiser=_Privatiser(privacy, self.trail) if privacy is not None else None,
+            privatiser=TrailPrivatiser(privacy, self.trail) if privacy is not None else None,
             privacy=privacy.to_dict() if privacy is not None else None,
             audit=self.audit_config,
             declared_model=self.model_name,
@@ -315,7 +312,10 @@ class AuditableRLHF:
 
     def budget(self) -> Budget:
         """What the trail's population has spent and reserved, and what is left, composed from the trail itself."""
-        return Budget.of(_ledger(self.trail.reader()), self.privacy_config)
+        from rlhf_audit_nb.privacy.reservation import read_ledger
+        from rlhf_audit_nb.reports.budget import Budget
+
+        return Budget.of(read_ledger(self.trail.reader()), self.privacy_config)
 
     def set_budget(
         self, epsilon: float, *, reason: str, by: str, delta: float | None = None, unit: str | None = None
@@ -491,125 +491,6 @@ def _refuse_columns(columns: Mapping[str, str | None] | None, annotator_ids: Any
         )
 
 
-# --- privacy, wired --------------------------------------------------------------------------------------------------
-
-
-class _Privatiser:
-    """Makes trainers private on one trail; see `rlhf_audit_nb.capture.run.Privatiser`."""
-
-    def __init__(self, config: PrivacyConfig, trail: Trail) -> None:
-        self.config = config
-        self.trail = trail
-
-    def quiet(self) -> AbstractContextManager[Any]:
-        from rlhf_audit_nb.privacy.quiet import quiet_preparation
-
-        return quiet_preparation()
-
-    def plan(self, trainer: Any) -> _PrivatePlan:
-        from rlhf_audit_nb.privacy.plan import plan_training
-
-        ledger = _ledger(self.trail.reader())
-        prior = ledger.mechanisms(self.config.unit, self.config.unit_column)
-        ledger.check(self.config)
-        return _PrivatePlan(self.trail, plan_training(trainer, self.config, prior), _raised(ledger, self.config))
-
-
-class _PrivatePlan:
-    """One private training: what `rlhf_audit_nb.capture.run.PrivatePlan` asks for."""
-
-    def __init__(self, trail: Trail, plan: Plan, raised: str = "") -> None:
-        self._trail = trail
-        self._plan = plan
-        self._raised = raised
-
-    @property
-    def view(self) -> PrivacyView:
-        from rlhf_audit_nb.capture.state import PrivacyView
-
-        plan = self._plan
-        return PrivacyView(
-            unit=plan.config.unit,
-            units=len(plan.units),
-            adjacency=plan.config.adjacency,
-            delta=plan.config.delta,
-            budget=plan.config.epsilon,
-            before=plan.before,
-            planned=plan.epsilon,
-            noise_multiplier=plan.noise_multiplier,
-            sampling_rate=plan.sampling_rate,
-            clipping_norm=plan.clipping_norm,
-            curve=list(plan.curve),
-        )
-
-    @property
-    def steps(self) -> int:
-        return self._plan.steps
-
-    @property
-    def annotator_column(self) -> str | None:
-        return self._plan.config.unit_column
-
-    @property
-    def warnings(self) -> list[str]:
-        plan = self._plan
-        # What the accountants note of each other is for the report; here it would only alarm.
-        said = [sentence for sentence in plan.warnings if sentence not in plan.accounted.notes]
-        return [*said, *(sentence for sentence in (plan.notice, self._raised) if sentence)]
-
-    @contextmanager
-    def training(self, run: Run, trainer: Any, observer: RunObserver) -> Iterator[None]:
-        from rlhf_audit_nb.privacy.engine import private_training
-        from rlhf_audit_nb.privacy.plan import settle_event
-        from rlhf_audit_nb.privacy.reservation import reserve
-        from rlhf_audit_nb.privacy.sampling import SealedRandom
-
-        randomness = SealedRandom.from_system()
-        reservation = uuid.uuid4().hex
-        self._plan = reserve(
-            self._trail,
-            self._plan,
-            randomness,
-            reservation=reservation,
-            run=run.id,
-            resolution_us=run.resolution_us,
-        )
-        steps, stopped = 0, False
-        try:
-            with private_training(trainer, self._plan, randomness, observer) as engine:
-                try:
-                    yield
-                finally:
-                    steps, stopped = engine.steps, engine.stopped_by_budget
-        finally:
-            # A process that dies before this never settles: then the whole reservation counts.
-            run.stopped_by_budget = stopped
-            settled = settle_event(self._plan, reservation, steps, stopped_by_budget=stopped)
-            run.record(settled)
-            total = float(settled.epsilon_total)
-            if total > (run.state.epsilon or 0.0):  # a step that was cut short is paid for, though it does not count
-                run.state.add("epsilon", run.state.step, total)
-
-
-def _ledger(reader: TrailReader) -> Ledger:
-    from rlhf_audit_nb.privacy.reservation import read_ledger
-
-    return read_ledger(reader)
-
-
-def _raised(ledger: Ledger, config: PrivacyConfig) -> str:
-    """A sentence where the configuration asks for a larger budget than the trail's last reservation; else nothing."""
-    if not ledger.spends or ledger.budgets:
-        return ""
-    before = ledger.spends[-1].asked.epsilon
-    if config.epsilon <= before:
-        return ""
-    return (
-        f"This run raises the trail's budget from {before:g} to {config.epsilon:g}; "
-        "the trail keeps both, and reports name the raise."
-    )
-
-
 # --- what is asked for -----------------------------------------------------------------------------------------------
 
 
@@ -656,156 +537,6 @@ class Status:
         return _table(
             "Trail", {"origin": self.origin, "entries": self.size, "root": self.root, "signed by": self.signer}
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class BudgetRun:
-    """One private training in the budget: ``steps`` that it took, or that it reserved while ``settled`` is false.
-
-    ``epsilon`` is what the training costs alone; these do not add up to the total, which is composed.
-    """
-
-    run: str | None
-    entry: int
-    settled: bool
-    noise_multiplier: float
-    sampling_rate: float
-    steps: int
-    epsilon: float
-
-    def cells(self) -> tuple[str, ...]:
-        """The fields as a table shows them."""
-        from rlhf_audit_nb.compliance.words import epsilon_text, short
-
-        state = "spent" if self.settled else "reserved"
-        noise, rate = f"{self.noise_multiplier:.5g}", f"{self.sampling_rate:.5g}"
-        return (
-            short(self.run or ""),
-            f"#{self.entry}",
-            state,
-            str(self.steps),
-            noise,
-            rate,
-            epsilon_text(self.epsilon),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """A population's privacy budget on one trail; every epsilon is composed, at ``delta``.
-
-    Attributes:
-        unit: whose budget it is; ``None`` while nothing was spent and none was set.
-        delta: of the budget in force.
-        spent: what the settled trainings cost together, by the steps that they took.
-        reserved: what trainings that are not settled add to that, by all that they reserved.
-        budget: the budget in force: the one that was set last, else the configuration's, else the last run's.
-        left: what is left of it, with what is reserved counted; ``None`` where there is no budget.
-        trainings: how many there are.
-        unsettled: how many of them are not settled.
-        set_in: the entry that set the budget; ``None`` where it is a configuration's.
-        set_by: who set it.
-        runs: the trainings one by one.
-    """
-
-    unit: str | None
-    delta: float
-    spent: float
-    budget: float | None
-    left: float | None
-    trainings: int
-    unsettled: int
-    reserved: float = 0.0
-    set_in: int | None = None
-    set_by: str | None = None
-    runs: tuple[BudgetRun, ...] = ()
-
-    @classmethod
-    def of(cls, ledger: Ledger, config: PrivacyConfig | None = None, *, delta: float | None = None) -> Budget:
-        """The budget as the ledger shows it.
-
-        ``delta`` is that of the budget in force; where another one is given, what is left of it is not known.
-        """
-        chosen = ledger.budgets[-1] if ledger.budgets else None
-        if chosen is not None:
-            limit: tuple[float, float] | None = (chosen.epsilon, chosen.delta)
-        elif config is not None:
-            limit = (config.epsilon, config.delta)
-        else:
-            limit = (ledger.limit.epsilon, ledger.limit.delta) if ledger.limit is not None else None
-        if limit is not None and delta not in (None, limit[1]):
-            limit, chosen = None, None
-        at = delta if delta is not None else limit[1] if limit is not None else PrivacyConfig.delta
-        spent, total = ledger.spent(at)
-        return cls(
-            unit=ledger.unit,
-            delta=at,
-            spent=spent,
-            budget=limit[0] if limit is not None else None,
-            left=max(limit[0] - total, 0.0) if limit is not None else None,
-            trainings=len(ledger.spends),
-            unsettled=sum(not spend.settled for spend in ledger.spends),
-            reserved=total - spent,
-            set_in=chosen.index if chosen is not None else None,
-            set_by=chosen.by if chosen is not None else None,
-            runs=tuple(_budget_run(spend, at) for spend in ledger.spends),
-        )
-
-    @property
-    def total(self) -> float:
-        """What is spent and reserved together."""
-        return self.spent + self.reserved
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields as plain values."""
-        return asdict(self)
-
-    def save(self, path: Path | str) -> Path:
-        """Write the fields as JSON."""
-        return _save_json(self.to_dict(), path)
-
-    def __str__(self) -> str:
-        from rlhf_audit_nb.compliance.words import delta_text, epsilon_text
-
-        set_by = f", set by {self.set_by} in entry {self.set_in}" if self.set_by is not None else ""
-        of = f" of {self.budget:g} ({_down(self.left or 0.0)} left{set_by})" if self.budget is not None else ""
-        if not self.trainings:
-            none = "No training under differential privacy is recorded in this trail."
-            return f"{none} The budget is {self.budget:g}{set_by}." if self.set_by is not None else none
-        open_ones = f", {self.unsettled} of them not settled" if self.unsettled else ""
-        reserved = f" (spent {epsilon_text(self.spent)}, reserved {epsilon_text(self.reserved)})"
-        return (
-            f"ε {epsilon_text(self.total)}{reserved if self.unsettled else ''}{of}, δ {delta_text(self.delta)}, "
-            f"unit {self.unit}, {self.trainings} private training{'s' if self.trainings != 1 else ''}{open_ones}."
-        )
-
-    def _repr_html_(self) -> str:
-        words = f"<p><b>Privacy budget.</b> {escape(str(self))}</p>"
-        if not self.runs:
-            return words
-        heads = ("run", "entry", "state", "steps", "noise multiplier", "sampling rate", "ε alone")
-        rows = [heads, *(one.cells() for one in self.runs)]
-        lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-        return f"{words}<table>{lines}</table><p>All runs are composed; their ε do not add up.</p>"
-
-
-def _budget_run(spend: Spend, delta: float) -> BudgetRun:
-    from rlhf_audit_nb.privacy.accountant import composed_epsilon
-
-    return BudgetRun(
-        run=spend.run,
-        entry=spend.asked.index,
-        settled=spend.settled,
-        noise_multiplier=spend.mechanism.noise_multiplier,
-        sampling_rate=spend.mechanism.sampling_rate,
-        steps=spend.steps,
-        epsilon=composed_epsilon([spend.mechanism], delta),
-    )
-
-
-def _down(value: float, digits: int = 2) -> str:
-    """What is left, rounded against us: downwards."""
-    return f"{math.floor(value * 10**digits) / 10**digits:.{digits}f}"
 
 
 def _save_json(values: dict[str, Any], path: Path | str) -> Path:

@@ -20,7 +20,7 @@ from support.trails import events, kinds, private_half, without_cross_checks
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from rlhf_audit_nb.auditor import AuditableRLHF, Budget
+from rlhf_audit_nb.auditor import AuditableRLHF
 from rlhf_audit_nb.capture.run import AuditWarning
 from rlhf_audit_nb.config import AuditConfig, PrivacyConfig
 from rlhf_audit_nb.errors import (
@@ -45,6 +45,7 @@ from rlhf_audit_nb.events import (
 )
 from rlhf_audit_nb.privacy.accountant import Mechanism, composed_epsilon
 from rlhf_audit_nb.privacy.ledger import Ledger, Limit, Spend
+from rlhf_audit_nb.reports.budget import Budget
 from rlhf_audit_nb.trail import TrailReader, verify_trail
 
 PAIRS = synthetic_pairs(20)

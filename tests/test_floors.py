@@ -21,6 +21,7 @@ FLOORS = {
     "privacy": 2,
     "records": 3,
     "compliance": 3,
+    "privatiser": 3,
     "reports": 4,
     "cards": 4,
     "auditor": 5,

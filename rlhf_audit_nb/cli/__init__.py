@@ -16,7 +16,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 from rlhf_audit_nb import __version__
-from rlhf_audit_nb.cli import anchoring, annotating, checking, keys, publishing, reading, recording, saying, vault
+from rlhf_audit_nb.cli import (
+    anchoring,
+    annotating,
+    budget,
+    checking,
+    keys,
+    publishing,
+    reading,
+    recording,
+    saying,
+    vault,
+)
 from rlhf_audit_nb.cli.shared import PROGRAM, WIDTH, Parser, Section, as_json, note
 from rlhf_audit_nb.errors import AuditError, ConfigError
 
@@ -31,6 +42,7 @@ COMMANDS = (
     *checking.COMMANDS,
     *reading.COMMANDS,
     *saying.COMMANDS,
+    *budget.COMMANDS,
     *publishing.COMMANDS,
     *anchoring.COMMANDS,
     *keys.COMMANDS,

@@ -12,7 +12,7 @@ import report_story as story
 from records_support import write_notebook
 
 from rlhf_audit_nb import cli
-from rlhf_audit_nb.cli import saying
+from rlhf_audit_nb.cli import budget
 from rlhf_audit_nb.cli.shared import beside
 from rlhf_audit_nb.events import PrivacyReserved, PrivacySettled, encode_body
 from rlhf_audit_nb.trail import Trail, TrailReader
@@ -165,7 +165,7 @@ def test_an_interruption_is_no_traceback(run, monkeypatch):
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(saying, "_do_budget_plan", interrupt)
+    monkeypatch.setattr(budget, "_do_budget_plan", interrupt)
     code, _, err = run("budget", "plan", "--epsilon", "1", "--sampling-rate", "0.1", "--steps", "10")
     assert code == 130
     assert "interrupted" in err
@@ -278,8 +278,8 @@ def test_a_report_of_a_history_that_diverged_ends_with_30_and_of_an_unanchored_o
 def test_budgets_that_differ_are_listed_over_time(run, tmp_path, monkeypatch):
     monkeypatch.setenv("RLHF_AUDIT_HOME", str(tmp_path / "home"))
     teller = story.Teller()
-    for number, budget in enumerate((4.0, 4.0, 9.0), 1):
-        story.train(teller, run=str(number) * 32, budget=budget, steps=2)
+    for number, epsilon in enumerate((4.0, 4.0, 9.0), 1):
+        story.train(teller, run=str(number) * 32, budget=epsilon, steps=2)
     ledger = [entry for entry in teller.entries if entry.type.startswith("privacy.")]
 
     def show(entries):
