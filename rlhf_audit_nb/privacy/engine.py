@@ -1,26 +1,21 @@
-"""The loop engine: one training step made private, and everything around it kept quiet. Floor 2.
+"""One training step made private: sampling, the clipped gradients' sum, noise, and the guard. Floor 2.
 
 `private_training` swaps the class of an unmodified TRL trainer for a subclass of it while it trains, and puts
 everything back afterwards. One optimizer step is then
 
 1. sample: each unit is in with chance q, by sealed randomness; of a unit at most k pairs are drawn;
-2. for each sampled unit alone: the gradient of the trainer's own loss over its pairs (in chunks of the per-device
-   batch size, which is exact because the loss is a mean over pairs, or for SFT a sum over tokens divided by a public
-   constant, `token_normaliser`); its L2 norm over all trainable parameters in
-   float64; the whole gradient scaled to at most C and added to a sum, both in float64. A unit whose loss or gradient
-   is not finite contributes nothing;
+2. a gradient engine (`unit_gradients`) adds to a sum in float64 the gradient of the trainer's own loss over each
+   sampled unit's pairs, over all trainable parameters, scaled as a whole to an L2 norm of at most C. A unit whose loss
+   or gradient is not finite contributes nothing;
 3. once: N(0, (sigma C)^2) is added to each coordinate of every trainable parameter, and the result is divided by the
    *expected* number of units q N and written to ``.grad``. An empty sample gives noise alone.
 
-A sum in float64 keeps one unit's influence on it at C to 1e-9 of C whatever else is in the sample; in float32 the
-rounding of the sum would depend on everybody. Dropout (of LoRA, for instance) draws from torch's generator, which is
-seeded apart for every unit and step from the sealed seed, so that one unit's masks do not depend on which units came
-before it; torch's global generator is neither used nor moved.
+Dropout (of LoRA, for instance) draws from torch's generator, which is seeded apart for every unit and step from the
+sealed seed, so that one unit's masks do not depend on which units came before it; torch's global generator is neither
+used nor moved.
 
-What the trainer would log about the data (loss, rewards, margins, accuracies, token counts, run time) is taken out of
-``log_history``, ``trainer_state.json``, what ``train()`` returns, and what progress bars print. It goes to the
-observer, who keeps it in the vault. What stays is public: step, learning rate, the norm of the privatised gradient,
-the composed epsilon.
+What the trainer would log about the data is taken away from it (`quiet_training`) and goes to the observer, who keeps
+it in the vault.
 
 Nothing steps the optimizer without noise: a hook in front of the optimizer's own ``step`` aborts the training
 unless the mechanism ran for exactly this step, and only over parameters that it covered.
@@ -29,33 +24,45 @@ unless the mechanism ran for exactly this step, and only over parameters that it
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import TrainOutput
 
 from rlhf_audit_nb.errors import AuditError, PrivacyError, UnsupportedTrainerError
 from rlhf_audit_nb.privacy.plan import data_fingerprint
 from rlhf_audit_nb.privacy.quiet import quiet_preparation
+from rlhf_audit_nb.privacy.quiet_training import (
+    PUBLIC_LOGS,
+    clear_metrics,
+    kept_counters,
+    quiet_callbacks,
+    trainer_metrics,
+    without_private_results,
+)
 from rlhf_audit_nb.privacy.supported import check_supported, check_unit, token_normaliser
+from rlhf_audit_nb.privacy.unit_gradients import (
+    Buffer,
+    GradientEngine,
+    LoopEngine,
+    Sampled,
+    Seen,
+    Sums,
+    own_generators,
+    refuse_gradient_hooks,
+    refuse_moved_buffers,
+    watch_buffers,
+)
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.privacy.plan import Plan
     from rlhf_audit_nb.privacy.sampling import SealedRandom
 
-__all__ = ["PUBLIC_LOGS", "PrivacyObserver", "PrivateTraining", "private_training"]
-
-PUBLIC_LOGS = frozenset({"grad_norm", "learning_rate", "epoch", "epsilon"})
-"""What may stay in a trainer's log under differential privacy."""
+__all__ = ["PrivacyObserver", "PrivateTraining", "private_training"]
 
 _ENGINE = "_rlhf_audit_engine"
-_MARGIN = 1 - 2.0**-22  # so that rounding cannot lift a clipped gradient above C
 
 
 class PrivacyObserver(Protocol):
@@ -83,14 +90,13 @@ class PrivateTraining:
         self.stopped_by_budget = False
         self._random = randomness
         self._observer = observer
-        self._parameters: list[torch.nn.Parameter] = []
-        self._sums: list[torch.Tensor] = []
-        self._buffers: list[_Buffer] = []
+        self._sums: Sums | None = None
+        self._gradients: GradientEngine | None = None
+        self._buffers: list[Buffer] = []
         self._pending = False
         self._noised = False
         self._started = False
         self._metrics: dict[str, float | int | str] = {}
-        self.rows: Any = None
 
     @property
     def epsilon(self) -> float:
@@ -114,14 +120,16 @@ class PrivateTraining:
                 code="data-changed",
             )
         self._started = True
-        self.rows = trainer._remove_unused_columns(trainer.train_dataset)  # noqa: SLF001 - as Trainer does itself
+        rows = trainer._remove_unused_columns(trainer.train_dataset)  # noqa: SLF001 - as Trainer does itself
+        self._gradients = LoopEngine(rows, self._tokens)
 
-    def cover(self, model: torch.nn.Module) -> None:
+    def cover(self, model: torch.nn.Module) -> Sums:
         """Take all trainable parameters of the model under the mechanism."""
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._sums = [torch.zeros(p.shape, dtype=torch.float64, device=_sum_device(p)) for p in self._parameters]
-        self._buffers = _buffers(model)
-        _refuse_gradient_hooks(self._parameters)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        refuse_gradient_hooks(parameters)
+        self._buffers = watch_buffers(model)
+        self._sums = Sums(parameters, self.plan.clipping_norm)
+        return self._sums
 
     def step(self, trainer: Any, model: torch.nn.Module) -> None:
         """Sample units and sum their clipped gradients; the noise is still to come.
@@ -137,26 +145,24 @@ class PrivateTraining:
                 next_step="Plan again: the next run needs a reservation of its own.",
                 code="plan-exhausted",
             )
-        if not self._parameters:
-            self.cover(model)
+        sums = self._sums or self.cover(model)
         index, self.steps, self._pending = self.steps, self.steps + 1, True
         started = time.perf_counter()
-        for total in self._sums:
-            total.zero_()
-        seen = _Seen()
-        with _own_generators():
-            for unit in self._sample(index):
-                self._add_unit(trainer, model, index, unit, seen)
+        sums.zero()
+        seen = Seen()
+        with own_generators():
+            self._add_gradients(trainer, model, self._sample(index), sums, seen)
+        refuse_moved_buffers(self._buffers)
         model.zero_grad(set_to_none=True)
-        self._metrics = {**seen.summary(), **_trainer_metrics(trainer), "seconds": time.perf_counter() - started}
+        self._metrics = {**seen.summary(), **trainer_metrics(trainer), "seconds": time.perf_counter() - started}
 
     def privatise(self) -> None:
         """Add the step's noise and write the private gradient to ``.grad``; once per step, later calls do nothing."""
-        if not self._pending:
+        if not self._pending or self._sums is None:
             return
         plan = self.plan
         deviation = plan.noise_multiplier * plan.clipping_norm
-        for index, (parameter, total) in enumerate(zip(self._parameters, self._sums, strict=True)):
+        for index, (parameter, total) in enumerate(zip(self._sums.parameters, self._sums.tensors, strict=True)):
             noise = torch.from_numpy(self._random.normals(self.steps - 1, index, total.numel()))
             total.add_(noise.view(total.shape).to(total.device), alpha=deviation).div_(plan.expected_units)
             parameter.grad = total.to(device=parameter.device, dtype=parameter.dtype, copy=True)
@@ -178,7 +184,7 @@ class PrivateTraining:
                 next_step="Do not step the optimizer yourself during a private training.",
                 code="no-noise",
             )
-        covered = {id(parameter) for parameter in self._parameters}
+        covered = {id(parameter) for parameter in self._parameters()}
         for group in optimizer.param_groups:
             if any(item.grad is not None and id(item) not in covered for item in group["params"]):
                 raise PrivacyError(
@@ -190,34 +196,35 @@ class PrivateTraining:
 
     def close(self) -> None:
         """Forget sums and gradients, so that nothing unprotected is left behind."""
-        self._sums = []
         self._metrics = {}
-        for parameter in self._parameters:
+        for parameter in self._parameters():
             parameter.grad = None
-        self.rows = None
+        self._sums = self._gradients = None
 
-    def _sample(self, step: int) -> list[int]:
-        mask = self._random.bernoulli_mask(step, self.plan.sampling_rate, len(self.plan.units))
-        return [int(unit) for unit in mask.nonzero()[0]]
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return [] if self._sums is None else self._sums.parameters
 
-    def _add_unit(self, trainer: Any, model: torch.nn.Module, step: int, unit: int, seen: _Seen) -> None:
+    def _sample(self, step: int) -> list[Sampled]:
+        units = self.plan.units.members
+        mask = self._random.bernoulli_mask(step, self.plan.sampling_rate, len(units))
+        return [self._drawn(step, int(unit)) for unit in mask.nonzero()[0]]
+
+    def _drawn(self, step: int, unit: int) -> Sampled:
         members = self.plan.units.members[unit]
         drawn = self._random.choice(step, unit, self.plan.config.max_pairs_per_unit, len(members))
-        rows = [members[place] for place in drawn]
-        for parameter in self._parameters:
-            parameter.grad = None
-        torch.manual_seed(self._random.torch_seed(step, unit))
+        return Sampled(tuple(members[place] for place in drawn), self._random.torch_seed(step, unit))
+
+    def _add_gradients(
+        self, trainer: Any, model: torch.nn.Module, sampled: list[Sampled], sums: Sums, seen: Seen
+    ) -> None:
+        if self._gradients is None:
+            raise PrivacyError("The training was not begun; training was aborted.", code="not-begun")
         try:
-            loss = _unit_gradient(trainer, model, self.rows, rows, self._tokens)
+            self._gradients.add(trainer, model, sampled, sums, seen)
         except (AuditError, KeyboardInterrupt):
             raise
         except Exception as error:
             raise self._private_failure(error) from None
-        _refuse_moved_buffers(self._buffers)
-        norm = math.nan
-        if math.isfinite(loss):
-            norm = clip_into(self._parameters, self._sums, self.plan.clipping_norm)
-        seen.add(len(rows), loss, norm, self.plan.clipping_norm)
 
     def _private_failure(self, error: Exception) -> PrivacyError:
         """An error while private rows were computed with: its text may quote them, so it goes to the vault alone."""
@@ -230,27 +237,6 @@ class PrivateTraining:
             "privacy configuration on data that may be shown.",
             code="unit-failed",
         )
-
-
-def clip_into(parameters: list[torch.nn.Parameter], sums: list[torch.Tensor], bound: float) -> float:
-    """Add the gradient that stands in ``.grad``, scaled as a whole to an L2 norm of at most ``bound``, to ``sums``.
-
-    Returns:
-        The norm before clipping. Where it is not finite, nothing is added.
-    """
-    norms = [
-        torch.linalg.vector_norm(parameter.grad.detach().to(total.device), dtype=torch.float64).to(sums[0].device)
-        for parameter, total in zip(parameters, sums, strict=True)
-        if parameter.grad is not None
-    ]
-    norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
-    if not math.isfinite(norm):
-        return norm
-    scale = 1.0 if norm <= bound * _MARGIN else bound * _MARGIN / norm
-    for parameter, total in zip(parameters, sums, strict=True):
-        if parameter.grad is not None:  # not scaled in float32, which has no exact number below 1e-38 for the factor
-            total.add_(parameter.grad.detach().to(total.device), alpha=scale)
-    return norm
 
 
 @contextlib.contextmanager
@@ -281,8 +267,8 @@ def private_training(
     with contextlib.ExitStack() as stack:
         stack.callback(engine.close)
         stack.enter_context(_swapped_class(trainer, engine))
-        stack.enter_context(_quiet_callbacks(trainer, engine))
-        stack.enter_context(_kept_counters(trainer))
+        stack.enter_context(quiet_callbacks(trainer, _StopsInTime(engine)))
+        stack.enter_context(kept_counters(trainer))
         stack.enter_context(quiet_preparation())
         yield engine
 
@@ -327,7 +313,7 @@ class PrivateTrainerMixin:
         del start_time  # the time since then depends on the sampled data
         for name in [name for name in logs if name not in PUBLIC_LOGS]:
             del logs[name]
-        _clear_metrics(trainer)
+        clear_metrics(trainer)
         if trainer.state.epoch is not None:
             logs["epoch"] = trainer.state.epoch
         logs["epsilon"] = engine.epsilon
@@ -350,7 +336,7 @@ class PrivateTrainerMixin:
         output = super()._inner_training_loop(  # type: ignore[misc]
             batch_size=batch_size, args=args, ignore_keys_for_eval=ignore_keys_for_eval
         )
-        return _without_private_results(output)
+        return without_private_results(output)
 
     def _load_from_checkpoint(self, *_: Any, **__: Any) -> None:
         raise _cannot_resume()
@@ -374,70 +360,6 @@ class _Steps:
 
     def __iter__(self) -> Iterator[dict[str, int]]:
         return ({"micro_step": item % self._accumulation} for item in self.dataset)
-
-
-class _Seen:
-    """What a step saw of its units: private, every number of it."""
-
-    def __init__(self) -> None:
-        self.pairs: list[int] = []
-        self.losses: list[float] = []
-        self.norms: list[float] = []
-        self.clipped = 0
-
-    def add(self, pairs: int, loss: float, norm: float, bound: float) -> None:
-        self.pairs.append(pairs)
-        if math.isfinite(norm):
-            self.losses.append(loss)
-            self.norms.append(norm)
-            self.clipped += norm > bound
-
-    def summary(self) -> dict[str, float | int | str]:
-        finite = len(self.norms)
-        out: dict[str, float | int | str] = {
-            "units": len(self.pairs),
-            "pairs": sum(self.pairs),
-            "non_finite_units": len(self.pairs) - finite,
-        }
-        if finite:
-            out |= {
-                "loss": sum(self.losses) / finite,
-                "unit_norm_mean": sum(self.norms) / finite,
-                "unit_norm_max": max(self.norms),
-                "clipped_fraction": self.clipped / finite,
-            }
-        return out
-
-
-class _QuietProgress(ProgressCallback):
-    """A progress bar that shows steps and nothing of the time they take, which depends on the sampled data."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        del args, control
-        from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
-
-        if state.is_world_process_zero:
-            self.training_bar = tqdm(
-                total=state.max_steps,
-                miniters=max(1, state.max_steps // 20),
-                mininterval=0,
-                maxinterval=math.inf,
-                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}",
-            )
-        self.current_step = 0
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Nothing: the steps are in the trail and on the panel."""
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        del args, state, control
-        self.close()
-
-    def close(self) -> None:
-        """Finish the bar, also where training failed."""
-        if self.training_bar is not None:
-            self.training_bar.close()
-            self.training_bar = None
 
 
 class _StopsInTime(TrainerCallback):
@@ -487,100 +409,6 @@ def _cannot_search() -> UnsupportedTrainerError:
     )
 
 
-def _without_private_results(output: Any) -> TrainOutput:
-    metrics = {name: value for name, value in output.metrics.items() if name in PUBLIC_LOGS}
-    return TrainOutput(output.global_step, math.nan, metrics)
-
-
-def _unit_gradient(trainer: Any, model: torch.nn.Module, data: Any, rows: list[int], tokens: int | None) -> float:
-    """Leave the gradient of the mean loss over ``rows`` in ``.grad``; returns that loss (private).
-
-    ``tokens`` is what a loss that sums over tokens is divided by, ``None`` for one that is a mean over rows.
-    """
-    public = {} if tokens is None else {"num_items_in_batch": tokens}
-    chunk = max(1, trainer.args.per_device_train_batch_size)
-    mean = 0.0
-    for start in range(0, len(rows), chunk):
-        part = rows[start : start + chunk]
-        inputs = trainer._prepare_inputs(trainer.data_collator([data[row] for row in part]))  # noqa: SLF001
-        with trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(model, inputs, **public)
-        share = loss * ((len(part) if tokens is None else 1) / len(rows))
-        share.backward()
-        mean += float(share.detach())
-    return mean
-
-
-def _refuse_gradient_hooks(parameters: list[torch.nn.Parameter]) -> None:
-    for parameter in parameters:
-        if getattr(parameter, "_backward_hooks", None) or getattr(parameter, "_post_accumulate_grad_hooks", None):
-            raise UnsupportedTrainerError(
-                "A hook on a parameter sees gradients before they are clipped and noised; nothing was trained.",
-                next_step="Remove it (an optimizer that works inside the backward pass, a gradient watcher).",
-                code="gradient-hook",
-            )
-
-
-def _sum_device(parameter: torch.nn.Parameter) -> torch.device:
-    """Where the float64 sum lives: with the parameter, or on the CPU where the device has no float64."""
-    return torch.device("cpu") if parameter.device.type == "mps" else parameter.device
-
-
-@dataclass(frozen=True, slots=True)
-class _Buffer:
-    """A buffer of the model as it was: where it is, the tensor, and how often that was written to."""
-
-    module: torch.nn.Module
-    name: str
-    tensor: torch.Tensor
-    version: int
-
-
-def _buffers(model: torch.nn.Module) -> list[_Buffer]:
-    return [
-        _Buffer(module, name, tensor, tensor._version)  # noqa: SLF001 - torch's own count of writes
-        for module in model.modules()
-        for name, tensor in module.named_buffers(recurse=False)
-    ]
-
-
-def _refuse_moved_buffers(buffers: list[_Buffer]) -> None:
-    """A buffer that a forward pass changes carries data from one unit to the next, and into the saved model."""
-    for item in buffers:
-        now = getattr(item.module, item.name)
-        if now is not item.tensor or now._version != item.version:  # noqa: SLF001
-            raise UnsupportedTrainerError(
-                f"The model's buffer {item.name!r} ({type(item.module).__name__}) changes with the data that passes "
-                "through it, which would carry data from one unit to the next; training was aborted.",
-                next_step="Use a model without running statistics.",
-                code="moving-buffer",
-            )
-
-
-@contextlib.contextmanager
-def _own_generators() -> Iterator[None]:
-    """Seed torch freely inside; its global generators are as before afterwards."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    with torch.random.fork_rng(devices=devices):
-        yield
-
-
-def _trainer_metrics(trainer: Any) -> dict[str, float | int | str]:
-    """What TRL gathered over the step's units, and forget it there."""
-    gathered = {
-        name: sum(values) / len(values)
-        for name, values in trainer._metrics["train"].items()  # noqa: SLF001
-        if values and name != "num_tokens"
-    }
-    _clear_metrics(trainer)
-    return dict(gathered)
-
-
-def _clear_metrics(trainer: Any) -> None:
-    for gathered in trainer._metrics.values():  # noqa: SLF001
-        gathered.clear()
-
-
 def _guard_optimizer(trainer: Any, engine: PrivateTraining, optimizer: Any) -> None:
     """Put the guard in front of the innermost optimizer's steps, once."""
     while hasattr(optimizer, "optimizer"):
@@ -607,39 +435,3 @@ def _swapped_class(trainer: Any, engine: PrivateTraining) -> Iterator[None]:
         finally:
             trainer.__class__ = original
             del vars(trainer)[_ENGINE], vars(trainer)[f"{_ENGINE}_hooks"]
-
-
-@contextlib.contextmanager
-def _quiet_callbacks(trainer: Any, engine: PrivateTraining) -> Iterator[None]:
-    """Exchange progress displays for one that tells nothing of the data, and add the stop; undo both afterwards."""
-    handler = trainer.callback_handler
-    before = list(handler.callbacks)
-    progress = _QuietProgress()
-    ours: list[TrainerCallback] = [_StopsInTime(engine)]
-    if any(isinstance(item, ProgressCallback) for item in before):
-        ours.append(progress)  # a notebook's own table is only taken away: there the panels show the progress
-    handler.callbacks = [item for item in before if not _is_progress(item)] + ours
-    try:
-        yield
-    finally:
-        progress.close()
-        added = [item for item in handler.callbacks if item not in before and item not in ours]
-        removed = [item for item in before if not _is_progress(item) and item not in handler.callbacks]
-        handler.callbacks = [item for item in before if item not in removed] + added
-
-
-def _is_progress(callback: Any) -> bool:
-    if isinstance(callback, ProgressCallback):
-        return True
-    return type(callback).__name__ == "NotebookProgressCallback"
-
-
-@contextlib.contextmanager
-def _kept_counters(trainer: Any) -> Iterator[None]:
-    """Token counts and metrics that TRL gathers on the trainer are not left on it."""
-    tokens = trainer._total_train_tokens  # noqa: SLF001
-    try:
-        yield
-    finally:
-        trainer._total_train_tokens = tokens  # noqa: SLF001
-        _clear_metrics(trainer)

@@ -32,8 +32,8 @@ from transformers import TrainerCallback
 
 from rlhf_audit_nb.config import PrivacyConfig
 from rlhf_audit_nb.privacy import SealedRandom, plan_training, private_training
-from rlhf_audit_nb.privacy.engine import clip_into
 from rlhf_audit_nb.privacy.supported import DPO_LOSSES
+from rlhf_audit_nb.privacy.unit_gradients import clip_into
 
 SIZES = (1, 2, 5)
 TOLERANCE = 1e-5
