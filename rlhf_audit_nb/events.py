@@ -41,6 +41,7 @@ __all__ = [
     "PrivacySealed",
     "PrivacySettled",
     "Private",
+    "PublicDeclared",
     "RecordSealed",
     "RecordStarted",
     "ReportCreated",
@@ -171,11 +172,15 @@ class EnvironmentCaptured(Event, frozen=True, kw_only=True):
 
 
 class DataPrivate(Private, frozen=True, kw_only=True):
-    """What is private about a data set under differential privacy: counts and digests of its rows."""
+    """What is private about a data set under differential privacy: counts and digests of its rows.
+
+    ``prompts`` is the digest of the set of its prompts, whatever their order and number: it recognises them elsewhere.
+    """
 
     rows: int
     digest: str
     annotators: int | None = None
+    prompts: str | None = None
 
 
 class DataBound(Event, frozen=True, kw_only=True):
@@ -199,12 +204,12 @@ class DataBound(Event, frozen=True, kw_only=True):
 
 
 class ModelBound(Event, frozen=True, kw_only=True):
-    """The model that a trainer showed: ``role`` is ``base``, ``reference`` or ``final``.
+    """The model that a trainer showed: ``role`` is ``base``, ``reference``, ``reward`` or ``final``.
 
     The base's ``weights_digest`` leaves an adapter out. ``trainable_digest`` is the digest of the trainable tensors,
-    an adapter's too, as they were when training began (role ``base`` only, where there are any): it tells a fresh
-    adapter from one that had learnt before. It compares with a step's weights digest, which has the same form; a final
-    one has the names that a save writes.
+    an adapter's too, as they were when training began (role ``base``, where there are any): it tells a fresh adapter
+    from one that had learnt before. It compares with a step's weights digest, which has the same form, and with that
+    of a final adapter, which has one too; a final weights digest has the names that a save writes.
     """
 
     TYPE: ClassVar[str] = "model.bound"
@@ -303,6 +308,23 @@ class PrivacyInherited(Event, frozen=True, kw_only=True):
     delta: float
     prompts: str | None = None
     note: str | None = None
+
+
+class PublicDeclared(Event, frozen=True, kw_only=True):
+    """Somebody declared that something holds nothing of protected people: a claim by a named person, not a finding.
+
+    ``kind`` is ``reward-function`` (``digest`` is that of its source text), ``model`` (its weights digest) or ``data``
+    (the digest of its rows, as ``data.bound`` has it). ``name`` says what it is called; ``reason`` and ``by`` are what
+    was said of it, in the open.
+    """
+
+    TYPE: ClassVar[str] = "privacy.declared"
+
+    kind: str
+    name: str
+    digest: str
+    reason: str
+    by: str
 
 
 class BudgetSet(Event, frozen=True, kw_only=True):

@@ -16,9 +16,10 @@ import msgspec
 
 from rlhf_audit_nb.events import DataBound, DataPrivate
 
-__all__ = ["bind_data", "column_names", "count_rows", "digest_rows", "recorded_columns"]
+__all__ = ["bind_data", "column_names", "count_rows", "digest_prompts", "digest_rows", "recorded_columns"]
 
 BATCH = 1024
+PROMPT = "prompt"
 
 
 def _plain(value: Any) -> Any:
@@ -62,7 +63,12 @@ def bind_data(
     }
     if not private:
         return DataBound(rows=rows, digest=digest, **common), None
-    half = DataPrivate(rows=rows or 0, digest=digest or "", annotators=_annotators(dataset, annotator_column))
+    half = DataPrivate(
+        rows=rows or 0,
+        digest=digest or "",
+        annotators=_annotators(dataset, annotator_column),
+        prompts=digest_prompts(dataset),
+    )
     return DataBound(unit=unit, units=units, **common), half
 
 
@@ -97,6 +103,14 @@ def digest_rows(dataset: Any) -> str:
         hasher.update(_encoder.encode(row))
         hasher.update(b"\n")
     return hasher.hexdigest()
+
+
+def digest_prompts(dataset: Any) -> str | None:
+    """Hex SHA-256 over the distinct values of the column ``prompt``, sorted; ``None`` where there is no such column."""
+    if PROMPT not in column_names(dataset) or not hasattr(dataset, "with_format") or count_rows(dataset) is None:
+        return None
+    prompts = {_encoder.encode(prompt) for prompt in dataset.with_format(None)[PROMPT]}
+    return hashlib.sha256(b"\n".join(sorted(prompts))).hexdigest()
 
 
 def _is_token_ids(feature: Any) -> bool:

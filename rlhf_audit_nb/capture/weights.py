@@ -119,11 +119,12 @@ def trainable_digest(model: torch.nn.Module) -> str:
 
 
 def describe_model(model: Any, role: str, processing_class: Any = None) -> ModelBound:
-    """The event for a model that a trainer showed; ``role`` is ``base`` or ``final``."""
+    """The event for a model that a trainer showed; ``role`` is ``base``, ``reward`` or ``final``."""
     tensors = base_tensors(model) if role == "base" else final_tensors(model)
     config = getattr(model, "config", None)
+    adapter = _adapter(model)
     parameters = [(value.numel(), value.requires_grad) for value in model.parameters()]
-    trains = any(wanted for _, wanted in parameters)
+    trains = any(wanted for _, wanted in parameters) and (role == "base" or (role == "final" and adapter is not None))
     return ModelBound(
         role=role,
         architecture=_architecture(model),
@@ -133,8 +134,8 @@ def describe_model(model: Any, role: str, processing_class: Any = None) -> Model
         config_digest=digest_json(_config(config)),
         name=_public_name(config),
         tokenizer_digest=_tokenizer_digest(processing_class),
-        adapter=_adapter(model),
-        trainable_digest=trainable_digest(model) if role == "base" and trains else None,
+        adapter=adapter,
+        trainable_digest=trainable_digest(model) if trains else None,
     )
 
 

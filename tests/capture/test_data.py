@@ -84,3 +84,18 @@ def test_a_plain_list_of_items_is_digested():
     assert event.rows == 2
     assert event.digest is not None
     assert event.digest != bind_data([{"x": [1.0, 2.5]}, {"x": [3.0, 4.0]}], "train")[0].digest
+
+
+def test_the_digest_of_prompts_knows_them_in_any_order_and_number_and_stays_private(rows):
+    from rlhf_audit_nb.capture.data import digest_prompts
+
+    known = digest_prompts(Dataset.from_list(rows))
+    again = Dataset.from_list([{"prompt": row["prompt"]} for row in [*reversed(rows), rows[0]]])
+    assert known is not None
+    assert digest_prompts(again) == known
+    assert digest_prompts(Dataset.from_list([{**row, "prompt": row["prompt"] + "?"} for row in rows])) != known
+    assert digest_prompts(Dataset.from_list([{"text": "x"}])) is None
+    event, private = bind_data(Dataset.from_list(rows), "train", private=True, unit="annotator", units=4)
+    assert private is not None
+    assert private.prompts == known
+    assert known not in repr(event)

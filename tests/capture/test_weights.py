@@ -119,7 +119,9 @@ def test_the_base_names_what_training_began_from_also_in_an_adapter():
     assert moved.weights_digest == fresh.weights_digest
     assert fresh.trainable_digest is not None
     assert moved.trainable_digest == trainable_digest(adapted) != fresh.trainable_digest
-    assert describe_model(adapted, "final").trainable_digest is None
+    assert describe_model(adapted, "final").trainable_digest == moved.trainable_digest
+    assert describe_model(causal_model(), "final").trainable_digest is None
+    assert describe_model(adapted, "reward").trainable_digest is None
     assert describe_model(causal_model().requires_grad_(False), "base").trainable_digest is None
 
 
