@@ -25,6 +25,9 @@ __all__ = [
     "AnnotationRecorded",
     "AnnotationSource",
     "AnnotationsImported",
+    "AnnotatorReidentified",
+    "AnnotatorsKey",
+    "AnnotatorsTabulated",
     "BudgetSet",
     "CardCreated",
     "CellExecuted",
@@ -36,6 +39,7 @@ __all__ = [
     "KeyRotated",
     "ModelBound",
     "Number",
+    "PrivacyChecked",
     "PrivacyInherited",
     "PrivacyReserved",
     "PrivacySealed",
@@ -327,6 +331,37 @@ class PublicDeclared(Event, frozen=True, kw_only=True):
     by: str
 
 
+class PrivacyChecked(Event, frozen=True, kw_only=True):
+    """The mechanism was audited with phantom annotators: the shipped code, on the machine that says so.
+
+    ``outcome`` is ``passed`` or ``failed``; ``tested`` says of each hypothesis whether it ``passed``, ``failed`` or was
+    ``not tested``. ``false_alarm`` bounds the chance that a right mechanism fails any of them. ``epsilon_lower`` is
+    what an attack on ``canaries`` phantoms showed, at ``confidence``; ``epsilon_gaussian`` the same for a mechanism
+    that is a Gaussian one; ``ceiling`` the most that so many can show; ``epsilon_claimed`` what the accountant says of
+    the very mechanism that was run. A low bound is no proof of privacy.
+    """
+
+    TYPE: ClassVar[str] = "privacy.checked"
+
+    outcome: str
+    tested: dict[str, str]
+    versions: dict[str, str]
+    engine: str
+    device: str
+    generator: str
+    noise_multiplier: float
+    sampling_rate: float
+    steps: int
+    delta: float
+    false_alarm: float
+    canaries: int
+    epsilon_claimed: Number
+    epsilon_lower: Number
+    epsilon_gaussian: Number
+    confidence: float
+    ceiling: Number
+
+
 class BudgetSet(Event, frozen=True, kw_only=True):
     """Somebody set the population's budget on this trail: from here on no run may ask for more.
 
@@ -533,6 +568,41 @@ class AnnotationRecorded(Event, frozen=True, kw_only=True):
     PRIVATE: ClassVar[type[Private] | None] = Annotation
 
     import_id: str
+
+
+class AnnotatorsKey(Private, frozen=True, kw_only=True):
+    """The secret (hex, 32 bytes) from which the tokens of one table of annotators follow."""
+
+    secret: str
+
+
+class AnnotatorsTabulated(Event, frozen=True, kw_only=True):
+    """A table of annotators was made under tokens that mean something in this table alone.
+
+    Neither the tokens nor anything that the table says stands here; only whoever holds the vault can tell whose a
+    token is, and that is recorded (`AnnotatorReidentified`). ``import_id`` is the import that it was about, ``None``
+    for all of them; ``size`` how many entries the trail had when it was drawn up.
+    """
+
+    TYPE: ClassVar[str] = "annotators.tabulated"
+    PRIVATE: ClassVar[type[Private] | None] = AnnotatorsKey
+
+    table: str
+    size: int
+    import_id: str | None = None
+
+
+class AnnotatorReidentified(Event, frozen=True, kw_only=True):
+    """Somebody asked whose a token is, and why; written before the answer is given. Neither token nor id stands here.
+
+    ``table`` is the table that the token is of; ``by`` and ``reason`` are what was said of it, in the open.
+    """
+
+    TYPE: ClassVar[str] = "vault.reidentified"
+
+    table: str
+    reason: str
+    by: str
 
 
 def _all_events(base: type[Event]) -> dict[str, type[Event]]:
