@@ -39,8 +39,12 @@ __all__ = [
     "KeyRotated",
     "ModelBound",
     "Number",
+    "PopulationKey",
+    "PopulationRoster",
+    "PopulationSecret",
     "PrivacyChecked",
     "PrivacyInherited",
+    "PrivacyPopulation",
     "PrivacyReserved",
     "PrivacySealed",
     "PrivacySettled",
@@ -255,7 +259,8 @@ class PrivacyReserved(Event, frozen=True, kw_only=True):
     composed total at the planned end (never a sum of parts); ``accountants`` holds each accountant's own figure for
     the composed total. ``steps`` counts optimizer steps that may be taken; ``steps_asked`` those that were asked for.
     ``column`` is the data column whose values are the units (``None`` for unit ``pair``, where each row is one):
-    spends by two columns bound nobody's total, so they are not added up.
+    spends by two columns bound nobody's total, so they are not added up. ``population`` names the roster that was
+    trained on (`PrivacyPopulation`); ``None`` where none was recorded: then it may share units with every other.
     """
 
     TYPE: ClassVar[str] = "privacy.reserved"
@@ -280,6 +285,7 @@ class PrivacyReserved(Event, frozen=True, kw_only=True):
     epsilon_planned: Number
     accountants: dict[str, Number]
     column: str | None = None
+    population: str | None = None
 
 
 class PrivacySettled(Event, frozen=True, kw_only=True):
@@ -360,6 +366,48 @@ class PrivacyChecked(Event, frozen=True, kw_only=True):
     epsilon_gaussian: Number
     confidence: float
     ceiling: Number
+
+
+class PopulationSecret(Private, frozen=True, kw_only=True):
+    """The key under which annotators' ids become tags on this trail (hex, 32 bytes)."""
+
+    key: str
+
+
+class PopulationKey(Event, frozen=True, kw_only=True):
+    """From here on rosters can be compared: their tags are made with the key in the private half.
+
+    ``key_id`` is a name that follows from the key and does not tell it: two rosters' tags say something of each other
+    only where they were made with the same key.
+    """
+
+    TYPE: ClassVar[str] = "privacy.population-key"
+    PRIVATE: ClassVar[type[Private] | None] = PopulationSecret
+
+    key_id: str
+
+
+class PopulationRoster(Private, frozen=True, kw_only=True):
+    """Who is on a roster, as keyed tags of the ids (hex, 16 bytes each), sorted and run together."""
+
+    key_id: str
+    tags: str
+
+
+class PrivacyPopulation(Event, frozen=True, kw_only=True):
+    """A roster of annotators that a private training is about to use for the first time on this trail.
+
+    ``units`` is how many annotators are on it; ``disjoint_from`` names the earlier populations that share nobody with
+    it, as the tool found by comparing the tags in the private halves. With any other earlier one it may share somebody.
+    """
+
+    TYPE: ClassVar[str] = "privacy.population"
+    PRIVATE: ClassVar[type[Private] | None] = PopulationRoster
+
+    population: str
+    units: int
+    key_id: str
+    disjoint_from: list[str] = []
 
 
 class BudgetSet(Event, frozen=True, kw_only=True):

@@ -10,7 +10,9 @@ import pytest
 from rlhf_audit_nb.errors import EntryError
 from rlhf_audit_nb.events import (
     EVENTS,
+    PopulationRoster,
     PrivacyInherited,
+    PrivacyPopulation,
     PrivacySealed,
     RunFinished,
     Step,
@@ -40,6 +42,14 @@ def test_what_a_training_inherited_comes_back_with_its_sources():
     )
     assert decode_body(PrivacyInherited.TYPE, encode_body(event)) == event
     assert event.epsilon == "Infinity"
+
+
+def test_a_population_shows_its_size_and_not_its_roster():
+    event = PrivacyPopulation(population="a" * 32, units=2, key_id="b" * 32, disjoint_from=["c" * 32])
+    roster = PopulationRoster(key_id="b" * 32, tags="0" * 32 + "1" * 32)
+    assert decode_body(PrivacyPopulation.TYPE, encode_body(event)) == event
+    assert decode_private(PrivacyPopulation.TYPE, encode_private(roster)) == roster
+    assert roster.tags.encode() not in encode_body(event)
 
 
 def test_the_bytes_do_not_depend_on_the_order_in_which_a_map_was_filled():
