@@ -14,11 +14,22 @@ from typing import Any, Literal, get_args
 
 from rlhf_audit_nb.errors import ConfigError
 
-__all__ = ["DEFAULT_TRAIL", "ENV_HOME", "ENV_TRAIL", "Adjacency", "AuditConfig", "Durability", "PrivacyConfig", "Unit"]
+__all__ = [
+    "DEFAULT_TRAIL",
+    "ENV_HOME",
+    "ENV_TRAIL",
+    "Adjacency",
+    "AuditConfig",
+    "Durability",
+    "GradientEngineName",
+    "PrivacyConfig",
+    "Unit",
+]
 
 Unit = Literal["annotator", "pair"]
 Adjacency = Literal["zero-out"]
 Durability = Literal["always", "batched"]
+GradientEngineName = Literal["auto", "loop", "rows"]
 
 DEFAULT_TRAIL = "audit"
 ENV_TRAIL = "RLHF_AUDIT_TRAIL"
@@ -41,6 +52,11 @@ def _positive(name: str, value: object, hint: str) -> float:
     return number
 
 
+def _count(name: str, value: object, hint: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1.", next_step=hint, code=name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrivacyConfig:
     """The guarantee that is asked for, and how it is reached.
@@ -56,6 +72,10 @@ class PrivacyConfig:
         sampling_rate: q in (0, 1], chance of each unit per step; ``None`` takes batch size / number of units.
         max_pairs_per_unit: k, at most so many pairs of a sampled unit enter a step (>= 1); costs no epsilon.
         annotator_column: the data column that holds the annotator's id.
+        engine: how units' gradients are computed: ``"loop"`` (one unit after the other, every trainer), ``"rows"`` (a
+            batch at once; LoRA and Linear layers) or ``"auto"`` (by an estimate of cost from public numbers).
+        micro_batch: how many rows of the data go through the model at once, which bounds the memory (>= 1); ``None``
+            takes the trainer's per-device batch size.
         adjacency: ``"zero-out"``: the roster of units is public, what each of them answered is not.
         public_prompts: you declare that no protected person wrote the prompts that a GRPOTrainer or RLOOTrainer uses;
             such a trainer then inherits the epsilon of its private reward models and charges nothing.
@@ -75,6 +95,8 @@ class PrivacyConfig:
     max_pairs_per_unit: int = 8
     annotator_column: str = "annotator_id"
     adjacency: Adjacency = "zero-out"
+    engine: GradientEngineName = "auto"
+    micro_batch: int | None = None
     public_prompts: bool = False
 
     def __post_init__(self) -> None:
@@ -90,7 +112,11 @@ class PrivacyConfig:
         self._check_mechanism()
 
     def _check_choices(self) -> None:
-        for name, allowed in (("unit", get_args(Unit)), ("adjacency", get_args(Adjacency))):
+        for name, allowed in (
+            ("unit", get_args(Unit)),
+            ("adjacency", get_args(Adjacency)),
+            ("engine", get_args(GradientEngineName)),
+        ):
             value = getattr(self, name)
             if value not in allowed:
                 wanted = " or ".join(f'{name}="{item}"' for item in allowed)
@@ -128,13 +154,9 @@ class PrivacyConfig:
                     next_step="Leave it out, or write a rate such as 0.1.",
                     code="sampling_rate",
                 )
-        pairs = self.max_pairs_per_unit
-        if isinstance(pairs, bool) or not isinstance(pairs, int) or pairs < 1:
-            raise ConfigError(
-                f"max_pairs_per_unit is {pairs!r}; it must be a whole number of at least 1.",
-                next_step="Write max_pairs_per_unit=8.",
-                code="max_pairs_per_unit",
-            )
+        _count("max_pairs_per_unit", self.max_pairs_per_unit, "Write max_pairs_per_unit=8.")
+        if self.micro_batch is not None:
+            _count("micro_batch", self.micro_batch, "Leave it out, or write how many rows fit into memory at once.")
 
     @property
     def unit_column(self) -> str | None:

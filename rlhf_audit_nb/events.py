@@ -43,6 +43,7 @@ __all__ = [
     "PopulationRoster",
     "PopulationSecret",
     "PrivacyChecked",
+    "PrivacyEngine",
     "PrivacyInherited",
     "PrivacyPopulation",
     "PrivacyReserved",
@@ -298,6 +299,20 @@ class PrivacySettled(Event, frozen=True, kw_only=True):
     epsilon_run: Number
     epsilon_total: Number
     stopped_by_budget: bool = False
+
+
+class PrivacyEngine(Event, frozen=True, kw_only=True):
+    """The units' gradients were not computed by the engine that the reservation names, but by this one.
+
+    Both keep the same bound, so what is charged does not change. It is decided before the first step, from a probe of
+    made-up rows; ``reason`` says why.
+    """
+
+    TYPE: ClassVar[str] = "privacy.engine"
+
+    reservation: str
+    engine: str
+    reason: str
 
 
 class PrivacyInherited(Event, frozen=True, kw_only=True):

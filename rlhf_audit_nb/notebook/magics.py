@@ -66,6 +66,8 @@ _PRIVACY_OPTIONS = (
     "sampling_rate",
     "max_pairs_per_unit",
     "annotator_column",
+    "engine",
+    "micro_batch",
 )
 _AUDIT_OPTIONS = ("trail", "origin", "durability", "asynchronous", "every_steps", "weights_every")
 
@@ -95,6 +97,8 @@ class AuditMagics(Magics):
     )
     @argument("--max-pairs-per-unit", type=int, metavar="K", help="pairs of a unit in one step, at most (default 8)")
     @argument("--annotator-column", metavar="COLUMN", help="column with the annotator's id (default annotator_id)")
+    @argument("--engine", choices=["auto", "loop", "rows"], help="how units' gradients are computed (default auto)")
+    @argument("--micro-batch", type=int, metavar="N", help="rows in the model at once (default: the batch size)")
     @argument("--model-name", metavar="NAME", help="the model's name, declared until a trainer shows it")
     @argument("--trail", metavar="FOLDER", help="where the trail lies (default: RLHF_AUDIT_TRAIL, else ./audit)")
     @argument("--origin", metavar="NAME", help="name of a new trail, such as example.com/alignment")
