@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import nbformat
 import pytest
+
+from rlhf_audit_nb.cli import main
+from rlhf_audit_nb.trail import Level, verify_trail
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "example_notebooks").glob("*.ipynb"))
 
@@ -16,7 +20,7 @@ def notebook(request):
 
 
 def test_there_are_notebooks():
-    assert [p.name for p in NOTEBOOKS][:1] == ["01_dpo_private.ipynb"]
+    assert [p.name for p in NOTEBOOKS] == ["01_dpo_private.ipynb", "02_privacy_utility.ipynb"]
 
 
 def test_a_notebook_is_valid_4_5_with_readable_ids(notebook):
@@ -40,9 +44,34 @@ def test_a_notebook_has_one_parameters_cell_before_any_other_code(notebook):
     assert [("parameters" in cell.metadata.get("tags", [])) for cell in code] == [True] + [False] * (len(code) - 1)
 
 
-def test_the_training_cell_knows_nothing_of_auditing(notebook):
+def test_the_training_cell_knows_nothing_of_auditing():
+    notebook = nbformat.read(NOTEBOOKS[0], nbformat.NO_CONVERT)
     [cell] = [c for c in notebook.cells if c.source.startswith("%%audit_train")]
     body = cell.source.split("\n", 1)[1]
     compile(body, "cell", "exec")
     assert "audit" not in body
     assert "priva" not in body
+
+
+@pytest.mark.slow
+def test_the_notebook_on_utility_runs_into_a_record_and_every_run_of_it_keeps_its_budget(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = {"steps": "2", "epsilons": "[8.0]", "units": '["annotator"]'}
+    options = [part for name, value in asked.items() for part in ("-p", name, value)]
+    assert main(["run", str(NOTEBOOKS[1]), *options, "-o", "record.ipynb"]) == 0
+    results = json.loads(Path("out/02_privacy_utility/results.json").read_text())
+    assert sorted((row["task"], row["unit"]) for row in results) == [
+        ("dpo", "annotator"),
+        ("dpo", "nobody"),
+        ("reward", "annotator"),
+        ("reward", "nobody"),
+    ]
+    for row in results:
+        assert 0.2 < row["accuracy"] < 0.9
+        assert row["spent"] is None if row["unit"] == "nobody" else 7 < row["spent"] <= 8
+    trails = sorted(Path("out/02_privacy_utility").glob("*/audit"))
+    assert len(trails) == len(results)
+    assert {verify_trail(trail).level for trail in trails} == {Level.UNANCHORED}
+    outputs = json.dumps([cell.get("outputs") for cell in nbformat.read("record.ipynb", 4).cells])
+    assert "image/png" in outputs
+    assert "train_loss" not in outputs
