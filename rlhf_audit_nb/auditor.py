@@ -349,6 +349,83 @@ class AuditableRLHF:
             delta, unit = config.delta if delta is None else delta, unit or config.unit
         return set_budget(self.trail, epsilon, reason=reason, by=by, delta=delta, unit=unit)
 
+    # --- what is public ----------------------------------------------------------------------------------------------
+
+    def declare_public_reward(self, reward: Any, *, reason: str, by: str) -> int:
+        """Declare that a reward function, or a reward model, knows nothing of protected people.
+
+        Under a privacy configuration a GRPOTrainer or RLOOTrainer may then be rewarded by it. It is a claim, recorded
+        with a name, and nobody can check it; a function is known by its source text, so a change needs a new one::
+
+            auditor.declare_public_reward(shorter_is_better, reason="counts characters", by="A. Keeper")
+
+        Args:
+            reward: a plain function without a closure, or a model without an adapter.
+            reason: why, in one line that stands in the open.
+            by: who says so, as they are to be named in the open.
+
+        Returns:
+            The index of the entry.
+
+        Raises:
+            ConfigError: its text does not show all of it; no reason or no name.
+        """
+        from rlhf_audit_nb.privacy.descent import FUNCTION, MODEL
+        from rlhf_audit_nb.privacy.post_processing import declare_public, digest_function
+
+        if hasattr(reward, "state_dict"):
+            from rlhf_audit_nb.capture.weights import base_tensors, digest_tensors, final_tensors
+
+            digest = digest_tensors(final_tensors(reward))
+            if digest != digest_tensors(base_tensors(reward)):
+                raise _cannot_declare("An adapter says nothing of the model under it.", "Merge it into its base first.")
+            return declare_public(self.trail, MODEL, type(reward).__name__, digest, reason=reason, by=by)
+        known = digest_function(reward)
+        if known is None:
+            raise _cannot_declare(
+                f"{getattr(reward, '__qualname__', type(reward).__name__)} is not a plain function whose source text "
+                "shows all of it.",
+                "Write it with def, in a cell or a file, without values from an outer function.",
+            )
+        return declare_public(self.trail, FUNCTION, reward.__qualname__, known, reason=reason, by=by)
+
+    def declare_public_data(self, data: Any, *, reason: str, by: str) -> int:
+        """Declare that a data set holds nothing of protected people; recorded as a claim by a named person.
+
+        What a training without privacy learnt from it then stands in the lineage as public, and a private run may
+        begin from the weights that it left.
+
+        Args:
+            data: the data set as the trainer holds it (``trainer.train_dataset``), or the index of the entry that
+                bound it to a run.
+            reason: why, in one line that stands in the open.
+            by: who says so, as they are to be named in the open.
+
+        Returns:
+            The index of the entry.
+
+        Raises:
+            ConfigError: there is no such entry, or its data is private; no reason or no name.
+        """
+        from rlhf_audit_nb.events import DataBound, decode_body
+        from rlhf_audit_nb.privacy.descent import DATA
+        from rlhf_audit_nb.privacy.post_processing import declare_public
+
+        if not isinstance(data, int):
+            from rlhf_audit_nb.capture.data import digest_rows
+
+            name = str(getattr(getattr(data, "info", None), "dataset_name", None) or "data set")
+            return declare_public(self.trail, DATA, name, digest_rows(data), reason=reason, by=by)
+        self.trail.flush()
+        entry = next(self.trail.reader().entries(data, data + 1, type=DataBound.TYPE), None) if data >= 0 else None
+        bound = decode_body(entry.type, entry.body) if entry is not None else None
+        if not isinstance(bound, DataBound) or bound.digest is None:
+            raise _cannot_declare(
+                f"Entry {data} binds no data set whose digest stands in the open.",
+                "Name the entry of a data set that a run without privacy used: `rlhf-audit lineage` shows it.",
+            )
+        return declare_public(self.trail, DATA, bound.source or "data set", bound.digest, reason=reason, by=by)
+
     # --- what people read --------------------------------------------------------------------------------------------
 
     def generate_compliance_report(self, format: str = "html", record: Path | str | None = None) -> Any:  # noqa: A002
@@ -462,6 +539,10 @@ class AuditableRLHF:
             "trail": self.audit_config.trail_location().name,  # a notebook is passed on; whose folder it was is not
         }
         return _table("AuditableRLHF", rows)
+
+
+def _cannot_declare(why: str, instead: str) -> ConfigError:
+    return ConfigError(f"This cannot be declared public. {why}", next_step=instead, code="declare-public")
 
 
 def _refuse_lists(lists: dict[str, Any], annotator_ids: Any) -> None:

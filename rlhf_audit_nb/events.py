@@ -213,7 +213,7 @@ class DataBound(Event, frozen=True, kw_only=True):
 
 
 class ModelBound(Event, frozen=True, kw_only=True):
-    """The model that a trainer showed: ``role`` is ``base``, ``reference``, ``reward`` or ``final``.
+    """The model that a trainer showed: ``role`` is ``base``, ``reference`` or ``final``.
 
     The base's ``weights_digest`` leaves an adapter out. ``trainable_digest`` is the digest of the trainable tensors,
     an adapter's too, as they were when training began (role ``base``, where there are any): it tells a fresh adapter
@@ -320,8 +320,9 @@ class PrivacyInherited(Event, frozen=True, kw_only=True):
 
     ``kind`` is ``released-labels`` (it trained on what label randomisation had released) or ``private-model`` (it was
     rewarded by, or began from, models that private runs left). Each of ``sources`` has ``entry`` (the index of the
-    entry that shows it), ``run`` (that entry's run, or ``None``) and ``digest``. ``epsilon`` and ``delta`` are the
-    composed total, over ``unit``, of what the sources charged; ``prompts`` says what was declared of the prompts.
+    entry that shows it), ``run`` (that entry's run, or ``None``) and ``digest``; that of a model also its ``role``.
+    ``epsilon`` and ``delta`` are the composed total, over ``unit``, of what the sources charged; ``prompts`` says what
+    was declared of the prompts.
     """
 
     TYPE: ClassVar[str] = "privacy.inherited"

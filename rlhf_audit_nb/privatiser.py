@@ -7,19 +7,24 @@ they meet: what a run hands its trainers to, and what it learns of them.
 from __future__ import annotations
 
 import uuid
+from base64 import b64decode
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from typing import TYPE_CHECKING, Any
+
+from rlhf_audit_nb.errors import VaultError
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.capture.run import Run, RunObserver
-    from rlhf_audit_nb.capture.state import PrivacyView
+    from rlhf_audit_nb.capture.state import InheritedView, PrivacyView
     from rlhf_audit_nb.config import PrivacyConfig
+    from rlhf_audit_nb.events import PrivacyInherited
     from rlhf_audit_nb.privacy.ledger import Ledger
     from rlhf_audit_nb.privacy.plan import Plan
+    from rlhf_audit_nb.privacy.post_processing import FunctionShown, Inheritance, Inputs, ModelShown
     from rlhf_audit_nb.trail import Trail
 
-__all__ = ["PlannedTraining", "TrailPrivatiser"]
+__all__ = ["InheritedTraining", "PlannedTraining", "TrailPrivatiser"]
 
 
 class TrailPrivatiser:
@@ -34,6 +39,22 @@ class TrailPrivatiser:
         from rlhf_audit_nb.privacy.quiet import quiet_preparation
 
         return quiet_preparation()
+
+    def inherit(self, trainer: Any) -> InheritedTraining | None:
+        """What ``trainer`` inherits where it charges nothing, else ``None``; refusals as of `plan_inheritance`."""
+        from rlhf_audit_nb.privacy.descent import read_descent
+        from rlhf_audit_nb.privacy.post_processing import check_trainer, is_post_processing, plan_inheritance
+        from rlhf_audit_nb.privacy.reservation import read_ledger
+
+        if not is_post_processing(trainer):
+            return None
+        check_trainer(trainer, self.config)
+        self.trail.flush()  # what an earlier training of this run left counts
+        reader = self.trail.reader()
+        descent, ledger = read_descent(reader), read_ledger(reader)
+        return InheritedTraining(
+            plan_inheritance(_inputs_of(trainer), self.config, descent, ledger, _protected_digests(self.trail))
+        )
 
     def plan(self, trainer: Any) -> PlannedTraining:
         """The plan for ``trainer`` on top of what the trail holds; see `plan_training` for what is refused."""
@@ -125,6 +146,82 @@ class PlannedTraining:
             total = float(settled.epsilon_total)
             if total > (run.state.epsilon or 0.0):  # a step that was cut short is paid for, though it does not count
                 run.state.add("epsilon", run.state.step, total)
+
+
+class InheritedTraining:
+    """One training that charges nothing: what `rlhf_audit_nb.capture.run.InheritedPlan` asks for."""
+
+    def __init__(self, inheritance: Inheritance) -> None:
+        self._inheritance = inheritance
+
+    @property
+    def view(self) -> InheritedView:
+        """What it inherits, for people."""
+        from rlhf_audit_nb.capture.state import InheritedView
+
+        found = self._inheritance
+        runs = sorted({source["run"] for source in found.sources if source["run"] is not None})
+        return InheritedView(unit=found.unit, epsilon=found.epsilon, delta=found.delta, runs=runs)
+
+    def event(self) -> PrivacyInherited:
+        """The entry that says so."""
+        return self._inheritance.event()
+
+
+def _inputs_of(trainer: Any) -> Inputs:
+    """What a GRPOTrainer or RLOOTrainer learns from, with the digests that tell where it comes from."""
+    from rlhf_audit_nb.capture.data import column_names, count_rows, digest_prompts, digest_rows
+    from rlhf_audit_nb.privacy.post_processing import DataShown, FunctionShown, Inputs, digest_function
+
+    def data(dataset: Any, role: str) -> DataShown:
+        digest = digest_rows(dataset) if count_rows(dataset) is not None else None
+        return DataShown(role, tuple(column_names(dataset)), digest, digest_prompts(dataset))
+
+    def reward(one: Any, name: str) -> ModelShown | FunctionShown:
+        if hasattr(one, "state_dict"):
+            return _model_shown(trainer.accelerator.unwrap_model(one), name)
+        return FunctionShown(name, digest_function(one))
+
+    held_out = trainer.eval_dataset
+    sets = [("evaluation", one) for one in (held_out.values() if isinstance(held_out, dict) else [held_out])]
+    return Inputs(
+        policy=_model_shown(trainer.accelerator.unwrap_model(trainer.model), "policy"),
+        rewards=tuple(map(reward, trainer.reward_funcs, trainer.reward_func_names)),
+        data=tuple(data(one, role) for role, one in [("training", trainer.train_dataset), *sets] if one is not None),
+        reference=None if trainer.ref_model is None
+        else _model_shown(trainer.accelerator.unwrap_model(trainer.ref_model), "reference"),
+    )  # fmt: skip
+
+
+def _model_shown(model: Any, name: str) -> ModelShown:
+    from rlhf_audit_nb.capture.weights import base_tensors, digest_tensors, final_tensors, loaded_from
+    from rlhf_audit_nb.privacy.post_processing import ModelShown
+
+    final, base = digest_tensors(final_tensors(model)), digest_tensors(base_tensors(model))
+    return ModelShown(name, final, base if base != final else None, loaded_from(model))
+
+
+def _protected_digests(trail: Trail) -> set[str]:
+    """Digests of rows and of prompts that private trainings of the trail read, as far as the vault still has them."""
+    from rlhf_audit_nb.events import DataBound, DataPrivate, decode_private
+    from rlhf_audit_nb.trail import Vault
+
+    found: set[str] = set()
+    # A vault of its own: the trail's is the writer's, which may be sealing on another thread meanwhile.
+    with closing(Vault(trail.vault.path, trail.keys.master)) as vault:
+        for entry in trail.reader().entries(type=DataBound.TYPE):
+            if entry.envelope.sealed is None or entry.run is None:
+                continue
+            try:
+                payload = vault.open_payload(entry.run, entry.seq, b64decode(entry.envelope.sealed))
+            except VaultError as error:
+                if error.reason in ("erased", "opening-missing"):
+                    continue  # what is gone cannot be compared with; the declaration stands alone then
+                raise
+            half = decode_private(entry.type, payload)
+            if isinstance(half, DataPrivate):
+                found |= {digest for digest in (half.digest, half.prompts) if digest}
+    return found
 
 
 def _raised(ledger: Ledger, config: PrivacyConfig) -> str:

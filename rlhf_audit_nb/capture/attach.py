@@ -20,7 +20,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from rlhf_audit_nb.capture.data import bind_data
-from rlhf_audit_nb.capture.run import PrivatePlan, Run, current_run, open_private_runs
+from rlhf_audit_nb.capture.run import InheritedPlan, PrivatePlan, Run, current_run, open_private_runs
 from rlhf_audit_nb.capture.weights import describe_model, digest_tensors, final_tensors
 from rlhf_audit_nb.errors import RunError, UnsupportedTrainerError
 from rlhf_audit_nb.events import ModelBound, RunStarted, TrainerAttached, decode_body
@@ -234,7 +234,7 @@ def _is_foreign(optimizer: Any, trainer: Any) -> bool:
 # --- one training ----------------------------------------------------------------------------------------------------
 
 
-def _train_in_run(run: Run, trainer: Any, train: Callable[[], Any]) -> Any:
+def _train_in_run(run: Run, trainer: Any, train: functools.partial[Any]) -> Any:
     """Train ``trainer`` inside ``run`` and record it."""
     run.training = trainer
     run.training_ended(None)
@@ -249,14 +249,19 @@ def _train_in_run(run: Run, trainer: Any, train: Callable[[], Any]) -> Any:
             run.state.status = "open"
 
 
-def _record_training(run: Run, trainer: Any, train: Callable[[], Any]) -> Any:
+def _record_training(run: Run, trainer: Any, train: functools.partial[Any]) -> Any:
     from rlhf_audit_nb.capture.callback import StepRecorder
 
     opening = _Opening(run, trainer)
-    recorder = StepRecorder(run, trainer, opening.record, run.state.step)
     with ExitStack() as stack:
         stack.callback(opening.record_trainer, max(int(trainer.args.max_steps), 0))
-        plan = run.privatiser.plan(trainer) if run.privatiser is not None else None
+        inherited = run.privatiser.inherit(trainer) if run.privatiser is not None else None
+        plan = run.privatiser.plan(trainer) if run.privatiser is not None and inherited is None else None
+        recorder = StepRecorder(run, trainer, opening.record, run.state.step, private=plan is not None)
+        if inherited is not None:
+            _refuse_resuming(trainer, train)
+            opening.inherited = inherited
+            _show_inherited(run, inherited)
         if plan is not None:
             # The plan knows the steps; what a trainer would count from its rows is private.
             opening.record(plan.steps, plan)
@@ -288,6 +293,7 @@ class _Opening:
         self._trainer_recorded = False
         self._recorded = False
         self.base: ModelBound | None = None
+        self.inherited: InheritedPlan | None = None
 
     def record_trainer(self, max_steps: int) -> None:
         """The trainer; called again at the end for trainings that failed before they began."""
@@ -315,6 +321,11 @@ class _Opening:
             self._run.record(*_bind(dataset, role, plan))
         self.base = describe_model(self._trainer.model, "base", self._trainer.processing_class)
         self._run.record(self.base)
+        reference = getattr(self._trainer, "ref_model", None)
+        if reference is not None:
+            self._run.record(describe_model(self._trainer.accelerator.unwrap_model(reference), "reference"))
+        if self.inherited is not None:
+            self._run.record(self.inherited.event())
 
     def _datasets(self) -> Iterator[tuple[Any, str]]:
         if self._trainer.train_dataset is not None:
@@ -346,8 +357,28 @@ def _show_plan(run: Run, plan: PrivatePlan) -> None:
     if before is not None:
         view = replace(view, before=before.before, curve=[*before.curve[: run.state.step], *view.curve])
     run.state.privacy = view
+    run.state.private = True
     for sentence in plan.warnings:
         run.warn(sentence)
+
+
+def _refuse_resuming(trainer: Any, train: functools.partial[Any]) -> None:
+    """A checkpoint's weights are not the ones whose descent was looked at."""
+    resumes = train.keywords.get("resume_from_checkpoint", train.args[1] if len(train.args) > 1 else None)
+    if resumes or trainer.args.resume_from_checkpoint:
+        raise UnsupportedTrainerError(
+            "A training that inherits its models' privacy cannot be resumed: where a checkpoint's weights come from "
+            "is not checked.",
+            next_step="Start it anew; it charges nothing.",
+            code="not-post-processing",
+        )
+
+
+def _show_inherited(run: Run, inherited: InheritedPlan) -> None:
+    """Let panels see what comes with the models; what such a training measures is public."""
+    run.state.inherited = inherited.view
+    if run.state.privacy is None:
+        run.state.private = False
 
 
 def _warn_of_open_training(run: Run, trainer: Any, base: ModelBound | None) -> None:

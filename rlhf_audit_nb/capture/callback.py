@@ -72,14 +72,17 @@ class StepRecorder(TrainerCallback):
         trainer: the trainer that trains.
         opening: called once when training begins, with the number of planned steps.
         first_step: the run's steps before this training.
+        private: whether what this training measures is private; also in a private run it is not where it inherits.
     """
 
-    def __init__(self, run: Run, trainer: Any, opening: Callable[[int], None], first_step: int) -> None:
+    def __init__(
+        self, run: Run, trainer: Any, opening: Callable[[int], None], first_step: int, *, private: bool
+    ) -> None:
         self._run = run
         self._trainer = trainer
         self._opening = opening
         self._first_step = first_step
-        self._private = run.private
+        self._private = private
         self._norm: UpdateNorm | None = None
         self._losses: list[torch.Tensor] = []
         self._gradient_norm: torch.Tensor | float | None = None

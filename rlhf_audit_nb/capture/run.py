@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import msgspec
 
 from rlhf_audit_nb.capture.environment import capture_environment
-from rlhf_audit_nb.capture.state import PrivacyView, RunState, Status
+from rlhf_audit_nb.capture.state import InheritedView, PrivacyView, RunState, Status
 from rlhf_audit_nb.capture.telemetry import no_telemetry
 from rlhf_audit_nb.capture.weights import folder_state, sign_folder
 from rlhf_audit_nb.config import AuditConfig
@@ -53,6 +53,7 @@ __all__ = [
     "COARSE_US",
     "ENV_RECORD",
     "AuditWarning",
+    "InheritedPlan",
     "PrivatePlan",
     "Privatiser",
     "Run",
@@ -106,11 +107,29 @@ class PrivatePlan(Protocol):
         """Reserves the spend in the trail, makes ``trainer`` private, and settles at the end, however it comes."""
 
 
+class InheritedPlan(Protocol):
+    """What a training that charges nothing inherits, worked out before it touches anything."""
+
+    @property
+    def view(self) -> InheritedView:
+        """What it inherits, for people."""
+
+    def event(self) -> Event:
+        """The entry that says so."""
+
+
 class Privatiser(Protocol):
     """How training is made private."""
 
     def quiet(self) -> AbstractContextManager[Any]:
         """Keeps libraries from telling about private rows while trainers are built and trained."""
+
+    def inherit(self, trainer: Any) -> InheritedPlan | None:
+        """What ``trainer`` inherits, where it is one that learns of protected people through private models only.
+
+        Raises:
+            PrivacyError: it is of that kind, and something else comes into it.
+        """
 
     def plan(self, trainer: Any) -> PrivatePlan:
         """The plan for ``trainer``.
@@ -413,7 +432,10 @@ class Run:
     def _privacy_words(self) -> str:
         if not self.private:
             return "trained without differential privacy" if self.steps else "no differential privacy"
-        view = self.state.privacy
+        view, inherited = self.state.privacy, self.state.inherited
+        if view is None and inherited is not None:
+            epsilon = math.ceil(inherited.epsilon * 100 - ROUNDING) / 100
+            return f"inherits ε {epsilon:.2f} (δ {inherited.delta:g}, unit {inherited.unit}); nothing was charged"
         if view is None:
             return "no privacy spent"
         # Rounded up, so that no line says less than was spent; the slack keeps a whole 8 from reading 8.01.

@@ -14,7 +14,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
-__all__ = ["Point", "PrivacyView", "RunState", "Status"]
+__all__ = ["InheritedView", "Point", "PrivacyView", "RunState", "Status"]
 
 Status = Literal["open", "training", "completed", "failed", "interrupted", "stopped-by-budget"]
 
@@ -52,6 +52,20 @@ class PrivacyView:
         return asdict(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class InheritedView:
+    """What a training that charges nothing inherits: the composed ``epsilon`` of ``runs`` at ``delta``."""
+
+    unit: str
+    epsilon: float
+    delta: float
+    runs: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values."""
+        return asdict(self)
+
+
 @dataclass(kw_only=True)
 class RunState:
     """The live picture of one run.
@@ -61,7 +75,8 @@ class RunState:
         started_at: ``time.time()`` when the run was opened.
         step: optimizer steps taken so far, over all trainings of the run.
         max_steps: steps planned by the training that goes on, 0 while unknown.
-        private: whether the run trains under differential privacy.
+        private: whether the run trains under differential privacy; not where all it trains inherits.
+        inherited: what the last training that charged nothing inherits.
         series: public series by name, each a list of ``(step, value)``.
         points: the same points in the order of their arrival, for `points_since`.
         warnings: sentences for a person.
@@ -76,6 +91,7 @@ class RunState:
     step: int = 0
     max_steps: int = 0
     privacy: PrivacyView | None = None
+    inherited: InheritedView | None = None
     series: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     points: list[Point] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -115,6 +131,7 @@ class RunState:
             "max_steps": self.max_steps,
             "epsilon": self.epsilon,
             "privacy": self.privacy.to_dict() if self.privacy else None,
+            "inherited": self.inherited.to_dict() if self.inherited else None,
             "series": {name: list(points) for name, points in list(self.series.items())},
             "warnings": list(self.warnings),
         }

@@ -47,6 +47,7 @@ __all__ = [
     "digest_tensors",
     "final_tensors",
     "folder_state",
+    "loaded_from",
     "sign_folder",
     "trainable_digest",
 ]
@@ -113,13 +114,29 @@ def final_tensors(model: Any) -> dict[str, torch.Tensor]:
     return dict(get_peft_model_state_dict(model))
 
 
+def loaded_from(model: Any) -> str | None:
+    """The digest of the folder that a model was loaded from, where its weights are what that folder holds.
+
+    The digest is `FolderSignature.digest` of the folder as it is now; ``None`` where there is no such folder, or where
+    the weights in memory are not the ones in its safetensors files.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(str(getattr(getattr(model, "config", None), "_name_or_path", "") or ""))
+    files = sorted(folder.glob("*.safetensors")) if folder.name and folder.is_dir() else []
+    stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    if not stored or digest_tensors(stored) != digest_tensors(final_tensors(model)):
+        return None
+    return _folder_digest(list(_files(folder, _ignored_paths(folder))))[0]
+
+
 def trainable_digest(model: torch.nn.Module) -> str:
     """The weights digest of the parameters that training changes."""
     return digest_tensors({name: value for name, value in model.named_parameters() if value.requires_grad})
 
 
 def describe_model(model: Any, role: str, processing_class: Any = None) -> ModelBound:
-    """The event for a model that a trainer showed; ``role`` is ``base``, ``reward`` or ``final``."""
+    """The event for a model that a trainer showed; ``role`` is ``base``, ``reference`` or ``final``."""
     tensors = base_tensors(model) if role == "base" else final_tensors(model)
     config = getattr(model, "config", None)
     adapter = _adapter(model)
@@ -250,10 +267,8 @@ def sign_folder(folder: Path, key: ec.EllipticCurvePrivateKey) -> FolderSignatur
     (folder / PUBLIC_KEY_FILE).write_bytes(pem)
     ignored = _ignored_paths(folder)
     files = list(_files(folder, ignored))
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        digests = list(pool.map(_file_digest, files))
+    root, digests = _folder_digest(files)
     names = [path.relative_to(folder).as_posix() for path in files]
-    root = hashlib.sha256(b"".join(bytes.fromhex(digest) for digest in digests)).hexdigest()
     statement = _statement(folder.resolve().name, root, dict(zip(names, digests, strict=True)), ignored)
     bundle = _bundle(statement, key, pem)
     _write_atomically(folder / SIGNATURE_FILE, bundle)
@@ -284,6 +299,13 @@ def _files(folder: Path, ignored: list[str]) -> Iterator[Path]:
         if path.is_file() and relative.parts[0] not in ignored:
             found.append(path)
     yield from sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _folder_digest(files: list[Path]) -> tuple[str, list[str]]:
+    """The digest over the files' digests in their order, and these."""
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        digests = list(pool.map(_file_digest, files))
+    return hashlib.sha256(b"".join(bytes.fromhex(digest) for digest in digests)).hexdigest(), digests
 
 
 def _file_digest(path: Path) -> str:

@@ -9,13 +9,13 @@ prints or publishes functions of the data, and what was not verified yet.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf_audit_nb.errors import UnsupportedTrainerError
 
-__all__ = ["DPO_LOSSES", "check_supported", "check_unit", "token_normaliser"]
+__all__ = ["DPO_LOSSES", "check_supported", "check_unit", "replaced_methods", "token_normaliser"]
 
 DPO_LOSSES = frozenset(
     {
@@ -376,8 +376,13 @@ def _check_class(trainer: Any) -> str:
     )
 
 
+def replaced_methods(trainer: Any, names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that are not TRL's or transformers' own methods on this trainer, sorted."""
+    return sorted(name for name in names if name in vars(trainer) or _patched(type(trainer), name))
+
+
 def _check_overrides(trainer: Any) -> None:
-    replaced = sorted(name for name in _METHODS if name in vars(trainer) or _patched(type(trainer), name))
+    replaced = replaced_methods(trainer, _METHODS)
     if replaced:
         raise _refusal(
             f"{', '.join(replaced)} of this trainer was replaced; it cannot be shown to keep units apart any more.",

@@ -18,12 +18,14 @@ import pytest
 __all__ = [
     "causal_model",
     "dpo_trainer",
+    "grpo_trainer",
     "kto_trainer",
     "lora",
     "perturb",
     "preferences",
     "reward_model",
     "reward_trainer",
+    "rloo_trainer",
     "sft_trainer",
     "shared_folder",
     "synthetic_pairs",
@@ -245,4 +247,39 @@ def kto_trainer(rows: list[dict[str, str]], output: Path, *, model: Any = None, 
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer(),
         peft_config=adapter,
+    )
+
+
+def grpo_trainer(rewards: Any, output: Path, **args: Any) -> Any:
+    """A GRPOTrainer with LoRA on made-up public prompts; ``rewards`` are models (tiny ones) or functions."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    return _online_trainer(GRPOTrainer, GRPOConfig, rewards, output, args)
+
+
+def rloo_trainer(rewards: Any, output: Path, **args: Any) -> Any:
+    """The same as an RLOOTrainer."""
+    from trl import RLOOConfig, RLOOTrainer
+
+    return _online_trainer(RLOOTrainer, RLOOConfig, rewards, output, args)
+
+
+def _online_trainer(kind: Any, config: Any, rewards: Any, output: Path, args: dict[str, Any]) -> Any:
+    from datasets import Dataset
+
+    own = ("model", "peft", "prompts", "eval_prompts")
+    given = {"per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 6, "max_steps": 2}
+    settings = _arguments({**given, **{name: value for name, value in args.items() if name not in own}}, output)
+    settings.pop("max_length")
+    prompts = args.get("prompts") or [{"prompt": f"A public question {number}?"} for number in range(8)]
+    adapter = args.get("peft", "lora")
+    return kind(
+        model=args.get("model") or causal_model(),
+        reward_funcs=rewards,
+        args=config(**settings),
+        train_dataset=Dataset.from_list(prompts),
+        eval_dataset=Dataset.from_list(args["eval_prompts"]) if "eval_prompts" in args else None,
+        processing_class=tokenizer(),
+        reward_processing_classes=[tokenizer() for _ in rewards] if isinstance(rewards, list) else tokenizer(),
+        peft_config=lora() if adapter == "lora" else adapter,
     )
