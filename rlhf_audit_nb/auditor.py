@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from html import escape
@@ -29,6 +29,7 @@ from rlhf_audit_nb.events import (
 if TYPE_CHECKING:
     from rlhf_audit_nb.capture.annotations import AnnotationImport, Headers, ImportSummary, OpenedAnnotation
     from rlhf_audit_nb.capture.run import Run
+    from rlhf_audit_nb.labelling import LabelRelease
     from rlhf_audit_nb.reports.budget import Budget
     from rlhf_audit_nb.trail import Trail, Verdict
     from rlhf_audit_nb.trail.erasure import ErasureDone
@@ -105,6 +106,8 @@ class AuditableRLHF:
         from rlhf_audit_nb.privatiser import TrailPrivatiser
 
         privacy = self.privacy_config
+        if privacy is not None and privacy.unit == "label":
+            raise ConfigError("Training on released labels is not wired in yet.", code="unit")
         return Run(
             self.trail,
             experiment,
@@ -245,6 +248,61 @@ class AuditableRLHF:
 
         return summarize_annotations(self.trail.reader())
 
+    def release_labels(
+        self,
+        data: Any,
+        *,
+        epsilon: float,
+        columns: Mapping[str, str | None] | None = None,
+        keep: Sequence[str] = (),
+        words: Mapping[Any, str] | None = None,
+        out: Path | str | None = None,
+        destroy_original: bool = False,
+    ) -> LabelRelease:
+        """Release preference labels through randomised response, once; all training on them afterwards is free.
+
+        Each label (which of a row's two responses was preferred) is flipped with chance 1 / (1 + exp(epsilon)), so
+        that whatever is made of the noisy rows is epsilon-private for each label. The texts and who annotated are not
+        protected. The release is charged to the trail before anything is drawn::
+
+            auditor = AuditableRLHF(privacy_config=PrivacyConfig(epsilon=3.0, unit="label"))
+            noisy = auditor.release_labels("votes.csv", epsilon=3.0, columns={"prompt": "question"}, out="noisy.jsonl")
+            trainer = DPOTrainer(..., train_dataset=noisy.dataset)
+
+        Args:
+            data: a file (CSV, JSON lines, a JSON array, also with ``.gz``; parquet), a `datasets.Dataset`, or dicts:
+                with ``chosen`` and ``rejected``, or with ``first``, ``second`` and ``choice``, and maybe ``prompt``.
+            epsilon: what the release costs each label, above 0 and at most 15.
+            columns: what our fields are called there, such as ``{"prompt": "question"}``; ``annotator_id`` is counted
+                and not carried over.
+            keep: further columns that the noisy rows carry as they are; all others are left behind, because what stands
+                beside a label may tell it.
+            words: what the words of ``choice`` mean: ``first`` or ``second``.
+            out: a new file for the noisy rows (JSON lines).
+            destroy_original: overwrite and delete the file that ``data`` names, once ``out`` is safe. Then neither the
+                seed nor the file's digest is kept, so that nobody can undo the flips, and nobody can replay them.
+
+        Raises:
+            DataError: the source cannot be read, or a row has no two texts and one choice; nothing was released.
+            ConfigError: ``out`` is there already, or the original cannot be destroyed; nothing was released.
+            BudgetExceededError: a label would have cost more than the budget; nothing was released.
+            PrivacyError: epsilon cannot be used, or the trail counts another unit; nothing was released.
+            StoreError: the trail, the noisy file or the original cannot be written; the message says what holds.
+        """
+        from rlhf_audit_nb.labelling import prepare_release
+
+        prepared = prepare_release(
+            data,
+            epsilon=epsilon,
+            columns=columns,
+            keep=keep,
+            words=words,
+            out=out,
+            destroy_original=destroy_original,
+            config=self.privacy_config,
+        )
+        return prepared.release(self.trail)
+
     # --- the vault ---------------------------------------------------------------------------------------------------
 
     def erase(self, annotator_id: str, *, reason: str) -> ErasureDone:
@@ -333,7 +391,7 @@ class AuditableRLHF:
             reason: why, in one line that stands in the open.
             by: who decides, as they are to be named in the open.
             delta: of the bound; without it the privacy configuration's, the budget's in force, or 1e-5.
-            unit: ``annotator`` or ``pair``; without it the privacy configuration's, or the trail's.
+            unit: ``annotator``, ``pair`` or ``label``; without it the privacy configuration's, or the trail's.
 
         Returns:
             The index of the entry.

@@ -26,7 +26,7 @@ __all__ = [
     "Unit",
 ]
 
-Unit = Literal["annotator", "pair"]
+Unit = Literal["annotator", "pair", "label"]
 Adjacency = Literal["zero-out"]
 Durability = Literal["always", "batched"]
 GradientEngineName = Literal["auto", "loop", "rows"]
@@ -64,7 +64,9 @@ class PrivacyConfig:
     Args:
         epsilon: the population's whole budget on this trail, over all runs (> 0).
         delta: probability with which the bound may fail; in (1e-10, 1), and well below 1 / (number of units).
-        unit: what neighbouring data sets differ in: ``"annotator"`` (all her pairs) or ``"pair"`` (one preference).
+        unit: what neighbouring data sets differ in: ``"annotator"`` (all her pairs), ``"pair"`` (one preference) or
+            ``"label"`` (only which of a pair was preferred: labels are released by `AuditableRLHF.release_labels`, and
+            ``epsilon`` is what all releases of one label may cost together).
         anonymize_annotators: annotator ids are written nowhere in the open; there is no setting under which they are.
         run_epsilon: what this run alone may add to the composed total; ``None`` lets it plan with all that is left.
         clipping_norm: C, the bound on the L2 norm of one unit's gradient (> 0).

@@ -37,6 +37,9 @@ __all__ = [
     "Event",
     "KeyRevoked",
     "KeyRotated",
+    "LabelsReleased",
+    "LabelsSealed",
+    "LabelsWritten",
     "ModelBound",
     "Number",
     "PopulationKey",
@@ -424,6 +427,69 @@ class PrivacyPopulation(Event, frozen=True, kw_only=True):
     units: int
     key_id: str
     disjoint_from: list[str] = []
+
+
+class LabelsSealed(Private, frozen=True, kw_only=True):
+    """What is private about a release of labels.
+
+    ``check_key`` (hex) keys the check value that each released row carries; ``tag_key`` (hex) and ``tags`` (base64,
+    12 bytes a row) tell whether two releases hold the same pair of texts, whichever of them was preferred. ``seed``
+    (hex) and ``original`` (hex SHA-256 of the source) would give the original labels away to whoever has the released
+    ones; where the originals are destroyed, neither was ever written.
+    """
+
+    check_key: str
+    tag_key: str
+    tags: str
+    seed: str | None = None
+    original: str | None = None
+
+
+class LabelsReleased(Event, frozen=True, kw_only=True):
+    """The labels of some rows are released through randomised response, each with ``epsilon``; charged from here on.
+
+    A label says which of a row's two responses was preferred; it is exchanged for the other one with the chance
+    ``flip_probability``. ``epsilon_before`` and ``epsilon_total`` are what all releases together cost the label that
+    they cost most, before and with this one; ``composition`` is ``sum`` where any label may stand in all of them, and
+    ``row-tags`` where the vault's row tags showed that some hold different rows. ``accountants`` are other figures for
+    the total. ``columns`` are those of the released rows. ``originals`` is ``kept`` or ``to be destroyed``.
+    ``not_protected`` names what the guarantee does not cover.
+    """
+
+    TYPE: ClassVar[str] = "privacy.labels"
+    PRIVATE: ClassVar[type[Private] | None] = LabelsSealed
+
+    release: str
+    mechanism: str
+    generator: str
+    adjacency: str
+    labels: int
+    epsilon: float
+    flip_probability: float
+    epsilon_budget: float
+    epsilon_before: Number
+    epsilon_total: Number
+    composition: str
+    accountants: dict[str, Number]
+    columns: list[str]
+    originals: str
+    not_protected: list[str]
+
+
+class LabelsWritten(Event, frozen=True, kw_only=True):
+    """The rows of a release were written, once.
+
+    ``digest`` is the SHA-256 of the file's bytes (``None`` where the rows were handed to a program), ``form`` is
+    ``jsonl`` or ``dataset``. ``originals`` is ``kept``, ``destroyed`` or ``not destroyed`` (it was asked for, and
+    failed).
+    """
+
+    TYPE: ClassVar[str] = "privacy.labels_written"
+
+    release: str
+    form: str
+    digest: str | None
+    originals: str
 
 
 class BudgetSet(Event, frozen=True, kw_only=True):

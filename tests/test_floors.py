@@ -24,6 +24,7 @@ FLOORS = {
     "privatiser": 3,
     "reports": 4,
     "cards": 4,
+    "labelling": 4,
     "auditor": 5,
     "showcase": 5,
     "cli": 6,

@@ -22,6 +22,7 @@ from rlhf_audit_nb.cli import (
     budget,
     checking,
     keys,
+    labelling,
     publishing,
     reading,
     recording,
@@ -39,6 +40,7 @@ RAISED_LINES = 10
 COMMANDS = (
     *recording.COMMANDS,
     *annotating.COMMANDS,
+    *labelling.COMMANDS,
     *checking.COMMANDS,
     *reading.COMMANDS,
     *saying.COMMANDS,

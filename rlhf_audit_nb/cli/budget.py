@@ -288,7 +288,7 @@ def _add_budget(parser: Parser) -> None:
     chosen.add_argument("--epsilon", type=float, required=True, metavar="E", help="what all runs may cost together")
     chosen.add_argument("--reason", required=True, metavar="TEXT", help="why; it stands in the trail and in reports")
     chosen.add_argument("--by", required=True, metavar="NAME", help="who decides; likewise")
-    chosen.add_argument("--unit", choices=("annotator", "pair"), help="(the trail's, else annotator)")
+    chosen.add_argument("--unit", choices=("annotator", "pair", "label"), help="(the trail's, else annotator)")
     left.set_defaults(delta=None)
     for part in (show, left, chosen):
         add_trail(part)

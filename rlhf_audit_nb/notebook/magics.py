@@ -88,7 +88,7 @@ class AuditMagics(Magics):
     @argument("--experiment", metavar="NAME", help="name of the experiment (required)")
     @argument("--epsilon", type=float, metavar="E", help="privacy budget of the whole trail; without it no privacy")
     @argument("--delta", type=float, metavar="D", help="chance with which the bound may fail (default 1e-5)")
-    @argument("--unit", choices=["annotator", "pair"], help="what is protected (default annotator)")
+    @argument("--unit", choices=["annotator", "pair", "label"], help="what is protected (default annotator)")
     @argument("--run-epsilon", type=float, metavar="E", help="what this run alone may add (default: all that is left)")
     @argument("--noise-multiplier", type=float, metavar="S", help="noise; default: calibrated to the budget")
     @argument("--clipping-norm", type=float, metavar="C", help="bound on one unit's gradient (default 1.0)")

@@ -7,6 +7,8 @@ process died, counts in full for ever. Mechanisms are kept, not epsilons, and ar
 What a run may plan with is its own configuration's epsilon, until somebody sets the trail's budget in an entry
 (``privacy.budget``): from then on no run may ask for more than the newest such entry says.
 
+Labels that were released (``privacy.labels``) are charged for good when they are; training on them costs nothing more.
+
 One trail holds one population under one unit. Runs that count annotators and runs that count pairs cannot be added
 up, so a trail with both is refused; so is one whose runs tell annotators apart by different columns.
 """
@@ -15,16 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+from rlhf_audit_nb.config import PrivacyConfig
 from rlhf_audit_nb.errors import BudgetExceededError, PrivacyError
-from rlhf_audit_nb.events import BudgetSet, PrivacyReserved, PrivacySettled, decode_body
+from rlhf_audit_nb.events import BudgetSet, LabelsReleased, PrivacyReserved, PrivacySettled, decode_body
 from rlhf_audit_nb.privacy.accountant import Accounted, Mechanism, compose, composed_epsilon
 
-if TYPE_CHECKING:
-    from rlhf_audit_nb.config import PrivacyConfig
+__all__ = ["LabelSpend", "Ledger", "Limit", "Spend", "fold"]
 
-__all__ = ["Ledger", "Limit", "Spend", "fold"]
+_SLACK = 1e-9  # what sums of epsilons may lose in float64
 
 
 class LedgerEntry(Protocol):
@@ -90,6 +92,29 @@ class Spend:
 
 
 @dataclass(frozen=True, slots=True)
+class LabelSpend:
+    """One release of labels in the ledger.
+
+    Attributes:
+        release: its id.
+        index: its entry.
+        labels: how many it released.
+        epsilon: what it cost each of them.
+        flip_probability: the chance with which each was flipped.
+        total: what all releases up to it cost the label that they cost most.
+        asked: the budget that it was released under.
+    """
+
+    release: str
+    index: int
+    labels: int
+    epsilon: float
+    flip_probability: float
+    total: float
+    asked: Limit
+
+
+@dataclass(frozen=True, slots=True)
 class Ledger:
     """What was spent on one trail.
 
@@ -98,19 +123,27 @@ class Ledger:
         column: the column that tells units apart; ``None`` also where each row is one.
         spends: the trainings, in the order of their reservations.
         budgets: the budgets that were set, in order; the last one is in force.
+        releases: the releases of labels, in order; only where the unit is ``label``.
     """
 
     unit: str | None
     column: str | None
     spends: tuple[Spend, ...]
     budgets: tuple[Limit, ...] = ()
+    releases: tuple[LabelSpend, ...] = ()
+
+    @property
+    def label_total(self) -> float:
+        """What all releases together cost the label that they cost most; 0 where none was released. Pure: delta 0."""
+        return self.releases[-1].total if self.releases else 0.0
 
     @property
     def limit(self) -> Limit | None:
         """The budget in force: the one that was set last; while none was, the one that the last run named."""
         if self.budgets:
             return self.budgets[-1]
-        return self.spends[-1].asked if self.spends else None
+        last = self.spends or self.releases
+        return last[-1].asked if last else None
 
     def check(self, config: PrivacyConfig) -> None:
         """Whether a run may ask for what ``config`` asks for, now that the trail's budget was set (if it was).
@@ -130,6 +163,19 @@ class Ledger:
             f"{raised} --reason TEXT --by NAME. Nothing was trained.",
             code="budget-set",
         )
+
+    def check_unit(self, unit: str) -> None:
+        """Whether ``unit`` is what this trail counts, where it counts anything yet.
+
+        Raises:
+            PrivacyError: it counts another one.
+        """
+        if self.unit is not None and unit != self.unit:
+            raise PrivacyError(
+                f"This trail keeps the privacy budget of {self.unit}s; what counts {unit}s cannot be added to it.",
+                next_step=f'Use unit="{self.unit}", or another trail (trail="...") for the other unit.',
+                code="mixed-units",
+            )
 
     def mechanisms(self, unit: str, column: str | None = None) -> tuple[Mechanism, ...]:
         """What counts against the budget of the population that ``unit`` and ``column`` tell apart.
@@ -181,6 +227,7 @@ def fold(entries: Iterable[LedgerEntry]) -> Ledger:
     spends: dict[str, Spend] = {}
     first: PrivacyReserved | None = None
     budgets: list[Limit] = []
+    releases: dict[str, LabelSpend] = {}
     for entry in entries:
         if entry.type == PrivacyReserved.TYPE:
             reserved = decode_body(entry.type, entry.body)
@@ -192,6 +239,10 @@ def fold(entries: Iterable[LedgerEntry]) -> Ledger:
             settled = decode_body(entry.type, entry.body)
             assert isinstance(settled, PrivacySettled)  # for the type checker; decode_body checked it
             _settle(spends, settled)
+        elif entry.type == LabelsReleased.TYPE:
+            released = decode_body(entry.type, entry.body)
+            assert isinstance(released, LabelsReleased)  # for the type checker; decode_body checked it
+            _release(releases, released, entry)
         elif entry.type == BudgetSet.TYPE:
             chosen = decode_body(entry.type, entry.body)
             assert isinstance(chosen, BudgetSet)  # for the type checker; decode_body checked it
@@ -199,10 +250,13 @@ def fold(entries: Iterable[LedgerEntry]) -> Ledger:
                 Limit(entry.index, chosen.unit, chosen.epsilon, chosen.delta, reason=chosen.reason, by=chosen.by)
             )
     units = {budget.unit for budget in budgets} | ({first.unit} if first is not None else set())
+    if releases:
+        units.add("label")
     if len(units) > 1:
         raise _mixed_units(*sorted(units))
     unit = next(iter(units), None)
-    return Ledger(unit, None if first is None else first.column, tuple(spends.values()), tuple(budgets))
+    column = None if first is None else first.column
+    return Ledger(unit, column, tuple(spends.values()), tuple(budgets), tuple(releases.values()))
 
 
 def _check_same_population(first: PrivacyReserved, other: PrivacyReserved) -> None:
@@ -249,3 +303,20 @@ def _settle(spends: dict[str, Spend], event: PrivacySettled) -> None:
         )
     mechanism = spend.mechanism.with_steps(event.steps)
     spends[event.reservation] = replace(spend, mechanism=mechanism, settled=True, steps=event.steps)
+
+
+def _release(releases: dict[str, LabelSpend], event: LabelsReleased, entry: LedgerEntry) -> None:
+    """Add a release; its stated total must lie between what it must cost at least and at most."""
+    before = next(reversed(releases.values())).total if releases else 0.0
+    total = float(event.epsilon_total)
+    least, most = max(before, event.epsilon), before + event.epsilon
+    if event.release in releases or not least - _SLACK <= total <= most + _SLACK:
+        raise PrivacyError(
+            f"The release of labels {event.release} does not add up with those before it.",
+            next_step="Verify the trail; the ledger cannot be trusted.",
+            code="ledger",
+        )
+    asked = Limit(entry.index, "label", event.epsilon_budget, PrivacyConfig.delta)
+    releases[event.release] = LabelSpend(
+        event.release, entry.index, event.labels, event.epsilon, event.flip_probability, total, asked
+    )

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 
 from rlhf_audit_nb.config import PrivacyConfig
 from rlhf_audit_nb.errors import ConfigError, PrivacyError
-from rlhf_audit_nb.events import BudgetSet, PrivacyReserved, PrivacySettled, encode_body, encode_private
+from rlhf_audit_nb.events import (
+    BudgetSet,
+    LabelsReleased,
+    PrivacyReserved,
+    PrivacySettled,
+    encode_body,
+    encode_private,
+)
 from rlhf_audit_nb.privacy.ledger import Ledger, fold
 from rlhf_audit_nb.privacy.plan import Plan, reserve_event, sealed_event
 
@@ -25,7 +32,7 @@ __all__ = ["RACES", "read_ledger", "reserve", "set_budget"]
 RACES = 8
 """How often a reservation is planned anew when other runs reserve at the same time."""
 
-_KINDS = (PrivacyReserved.TYPE, PrivacySettled.TYPE, BudgetSet.TYPE)
+_KINDS = (PrivacyReserved.TYPE, PrivacySettled.TYPE, BudgetSet.TYPE, LabelsReleased.TYPE)
 _LONGEST = 500  # characters of a reason or a name
 
 
@@ -99,7 +106,8 @@ def set_budget(
         reason: why, in one line that stands in the open.
         by: who decides, as they are to be named in the open.
         delta: of the bound; without it that of the budget in force, else 1e-5.
-        unit: ``annotator`` or ``pair``; without it the unit that the trail counts already, else ``annotator``.
+        unit: ``annotator``, ``pair`` or ``label``; without it the one that the trail counts already, else
+            ``annotator``.
 
     Returns:
         The index of the entry.

@@ -8,6 +8,7 @@ it. Every draw has its own keystream, so that any part of a run can be recompute
 
     uniform    u = (word >> 11) * 2^-53, in [0, 1)
     Bernoulli  unit i is in the sample of a step when u_i < q                     purpose "sample", index 0
+    flip       label i of a release is flipped when u_i < p                       purpose "label", step and index 0
     choice     the k rows with the least words of a unit's n rows                 purpose "choice", index = the unit
     normal     Box-Muller on (u_2j, u_2j+1) of a block of words:                  purpose "noise", index = the tensor
                r = sqrt(-2 ln(1 - u_2j)); z_2j = r cos(2 pi u_2j+1), z_2j+1 = r sin(2 pi u_2j+1), in float64
@@ -88,6 +89,14 @@ class SealedRandom:
         """For each of ``count`` units, whether it is in the sample of ``step`` (independently, chance ``rate``)."""
         uniforms: npt.NDArray[np.bool_] = _uniforms(self._words("sample", step, 0, count)) < rate
         return uniforms
+
+    def flips(self, probability: float, count: int) -> npt.NDArray[np.bool_]:
+        """For each of ``count`` labels, whether it is flipped (independently).
+
+        The chance is ``probability`` rounded up to a multiple of 2^-53, so never less than what was asked for.
+        """
+        flipped: npt.NDArray[np.bool_] = _uniforms(self._words("label", 0, 0, count)) < probability
+        return flipped
 
     def choice(self, step: int, unit: int, size: int, count: int) -> tuple[int, ...]:
         """``size`` of ``range(count)``, every such set equally likely, in rising order; all where they are no more."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["locked", "sync_folder", "write_durably"]
+__all__ = ["destroy_file", "locked", "sync_folder", "write_durably"]
+
+_CHUNK = 1 << 20
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -36,6 +40,29 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def destroy_file(path: Path) -> None:
+    """Overwrite a file's bytes with random ones, make that durable, and take its name away, durably.
+
+    What this cannot reach: blocks that a flash drive, a copy-on-write file system, a snapshot or a backup keeps.
+
+    Raises:
+        OSError: it is no plain file with one name (a link to it would go on holding it), or cannot be written.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+            raise OSError(errno.EINVAL, "it is not a plain file with one name", str(path))
+        left = status.st_size
+        while left:
+            left -= os.write(descriptor, os.urandom(min(left, _CHUNK)))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    path.unlink()
+    sync_folder(path.parent)
 
 
 @contextlib.contextmanager
