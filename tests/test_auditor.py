@@ -612,7 +612,7 @@ class Rival:
     """Lets another run reserve between a run's plan and its reservation."""
 
     def __init__(self, privatiser, enter):
-        self._inner, self._enter, self.quiet = privatiser, enter, privatiser.quiet
+        self._inner, self._enter, self.quiet, self.inherit = privatiser, enter, privatiser.quiet, privatiser.inherit
 
     def plan(self, trainer):
         plan = self._inner.plan(trainer)

@@ -341,21 +341,25 @@ def _source(role: str, model: ModelShown, training: Training) -> dict[str, Any]:
 
 def _composed(exposure: Exposure, config: PrivacyConfig, ledger: Ledger) -> tuple[float, str]:
     spends = [spend for spend in ledger.spends if spend.asked.index in exposure.spends]
-    missing = exposure.spends - {spend.asked.index for spend in spends}
-    if missing:
+    releases = [release for release in ledger.releases if release.index in exposure.spends]
+    missing = exposure.spends - {spend.asked.index for spend in spends} - {release.index for release in releases}
+    if missing or (spends and releases):
         raise PrivacyError(
-            f"What entry {min(missing)} charged stands in no ledger of this trail; it cannot be composed.",
+            f"What entry {min(missing or exposure.spends)} charged cannot be composed from this trail's ledger.",
             next_step="Verify the trail.",
             code="ledger",
         )
-    unit = ledger.unit if spends and ledger.unit is not None else config.unit
+    unit = ledger.unit if exposure.spends and ledger.unit is not None else config.unit
     if unit != config.unit:
         raise PrivacyError(
             f"The models that this run learns from protect {unit}s; it asks for unit={config.unit!r}.",
             next_step=f'Write unit="{unit}".',
             code="mixed-units",
         )
-    epsilon = composed_epsilon([spend.mechanism for spend in spends if spend.steps], config.delta)
+    if releases:  # pure, so it holds at any delta; each total covers the releases before it too
+        epsilon = max(release.total for release in releases)
+    else:
+        epsilon = composed_epsilon([spend.mechanism for spend in spends if spend.steps], config.delta)
     if epsilon > config.epsilon:
         raise PrivacyError(
             f"This run asks for epsilon {config.epsilon:g}, and what it learns from has spent {epsilon:.4g} (delta "
