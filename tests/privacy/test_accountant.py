@@ -13,7 +13,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from rlhf_audit_nb.errors import PrivacyError
-from rlhf_audit_nb.privacy import accountant
+from rlhf_audit_nb.privacy import cross_checks, loss_distributions
 from rlhf_audit_nb.privacy.accountant import (
     Mechanism,
     calibrate,
@@ -116,14 +116,14 @@ def test_a_failing_cross_check_is_recorded_with_its_error(monkeypatch: pytest.Mo
     def fails(*_: object) -> float:
         raise MemoryError("no room")
 
-    monkeypatch.setattr(accountant, "_opacus_prv", fails)
+    monkeypatch.setattr(cross_checks, "_opacus_prv", fails)
     accounted = compose([Mechanism(1.0, 0.1, 10)], 1e-5)
     assert accounted.prv == "failed: MemoryError: no room"
     assert any("MemoryError" in note for note in accounted.notes)
 
 
 def test_an_authority_that_understates_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accountant, "_opacus_prv", lambda *_: 99.0)
+    monkeypatch.setattr(cross_checks, "_opacus_prv", lambda *_: 99.0)
     with pytest.raises(PrivacyError, match="disagree"):
         compose([Mechanism(1.0, 0.1, 10)], 1e-5)
 
@@ -236,9 +236,9 @@ def test_two_stages_of_composition_give_what_one_gives(sigma: float, rate: float
 def test_very_many_steps_of_next_to_no_loss_are_counted_on_the_fine_grid() -> None:
     mechanism = Mechanism(45.0, 0.01, 10**6)
     accounted = compose([mechanism], 1e-5)
-    assert accounted.grid == accountant.FINE_GRID
-    assert accounted.epsilon == pytest.approx(direct([mechanism], 1e-5, accountant.FINE_GRID), rel=1e-6)
-    assert accounted.epsilon < 0.99 * direct([mechanism], 1e-5, accountant.GRID)
+    assert accounted.grid == loss_distributions.FINE_GRID
+    assert accounted.epsilon == pytest.approx(direct([mechanism], 1e-5, loss_distributions.FINE_GRID), rel=1e-6)
+    assert accounted.epsilon < 0.99 * direct([mechanism], 1e-5, loss_distributions.GRID)
 
 
 @pytest.mark.parametrize("epsilon", [0.5, 1.0, 8.0])
