@@ -56,9 +56,11 @@ __all__ = [
     "PublicDeclared",
     "RecordSealed",
     "RecordStarted",
+    "ReplayStarted",
     "ReportCreated",
     "RunFinished",
     "RunInterrupted",
+    "RunResumed",
     "RunStarted",
     "Step",
     "StepPrivate",
@@ -544,6 +546,36 @@ class WeightsSaved(Event, frozen=True, kw_only=True):
     files: int
     bytes: int
     signature_digest: str | None = None
+
+
+class RunResumed(Event, frozen=True, kw_only=True):
+    """A training of this run goes on from a saved checkpoint: its steps are counted on from ``step``.
+
+    ``checkpoint`` is the digest of the checkpoint's folder in the form of `WeightsSaved` (``None`` where the folder
+    cannot be digested); ``entry`` is the ``weights.saved`` entry of this trail that has it and ``from_run`` that
+    entry's run, both ``None`` where this trail does not know the checkpoint. Under differential privacy the resumed
+    training has a seed and a reservation of its own: steps that it repeats are paid for again.
+    """
+
+    TYPE: ClassVar[str] = "run.resumed"
+
+    step: int
+    checkpoint: str | None = None
+    from_run: str | None = None
+    entry: int | None = None
+
+
+class ReplayStarted(Event, frozen=True, kw_only=True):
+    """This trail is scratch paper: its private trainings draw from seeds that were opened, to repeat those of another.
+
+    ``origin`` names the trail that is replayed, ``reservations`` the entries in it whose seeds were opened. A trail
+    that holds such an entry is no evidence of anything but itself: its seeds were known before its runs.
+    """
+
+    TYPE: ClassVar[str] = "replay.started"
+
+    origin: str
+    reservations: list[int]
 
 
 class RunFinished(Event, frozen=True, kw_only=True):

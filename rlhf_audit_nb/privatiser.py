@@ -56,7 +56,7 @@ class TrailPrivatiser:
             plan_inheritance(_inputs_of(trainer), self.config, descent, ledger, _protected_digests(self.trail))
         )
 
-    def plan(self, trainer: Any) -> PlannedTraining:
+    def plan(self, trainer: Any, *, done: int = 0) -> PlannedTraining:
         """The plan for ``trainer`` on top of what the trail holds; see `plan_training` for what is refused."""
         from rlhf_audit_nb.privacy.plan import plan_training
         from rlhf_audit_nb.privacy.reservation import read_ledger
@@ -64,7 +64,8 @@ class TrailPrivatiser:
         ledger = read_ledger(self.trail.reader())
         prior = ledger.mechanisms(self.config.unit, self.config.unit_column)
         ledger.check(self.config)
-        return PlannedTraining(self.trail, plan_training(trainer, self.config, prior), _raised(ledger, self.config))
+        plan = plan_training(trainer, self.config, prior, done=done)
+        return PlannedTraining(self.trail, plan, _raised(ledger, self.config))
 
 
 class PlannedTraining:

@@ -614,8 +614,8 @@ class Rival:
     def __init__(self, privatiser, enter):
         self._inner, self._enter, self.quiet, self.inherit = privatiser, enter, privatiser.quiet, privatiser.inherit
 
-    def plan(self, trainer):
-        plan = self._inner.plan(trainer)
+    def plan(self, trainer, *, done=0):
+        plan = self._inner.plan(trainer, done=done)
         other = threading.Thread(target=self._enter)
         other.start()
         other.join()

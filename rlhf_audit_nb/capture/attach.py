@@ -20,6 +20,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from rlhf_audit_nb.capture.data import bind_data
+from rlhf_audit_nb.capture.resume import Resumption, find_resumption
 from rlhf_audit_nb.capture.run import InheritedPlan, PrivatePlan, Run, current_run, open_private_runs
 from rlhf_audit_nb.capture.weights import describe_model, digest_tensors, final_tensors
 from rlhf_audit_nb.errors import RunError, UnsupportedTrainerError
@@ -143,7 +144,8 @@ def _wrap_train(original: Callable[..., Any]) -> Callable[..., Any]:
             _tell_private_runs()
         if run is None or run.training is self or _trains_beside(run):
             return original(self, *args, **kwargs)
-        return _train_in_run(run, self, functools.partial(original, self, *args, **kwargs))
+        asked = args[0] if args else kwargs.get("resume_from_checkpoint")
+        return _train_in_run(run, self, functools.partial(original, self, *args, **kwargs), asked)
 
     return train
 
@@ -234,12 +236,12 @@ def _is_foreign(optimizer: Any, trainer: Any) -> bool:
 # --- one training ----------------------------------------------------------------------------------------------------
 
 
-def _train_in_run(run: Run, trainer: Any, train: functools.partial[Any]) -> Any:
-    """Train ``trainer`` inside ``run`` and record it."""
+def _train_in_run(run: Run, trainer: Any, train: Callable[[], Any], checkpoint: Any) -> Any:
+    """Train ``trainer`` inside ``run``, from ``checkpoint`` where one was named, and record it."""
     run.training = trainer
     run.training_ended(None)
     try:
-        return _record_training(run, trainer, train)
+        return _record_training(run, trainer, train, checkpoint)
     except BaseException as error:
         run.training_ended(error)
         raise
@@ -249,24 +251,24 @@ def _train_in_run(run: Run, trainer: Any, train: functools.partial[Any]) -> Any:
             run.state.status = "open"
 
 
-def _record_training(run: Run, trainer: Any, train: functools.partial[Any]) -> Any:
+def _record_training(run: Run, trainer: Any, train: Callable[[], Any], checkpoint: Any) -> Any:
     from rlhf_audit_nb.capture.callback import StepRecorder
 
     opening = _Opening(run, trainer)
     with ExitStack() as stack:
         stack.callback(opening.record_trainer, max(int(trainer.args.max_steps), 0))
         inherited = run.privatiser.inherit(trainer) if run.privatiser is not None else None
-        plan = run.privatiser.plan(trainer) if run.privatiser is not None and inherited is None else None
-        recorder = StepRecorder(run, trainer, opening.record, run.state.step, private=plan is not None)
         if inherited is not None:
-            _refuse_resuming(trainer, train)
+            _refuse_resuming(trainer, checkpoint)
             opening.inherited = inherited
             _show_inherited(run, inherited)
+        opening.resumed = find_resumption(run, trainer, checkpoint)
+        done = opening.resumed.step if opening.resumed is not None else 0
+        plan = run.privatiser.plan(trainer, done=done) if run.privatiser is not None and inherited is None else None
+        recorder = StepRecorder(run, trainer, opening.record, run.state.step, private=plan is not None)
         if plan is not None:
-            # The plan knows the steps; what a trainer would count from its rows is private.
-            opening.record(plan.steps, plan)
+            opening.announce(done + plan.steps, plan)
             _show_plan(run, plan)
-            _warn_of_open_training(run, trainer, opening.base)
             stack.callback(_remember_private_training, trainer, trainer.state)
         stack.enter_context(_with_callback(trainer, recorder))
         if plan is None:
@@ -291,9 +293,10 @@ class _Opening:
         self._run = run
         self._trainer = trainer
         self._trainer_recorded = False
+        self._data_recorded = False
         self._recorded = False
-        self.base: ModelBound | None = None
         self.inherited: InheritedPlan | None = None
+        self.resumed: Resumption | None = None
 
     def record_trainer(self, max_steps: int) -> None:
         """The trainer; called again at the end for trainings that failed before they began."""
@@ -310,22 +313,38 @@ class _Opening:
                 hyperparameters=hyperparameters(args),
             )
         )
+        if self.resumed is not None:
+            self._run.record(self.resumed.event)
 
-    def record(self, max_steps: int, plan: PrivatePlan | None = None) -> None:
-        """The trainer, its data and its model."""
+    def announce(self, max_steps: int, plan: PrivatePlan) -> None:
+        """Before a private training: the plan knows the steps; what a trainer would count from its rows is private."""
+        self._record_data(max_steps, plan)
+        if self.resumed is None:  # else the model's weights are still to be loaded
+            self.record(max_steps)
+
+    def record(self, max_steps: int) -> None:
+        """The trainer, its data and its model as it is when training begins."""
         if self._recorded:
             return
         self._recorded = True
-        self.record_trainer(max_steps)
-        for dataset, role in self._datasets():
-            self._run.record(*_bind(dataset, role, plan))
-        self.base = describe_model(self._trainer.model, "base", self._trainer.processing_class)
-        self._run.record(self.base)
+        self._record_data(max_steps, None)
+        base = describe_model(self._trainer.model, "base", self._trainer.processing_class)
+        self._run.record(base)
         reference = getattr(self._trainer, "ref_model", None)
         if reference is not None:
             self._run.record(describe_model(self._trainer.accelerator.unwrap_model(reference), "reference"))
         if self.inherited is not None:
             self._run.record(self.inherited.event())
+        elif self._run.private:
+            _warn_of_open_training(self._run, self._trainer, base, self.resumed)
+
+    def _record_data(self, max_steps: int, plan: PrivatePlan | None) -> None:
+        self.record_trainer(max_steps)
+        if self._data_recorded:
+            return
+        self._data_recorded = True
+        for dataset, role in self._datasets():
+            self._run.record(*_bind(dataset, role, plan))
 
     def _datasets(self) -> Iterator[tuple[Any, str]]:
         if self._trainer.train_dataset is not None:
@@ -362,10 +381,9 @@ def _show_plan(run: Run, plan: PrivatePlan) -> None:
         run.warn(sentence)
 
 
-def _refuse_resuming(trainer: Any, train: functools.partial[Any]) -> None:
+def _refuse_resuming(trainer: Any, asked: Any) -> None:
     """A checkpoint's weights are not the ones whose descent was looked at."""
-    resumes = train.keywords.get("resume_from_checkpoint", train.args[1] if len(train.args) > 1 else None)
-    if resumes or trainer.args.resume_from_checkpoint:
+    if asked or trainer.args.resume_from_checkpoint:
         raise UnsupportedTrainerError(
             "A training that inherits its models' privacy cannot be resumed: where a checkpoint's weights come from "
             "is not checked.",
@@ -381,14 +399,16 @@ def _show_inherited(run: Run, inherited: InheritedPlan) -> None:
         run.state.private = False
 
 
-def _warn_of_open_training(run: Run, trainer: Any, base: ModelBound | None) -> None:
+def _warn_of_open_training(run: Run, trainer: Any, base: ModelBound, resumed: Resumption | None) -> None:
     """Weights that were trained without privacy hand what they learnt to the private training."""
-    if trainer.state.global_step and _private_states.get(trainer) is not trainer.state:
+    if resumed is not None and resumed.warning is not None:
+        run.warn(resumed.warning)
+    elif resumed is None and trainer.state.global_step and _private_states.get(trainer) is not trainer.state:
         run.warn(
             "This trainer has trained before, without differential privacy: what its model learnt then is not covered "
             "by this run's epsilon. Start from a model that has not seen the data."
         )
-    elif base is not None and _left_open(run) & _begun_from(trainer.model, base):
+    elif _left_open(run) & _begun_from(trainer.model, base):
         run.warn(
             "This training begins from weights that a run without differential privacy left on this trail: what they "
             "learnt then is not covered by this run's epsilon. Start from a model that has not seen the data."

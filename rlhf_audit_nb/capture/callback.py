@@ -111,7 +111,7 @@ class StepRecorder(TrainerCallback):
         """
         self._epsilon = epsilon
         if "error" in metrics:
-            event = Step(step=step, epsilon=number(epsilon), notes=["the step failed"])
+            event = Step(step=self._resumed_at + step, epsilon=number(epsilon), notes=["the step failed"])
             self._run.record(event, StepPrivate(metrics=dict(metrics)))
             return
         self._gradient_norm = _gradient_norm(self._trainer.model)

@@ -131,8 +131,8 @@ class Privatiser(Protocol):
             PrivacyError: it is of that kind, and something else comes into it.
         """
 
-    def plan(self, trainer: Any) -> PrivatePlan:
-        """The plan for ``trainer``.
+    def plan(self, trainer: Any, *, done: int = 0) -> PrivatePlan:
+        """The plan for ``trainer``; ``done`` are the steps behind it where it is resumed from a checkpoint.
 
         Raises:
             PrivacyError: the trainer cannot be made private, or the budget allows no step.

@@ -43,6 +43,7 @@ __all__ = [
     "FolderSignature",
     "base_tensors",
     "describe_model",
+    "digest_folder",
     "digest_json",
     "digest_tensors",
     "final_tensors",
@@ -127,7 +128,7 @@ def loaded_from(model: Any) -> str | None:
     stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
     if not stored or digest_tensors(stored) != digest_tensors(final_tensors(model)):
         return None
-    return _folder_digest(list(_files(folder, _ignored_paths(folder))))[0]
+    return digest_folder(folder)
 
 
 def trainable_digest(model: torch.nn.Module) -> str:
@@ -278,6 +279,16 @@ def sign_folder(folder: Path, key: ec.EllipticCurvePrivateKey) -> FolderSignatur
         bytes=sum(path.stat().st_size for path in files),
         signature_digest=hashlib.sha256(bundle).hexdigest(),
     )
+
+
+def digest_folder(folder: Path) -> str:
+    """The digest that `sign_folder` would sign, of the folder as it is.
+
+    Raises:
+        RunError: the folder holds a symbolic link.
+        OSError: the folder cannot be read.
+    """
+    return _folder_digest(list(_files(folder, _ignored_paths(folder))))[0]
 
 
 def _ignored_paths(folder: Path) -> list[str]:

@@ -14,6 +14,10 @@ Dropout (of LoRA, for instance) draws from torch's generator, which is seeded ap
 sealed seed, so that one unit's masks do not depend on which units came before it; torch's global generator is neither
 used nor moved.
 
+A training may go on from a checkpoint: it is a training of its own, with a plan for the steps that remain and a seed of
+its own. The checkpoint gives weights, optimizer, schedule and step count, all of which the mechanism has released;
+``rng_state.pth`` is not read, since nothing is drawn from it.
+
 What the trainer would log about the data is taken away from it (`quiet_training`) and goes to the observer, who keeps
 it in the vault.
 
@@ -26,9 +30,11 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback
 
 from rlhf_audit_nb.errors import AuditError, PrivacyError, UnsupportedTrainerError
@@ -276,10 +282,10 @@ def private_training(
 class PrivateTrainerMixin:
     """Stands in front of a TRL trainer's class while it trains: what a step is, and what may be said about it."""
 
-    def get_train_dataloader(self) -> _Steps:
+    def get_train_dataloader(self) -> Any:
         """One item per micro-step, without data: the units are fetched and collated when their step comes."""
         trainer, engine = _both(self)
-        return _Steps(engine.plan.steps_per_epoch, trainer.args.gradient_accumulation_steps)
+        return _micro_steps(engine.plan.steps_per_epoch, trainer.args.gradient_accumulation_steps)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The trainer's own optimizer, with the guard in front of its steps."""
@@ -329,17 +335,29 @@ class PrivateTrainerMixin:
         ignore_keys_for_eval: Any = None,
     ) -> Any:
         trainer, engine = _both(self)
-        if resume_from_checkpoint is not None or trial is not None:
-            raise _cannot_resume() if trial is None else _cannot_search()
+        if trial is not None:
+            raise _cannot_search()
         check_supported_options(trainer)
         engine.begin(trainer)
         output = super()._inner_training_loop(  # type: ignore[misc]
-            batch_size=batch_size, args=args, ignore_keys_for_eval=ignore_keys_for_eval
+            batch_size=batch_size,
+            args=args,
+            resume_from_checkpoint=resume_from_checkpoint,
+            ignore_keys_for_eval=ignore_keys_for_eval,
         )
         return without_private_results(output)
 
-    def _load_from_checkpoint(self, *_: Any, **__: Any) -> None:
-        raise _cannot_resume()
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The checkpoint's own, and of its log what a private training would have left in it."""
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        trainer, _ = _both(self)
+        trainer.state.log_history = [
+            {name: value for name, value in logs.items() if name in PUBLIC_LOGS or name == "step"}
+            for logs in trainer.state.log_history
+        ]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing: whatever is drawn in a private training comes from its sealed seed."""
 
     def _evaluate(self, *_: Any, **__: Any) -> Any:
         raise UnsupportedTrainerError(
@@ -348,18 +366,26 @@ class PrivateTrainerMixin:
         )
 
 
-class _Steps:
-    """The data loader of a private training: ``len`` is what an epoch's micro-steps are; its items hold no data."""
+class _MicroSteps(Dataset[dict[str, int]]):
+    """An epoch's micro-steps, which hold no data; made when they are asked for, since a small q makes epochs long."""
 
     def __init__(self, steps: int, accumulation: int) -> None:
+        self._count = steps * accumulation
         self._accumulation = accumulation
-        self.dataset = range(steps * accumulation)
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return self._count
 
-    def __iter__(self) -> Iterator[dict[str, int]]:
-        return ({"micro_step": item % self._accumulation} for item in self.dataset)
+    def __getitem__(self, item: int) -> dict[str, int]:
+        return {"micro_step": item % self._accumulation}
+
+
+def _micro_steps(steps: int, accumulation: int) -> DataLoader[dict[str, int]]:
+    """The data loader of a private training: torch's own, which accelerate can take apart where an epoch is resumed."""
+    # A generator of its own: starting an epoch would otherwise draw from torch's global one.
+    return DataLoader(
+        _MicroSteps(steps, accumulation), batch_size=1, collate_fn=itemgetter(0), generator=torch.Generator()
+    )
 
 
 class _StopsInTime(TrainerCallback):
@@ -390,15 +416,6 @@ def check_supported_options(trainer: Any) -> None:
         check_supported(trainer)
     finally:
         trainer.__class__ = mixed
-
-
-def _cannot_resume() -> UnsupportedTrainerError:
-    return UnsupportedTrainerError(
-        "A private training cannot be resumed from a checkpoint yet: its sampling and noise came from another seed, "
-        "and the steps since the checkpoint would be paid for twice.",
-        next_step="Start a new run from the saved weights; the ledger already holds what the first one spent.",
-        code="resume",
-    )
 
 
 def _cannot_search() -> UnsupportedTrainerError:

@@ -138,16 +138,17 @@ class Plan:
         )
 
 
-def plan_training(trainer: Any, config: PrivacyConfig, prior: Sequence[Mechanism] = ()) -> Plan:
+def plan_training(trainer: Any, config: PrivacyConfig, prior: Sequence[Mechanism] = (), *, done: int = 0) -> Plan:
     """Plan the training that ``trainer`` is set up for, on top of what ``prior`` has spent.
 
-    Nothing is trained and no row's content is read; only the annotator column is.
+    Nothing is trained and no row's content is read; only the annotator column is. ``done`` are the steps that lie
+    behind a training which is resumed from a checkpoint: the plan is for those that remain.
 
     Raises:
         UnsupportedTrainerError: the trainer, its loss or an option cannot be made private.
         DataError: the data has no rows, no such column, or a row without an id.
         BudgetExceededError: not a single step fits.
-        PrivacyError: the accountants disagree.
+        PrivacyError: the accountants disagree, or no step remains (``no-steps-left``).
     """
     check_supported(trainer)
     check_unit(trainer, config.unit)
@@ -160,7 +161,13 @@ def plan_training(trainer: Any, config: PrivacyConfig, prior: Sequence[Mechanism
     asked = trainer.args.max_steps
     if asked <= 0:
         asked = math.ceil(trainer.args.num_train_epochs * per_epoch)
-    return plan_units(config, units, rate, asked, per_epoch, prior, data_fingerprint(dataset))
+    if done >= asked > 0:
+        raise PrivacyError(
+            f"The checkpoint is at step {done} of {asked}: no step is left to train, and nothing was reserved.",
+            next_step="Ask for more steps (max_steps, num_train_epochs), or take the checkpoint's model as it is.",
+            code="no-steps-left",
+        )
+    return plan_units(config, units, rate, asked - done, per_epoch, prior, data_fingerprint(dataset))
 
 
 def plan_units(

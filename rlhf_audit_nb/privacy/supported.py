@@ -203,11 +203,6 @@ _RULES = (
         "Leave out compute_loss_func.",
     ),
     _Rule(
-        lambda trainer: bool(getattr(trainer.args, "resume_from_checkpoint", None)),
-        "resuming would repeat steps whose sampling and noise were drawn from another seed",
-        "Start a new run; the ledger already holds what the first one spent.",
-    ),
-    _Rule(
         lambda trainer: any(
             kind.__name__ == "LogCompletionsCallback"
             for callback in trainer.callback_handler.callbacks

@@ -550,12 +550,11 @@ def test_a_plan_serves_one_training_on_the_data_it_was_made_for(tmp_path: Path) 
         trainer.train()
 
 
-def test_resuming_evaluating_and_searching_are_refused(tmp_path: Path) -> None:
+def test_evaluating_and_searching_are_refused(tmp_path: Path) -> None:
     trainer = dpo_trainer(synthetic_pairs(6), tmp_path, save_strategy="steps", save_steps=1)
     train(trainer)
     plan = plan_training(trainer, PrivacyConfig(epsilon=200, noise_multiplier=1.0))
     for attempt in (
-        lambda: trainer.train(resume_from_checkpoint=True),
         lambda: trainer._inner_training_loop(args=trainer.args, trial={}),
         lambda: trainer._evaluate(None, None),
     ):

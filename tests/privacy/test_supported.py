@@ -163,7 +163,6 @@ def test_losses_that_keep_pairs_apart_are_accepted(trainer: Any, loss: str) -> N
         ("padding_free", True, "one sequence"),
         ("sync_ref_model", True, "reference model"),
         ("precompute_ref_log_probs", True, "mix units"),
-        ("resume_from_checkpoint", "somewhere", "resuming"),
     ],
 )
 def test_options_are_refused_with_the_reason(trainer: Any, name: str, value: object, why: str) -> None:
