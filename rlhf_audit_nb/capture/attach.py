@@ -518,16 +518,29 @@ def _heard(trainer: Any, name: str, listener: Callable[[Any], None]) -> Iterator
 
 @contextmanager
 def _without_bars(run: Run, trainer: Any) -> Iterator[None]:
-    """Take away the displays that would tell times, which depend on private data; a panel replaces all of them."""
+    """Take away what would tell times, which depend on private data: displays, which a panel replaces, and trackers."""
     handler = trainer.callback_handler
     unwanted = _QUIET_BARS if run.show_progress else _ALL_BARS
-    taken = [(place, item) for place, item in enumerate(handler.callbacks) if _is_one_of(item, unwanted)]
-    handler.callbacks = [item for item in handler.callbacks if not _is_one_of(item, unwanted)]
+    trackers = sorted(type(item).__name__.removesuffix("Callback") for item in handler.callbacks if _tracks(item))
+    if trackers:
+        run.warn(
+            f"Nothing of this private training is reported to {', '.join(trackers)}: trackers keep the exact time of "
+            "each step and measure the machine, and both depend on private data. The trail holds what may be shown."
+        )
+    taken = [
+        (place, item) for place, item in enumerate(handler.callbacks) if _is_one_of(item, unwanted) or _tracks(item)
+    ]
+    handler.callbacks = [item for item in handler.callbacks if not any(item is other for _, other in taken)]
     try:
         yield
     finally:
         for place, item in taken:
             handler.callbacks.insert(min(place, len(handler.callbacks)), item)
+
+
+def _tracks(callback: Any) -> bool:
+    """Whether it reports to an experiment tracker (what ``report_to`` adds)."""
+    return any(kind.__module__.startswith("transformers.integrations") for kind in type(callback).__mro__)
 
 
 def _is_one_of(callback: Any, names: tuple[str, ...]) -> bool:

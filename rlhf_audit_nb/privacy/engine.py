@@ -6,7 +6,7 @@ everything back afterwards. One optimizer step is then
 1. sample: each unit is in with chance q, by sealed randomness; of a unit at most k pairs are drawn;
 2. a gradient engine (`unit_gradients`) adds to a sum in float64 the gradient of the trainer's own loss over each
    sampled unit's pairs, over all trainable parameters, scaled as a whole to an L2 norm of at most C. A unit whose loss
-   or gradient is not finite contributes nothing;
+   or gradient is not finite, or cannot be computed at all, contributes nothing;
 3. once: N(0, (sigma C)^2) is added to each coordinate of every trainable parameter, and the result is divided by the
    *expected* number of units q N and written to ``.grad``. An empty sample gives noise alone.
 
@@ -39,7 +39,7 @@ from transformers import TrainerCallback
 
 from rlhf_audit_nb.errors import AuditError, PrivacyError, UnsupportedTrainerError
 from rlhf_audit_nb.privacy.plan import data_fingerprint
-from rlhf_audit_nb.privacy.quiet import quiet_preparation
+from rlhf_audit_nb.privacy.quiet import quiet_preparation, unheard
 from rlhf_audit_nb.privacy.quiet_training import (
     PUBLIC_LOGS,
     clear_metrics,
@@ -57,6 +57,7 @@ from rlhf_audit_nb.privacy.unit_gradients import (
     Seen,
     Sums,
     own_generators,
+    probe,
     refuse_gradient_hooks,
     refuse_moved_buffers,
     watch_buffers,
@@ -98,6 +99,7 @@ class PrivateTraining:
         self._observer = observer
         self._sums: Sums | None = None
         self._gradients: GradientEngine | None = None
+        self._rows: Any = None
         self._buffers: list[Buffer] = []
         self._pending = False
         self._noised = False
@@ -127,6 +129,7 @@ class PrivateTraining:
             )
         self._started = True
         rows = trainer._remove_unused_columns(trainer.train_dataset)  # noqa: SLF001 - as Trainer does itself
+        self._rows = rows
         self._gradients = LoopEngine(rows, self._tokens)
 
     def cover(self, model: torch.nn.Module) -> Sums:
@@ -136,6 +139,15 @@ class PrivateTraining:
         self._buffers = watch_buffers(model)
         self._sums = Sums(parameters, self.plan.clipping_norm)
         return self._sums
+
+    def _prepare(self, trainer: Any, model: torch.nn.Module) -> Sums:
+        """Before the first step: what is trained, and whether it can be at all; no real row is looked at."""
+        sums = self.cover(model)
+        with own_generators():
+            probe(trainer, model, self._rows, self._tokens)
+        refuse_moved_buffers(self._buffers)
+        clear_metrics(trainer)
+        return sums
 
     def step(self, trainer: Any, model: torch.nn.Module) -> None:
         """Sample units and sum their clipped gradients; the noise is still to come.
@@ -151,12 +163,12 @@ class PrivateTraining:
                 next_step="Plan again: the next run needs a reservation of its own.",
                 code="plan-exhausted",
             )
-        sums = self._sums or self.cover(model)
+        sums = self._sums or self._prepare(trainer, model)
         index, self.steps, self._pending = self.steps, self.steps + 1, True
         started = time.perf_counter()
         sums.zero()
         seen = Seen()
-        with own_generators():
+        with own_generators(), unheard():
             self._add_gradients(trainer, model, self._sample(index), sums, seen)
         refuse_moved_buffers(self._buffers)
         model.zero_grad(set_to_none=True)
@@ -205,7 +217,7 @@ class PrivateTraining:
         self._metrics = {}
         for parameter in self._parameters():
             parameter.grad = None
-        self._sums = self._gradients = None
+        self._sums = self._gradients = self._rows = None
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         return [] if self._sums is None else self._sums.parameters
@@ -238,9 +250,9 @@ class PrivateTraining:
             told = {"error": f"{type(error).__name__}: {error}"}
             self._observer.on_private_step(self.steps, self.epsilon, cast("dict[str, float | int | str]", told))
         return PrivacyError(
-            f"The gradient of a privacy unit could not be computed ({type(error).__name__}); training was aborted.",
-            next_step="The details may quote private data, so they are kept in the vault. Try the trainer without a "
-            "privacy configuration on data that may be shown.",
+            f"The gradients of a step could not be computed ({type(error).__name__}); training was aborted.",
+            next_step="The details may quote private data, so they are kept in the vault. Where memory ran out: a "
+            "smaller per_device_train_batch_size or max_length.",
             code="unit-failed",
         )
 

@@ -283,10 +283,28 @@ def _dataset(trainer: Any) -> Any:
 
 
 def _units(dataset: Any, config: PrivacyConfig) -> Units:
+    rows, kept = _before_dropping(dataset)
     ids = None
-    if config.unit == "annotator" and len(dataset):
-        ids = read_ids(dataset.column_names, config.annotator_column, lambda column: dataset[column])
-    return build_units(ids, len(dataset), config.unit)
+    if config.unit == "annotator" and rows:
+        whole = kept is not None
+        ids = read_ids(
+            dataset.column_names,
+            config.annotator_column,
+            lambda column: dataset.data.column(column).to_pylist() if whole else dataset[column],
+        )
+    return build_units(ids, rows, config.unit, kept)
+
+
+def _before_dropping(dataset: Any) -> tuple[int, list[int] | None]:
+    """How many rows there were before the trainer dropped any, and which of these the prepared rows are.
+
+    `datasets` drops rows by a list of those that stay, over a table that still holds all of them. (A selection of the
+    user's own is not in that table any more: trainers map their data first, which writes a new one.)
+    """
+    chosen = getattr(dataset, "_indices", None)
+    if chosen is None:
+        return len(dataset), None
+    return dataset.data.num_rows, chosen.column(0).to_pylist()
 
 
 def _default_rate(args: Any, units: int) -> float:

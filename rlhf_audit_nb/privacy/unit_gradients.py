@@ -6,7 +6,10 @@ the trainer's own loss over one group after the other, in chunks of the per-devi
 the loss is a mean over rows, or for SFT a sum over tokens divided by a public constant (`token_normaliser`).
 
 A sum in float64 keeps one unit's influence on it at C to 1e-9 of C whatever else is in the sample; in float32 the
-rounding of the sum would depend on everybody. A group whose loss or gradient is not finite contributes nothing.
+rounding of the sum would depend on everybody. A group whose loss or gradient is not finite contributes nothing, and
+neither does one whose loss cannot be computed at all: that a training ends would tell of her rows as surely as a
+printed loss. What is at fault in the set-up, and not in somebody's rows, is found before by a row that is made up
+(`probe`).
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
-from rlhf_audit_nb.errors import UnsupportedTrainerError
+from rlhf_audit_nb.errors import AuditError, UnsupportedTrainerError
 
 __all__ = [
     "Buffer",
@@ -30,6 +33,7 @@ __all__ = [
     "Sums",
     "clip_into",
     "own_generators",
+    "probe",
     "refuse_gradient_hooks",
     "refuse_moved_buffers",
     "watch_buffers",
@@ -93,6 +97,20 @@ class Seen:
         self.losses: list[float] = []
         self.norms: list[float] = []
         self.clipped = 0
+        self.failed = 0
+        self.first_error: str | None = None
+
+    def fail(self, pairs: int, error: Exception) -> None:
+        """A unit whose loss could not be computed, which contributes nothing; the error's text may quote its rows.
+
+        Raises:
+            Exception: ``error`` itself where it is not about a unit's rows: ours, or the machine's memory.
+        """
+        if isinstance(error, AuditError | MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise error
+        self.pairs.append(pairs)
+        self.failed += 1
+        self.first_error = self.first_error or f"{type(error).__name__}: {error}"
 
     def add(self, pairs: int, loss: float, norm: float, bound: float) -> None:
         """One more unit: its rows, its loss, its gradient's norm before clipping to ``bound``."""
@@ -108,8 +126,10 @@ class Seen:
         out: dict[str, float | int | str] = {
             "units": len(self.pairs),
             "pairs": sum(self.pairs),
-            "non_finite_units": len(self.pairs) - finite,
+            "non_finite_units": len(self.pairs) - finite - self.failed,
         }
+        if self.first_error is not None:
+            out |= {"failed_units": self.failed, "unit_error": self.first_error}
         if finite:
             out |= {
                 "loss": sum(self.losses) / finite,
@@ -140,7 +160,11 @@ class LoopEngine:
             for parameter in sums.parameters:
                 parameter.grad = None
             torch.manual_seed(item.seed)
-            loss = _unit_gradient(trainer, model, self._data, item.rows, self._tokens)
+            try:
+                loss = _unit_gradient(trainer, model, self._data, item.rows, self._tokens)
+            except Exception as error:
+                seen.fail(len(item.rows), error)
+                continue
             norm = sums.add_grad() if math.isfinite(loss) else math.nan
             seen.add(len(item.rows), loss, norm, sums.bound)
 
@@ -183,6 +207,40 @@ def _unit_gradient(trainer: Any, model: torch.nn.Module, data: Any, rows: Sequen
         share.backward()
         mean += float(share.detach())
     return mean
+
+
+def probe(trainer: Any, model: torch.nn.Module, data: Any, tokens: int | None) -> None:
+    """Compute the loss and the gradient of one made-up row, so that a broken set-up is told before any real row is.
+
+    It has the columns of ``data`` and the tokenizer's last token in it. Leaves ``.grad`` cleared; run it inside
+    `own_generators`.
+
+    Raises:
+        UnsupportedTrainerError: it cannot be computed; with the library's own words, which quote nobody's data.
+    """
+    last = len(trainer.processing_class) - 1
+    row = {name: _made_up(name, feature, last) for name, feature in data.features.items()}
+    try:
+        _unit_gradient(trainer, model, [row], [0], tokens)
+    except (AuditError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UnsupportedTrainerError(
+            f"The loss of a made-up row cannot be computed ({type(error).__name__}: {error}); nothing was trained.",
+            next_step=f"Mend the set-up: do the model's embeddings hold all {last + 1} tokens of the tokenizer, and do "
+            "the trainer, the model and the data's columns belong together?",
+            code="set-up",
+        ) from error
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+def _made_up(name: str, feature: Any, last: int) -> Any:
+    """A value of a column's type that is nobody's: a few tokens, zero, true, or an empty text."""
+    if not hasattr(feature, "dtype") or hasattr(feature, "feature"):
+        return [1] * 4 if name.endswith("mask") else [1, last, 1, last]
+    kind = str(feature.dtype)
+    return {"bool": True, "string": ""}.get(kind, 0.0 if kind.startswith("float") else 1)
 
 
 def refuse_gradient_hooks(parameters: list[torch.nn.Parameter]) -> None:

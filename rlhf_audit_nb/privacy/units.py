@@ -3,10 +3,10 @@
 A unit is what two neighbouring data sets differ in: all pairs of one annotator, or one pair. A `Units` knows row
 numbers only, never a name: the ids are read once, used to group, and forgotten. Units are numbered by their first row.
 
-Under zero-out adjacency the roster (how many units there are) is public and what each of them holds is not. The
-roster is that of the data set as the trainer prepared it: rows that a trainer drops while it tokenises (those longer
-than ``max_length``) are gone before the guarantee begins, and an annotator all of whose rows were dropped is not on
-the roster.
+Under zero-out adjacency the roster (how many units there are) is public and what each of them holds is not. Trainers
+drop rows while they tokenise, such as those longer than ``max_length``; which ones is a function of their texts. So the
+roster is that of the rows *before* the dropping: a unit all of whose rows were dropped stays on it, holds nothing, is
+sampled like any other, and contributes nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Units:
 
     Attributes:
         unit: ``annotator`` or ``pair``.
-        members: one tuple of row numbers for each unit; every row is in exactly one.
+        members: one tuple of row numbers for each unit, empty where none is left; every row is in exactly one.
     """
 
     unit: str
@@ -38,25 +38,26 @@ class Units:
         return len(self.members)
 
 
-def build_units(ids: Iterable[Any] | None, rows: int, unit: str) -> Units:
-    """Group ``rows`` rows into units.
+def build_units(ids: Iterable[Any] | None, rows: int, unit: str, kept: Sequence[int] | None = None) -> Units:
+    """Group ``rows`` rows into units, and say which rows of the prepared data each of them holds.
 
     Args:
         ids: the annotator of each row, in order; not looked at for ``unit="pair"``.
-        rows: how many rows the data set has.
+        rows: how many rows the data had before the trainer dropped any.
         unit: ``annotator`` or ``pair``.
+        kept: for each row of the prepared data, which of the ``rows`` it is; ``None`` where nothing was dropped.
 
     Raises:
         DataError: no rows; no ids, or not one for each row; an id that is missing (None, NaN, empty) or no plain value.
     """
     if rows < 1:
         raise DataError(
-            "The training data has no rows (a trainer may have dropped those longer than its max_length).",
-            next_step="Load data with at least one pair, or raise max_length.",
+            "The training data has no rows.",
+            next_step="Load data with at least one pair.",
             code="empty-data",
         )
     if unit == "pair":
-        return Units("pair", tuple((row,) for row in range(rows)))
+        return Units("pair", _held([(row,) for row in range(rows)], kept))
     if ids is None:
         raise DataError('unit="annotator" needs the annotator\'s id of each row.', code="missing-column")
     groups: dict[Any, list[int]] = {}
@@ -66,7 +67,17 @@ def build_units(ids: Iterable[Any] | None, rows: int, unit: str) -> Units:
         count += 1
     if count != rows:
         raise DataError(f"There are {count} annotator ids for {rows} rows.", code="ids-mismatch")
-    return Units("annotator", tuple(tuple(group) for group in groups.values()))
+    return Units("annotator", _held(groups.values(), kept))
+
+
+def _held(groups: Iterable[Sequence[int]], kept: Sequence[int] | None) -> tuple[tuple[int, ...], ...]:
+    """Each group's rows by their numbers in the prepared data."""
+    if kept is None:
+        return tuple(tuple(group) for group in groups)
+    places: dict[int, list[int]] = {}
+    for place, row in enumerate(kept):
+        places.setdefault(row, []).append(place)
+    return tuple(tuple(sorted(place for row in group for place in places.get(row, ()))) for group in groups)
 
 
 def read_ids(columns: Sequence[str], column: str, read: Any) -> Iterable[Any]:

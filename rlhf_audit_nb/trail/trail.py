@@ -416,7 +416,8 @@ class Trail:
             run: the run that it belongs to; ``None`` for an entry of the trail itself.
             private: its private payload: a commitment goes into the entry, the payload into the vault.
             owner: whose payload that is (an annotator); ``None`` takes the run.
-            resolution_us: the entry's time is floored to a multiple of this (µs).
+            resolution_us: the entry's time is floored to a multiple of this (µs), and so are those of all entries
+                that this opening appends afterwards.
 
         Returns:
             A handle whose ``wait()`` gives the entry's index once it is durable.

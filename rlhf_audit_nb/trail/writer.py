@@ -87,7 +87,7 @@ class Draft(msgspec.Struct, frozen=True):
         run: the run that it belongs to; ``None`` for an entry of the trail itself.
         private: its private payload.
         owner: whose payload that is; ``None`` takes the run.
-        resolution_us: the entry's time is floored to a multiple of this (µs).
+        resolution_us: the entry's time is floored to a multiple of this (µs), or of what an earlier entry asked for.
     """
 
     type: str
@@ -247,11 +247,21 @@ def new_head(origin: str, signers: Sequence[NoteSigner]) -> Head:
     return _signed(origin, Frontier(), signers, 0, None).head
 
 
-def _signed(origin: str, frontier: Frontier, signers: Sequence[NoteSigner], now: int, before: Head | None) -> Committed:
+def _signed(
+    origin: str,
+    frontier: Frontier,
+    signers: Sequence[NoteSigner],
+    now: int,
+    before: Head | None,
+    *,
+    coarse: bool = False,
+) -> Committed:
+    """The new head. The history keeps a checkpoint in every 256 entries, and one a minute unless times are coarse."""
     checkpoint = Checkpoint(origin, frontier.size, frontier.root())
     note = sign_note(checkpoint.format(), signers)
     kept_size, kept_time = (before.kept_size, before.kept_time) if before else (0, 0)
-    if frontier.size // BUNDLE != kept_size // BUNDLE or kept_size == 0 or now - kept_time >= KEEP_CHECKPOINT_US:
+    late = now - kept_time >= KEEP_CHECKPOINT_US and not coarse
+    if frontier.size // BUNDLE != kept_size // BUNDLE or kept_size == 0 or late:
         kept_size, kept_time = frontier.size, now
     return Committed(Head(origin, frontier.size, now, note, frontier.nodes, kept_size, kept_time), checkpoint)
 
@@ -343,6 +353,8 @@ def _rows(group: _Group) -> tuple[list[Bundle], list[tuple[str, int]]]:
     start, total = 0, len(group.data)
     while start < total:
         stop = min(total, start + BUNDLE - (group.first + start) % BUNDLE)
+        if any(item.resolution > 1 for item in group.items[start:stop]):
+            stop = start + 1  # what was committed together tells how fast it came, and coarse times are to hide that
         size = 0
         for at in range(start, stop):
             size += len(group.data[at])
@@ -386,7 +398,9 @@ def append_in(
         elif item.type == RUN_INTERRUPTED:
             transaction.end_run(_interrupted.decode(item.body).run)
     before, now = tree.state.head, time.time_ns() // 1000
-    tree.state = _signed(before.origin, tree.frontier, signers, max(now, before.time), before)
+    resolution = max(item.resolution for item in group.items)
+    now = max(now - now % resolution, before.time)
+    tree.state = _signed(before.origin, tree.frontier, signers, now, before, coarse=resolution > 1)
     head = tree.state.head
     transaction.put_head(head)
     if head.kept_size == head.size:
@@ -443,6 +457,7 @@ class Writer:
         self._lock: WriterLock | None = None
         self._inside = False
         self._remembered = (0, 0.0)
+        self._resolution = 1
 
     @property
     def vault(self) -> Vault:
@@ -667,6 +682,7 @@ class Writer:
             if self._doubt is not None:
                 self._resolve(self._doubt, transaction)
             items = prepare(transaction, tree.state.head)
+            self._coarsen(items)
             group = append_in(transaction, tree, items, self.id, self._signers, self._vault)
             if whole and len(group.items) != len(items):
                 raise next(item.refusal for item in items if item.refusal is not None)
@@ -674,6 +690,14 @@ class Writer:
         self._tree = tree
         self._committed = tree.state
         return group
+
+    def _coarsen(self, items: Sequence[Pending]) -> None:
+        """Times never become finer again: that of what comes after a coarse entry tells how long it took."""
+        for item in items:
+            if item.resolution > self._resolution:
+                self._resolution = item.resolution
+            elif item.resolution < self._resolution:
+                item.resolution = self._resolution
 
     def _resolve(self, group: _Group, transaction: Transaction) -> None:
         """Settle what an interrupted commit did write; what it did not is still in the queue."""
@@ -715,7 +739,7 @@ class Writer:
         with self._state:
             batch = list(islice(self._queue, MAX_UNSYNCED))
         try:
-            group = self._commit(lambda _transaction, _head: [item for item in batch if not item.done], whole=False)
+            group = self._commit(lambda _transaction, head: self._next(batch, head.size), whole=False)
         except AuditError as error:
             self._fail(error)
         except BaseException as error:
@@ -733,6 +757,15 @@ class Writer:
                     self._queue.popleft()
                 self._settled.notify_all()
             self._remember_sometimes()
+
+    def _next(self, batch: list[Pending], size: int) -> list[Pending]:
+        """What of the batch to commit now: all of it; where times are coarse, up to the next multiple of 256.
+
+        The history keeps the first checkpoint at or after each multiple; that it is always at one tells no time.
+        """
+        left = [item for item in batch if not item.done]
+        coarse = self._resolution > 1 or any(item.resolution > 1 for item in left)
+        return left[: BUNDLE - size % BUNDLE] if coarse else left
 
     def _fail(self, error: AuditError) -> None:
         with self._state:

@@ -7,6 +7,7 @@ import copy
 import json
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from rlhf_audit_nb.errors import PrivacyError, UnsupportedTrainerError
 from rlhf_audit_nb.privacy import PrivateTraining, SealedRandom, engine, plan_training, private_training, settle_event
 from rlhf_audit_nb.privacy.accountant import compose
 from rlhf_audit_nb.privacy.quiet import quiet_preparation
+from rlhf_audit_nb.privacy.unit_gradients import Seen
 
 SEED = bytes(range(32))
 STILL = {"learning_rate": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0}
@@ -382,33 +384,83 @@ def test_a_unit_whose_loss_is_not_finite_contributes_nothing_and_nothing_public_
     assert poisoned.state.log_history == without.state.log_history
 
 
-def test_an_error_in_a_units_computation_does_not_quote_it(tmp_path: Path) -> None:
-    trainer = dpo_trainer(synthetic_pairs(6), tmp_path)
-    trainer.train_dataset = trainer.train_dataset.map(lambda row: {"chosen_ids": [91234, *row["chosen_ids"]]})
+def test_a_unit_whose_loss_cannot_be_computed_contributes_nothing_and_only_the_vault_is_told(tmp_path: Path) -> None:
+    class Skips(SealedRandom):
+        def bernoulli_mask(self, step: int, rate: float, count: int) -> Any:
+            return np.arange(count) != 2
+
+    def run(make: Any, **sealed: Any) -> tuple[Any, Observer]:
+        trainer = dpo_trainer(synthetic_pairs(6), tmp_path)
+        if sealed:
+            trainer.train_dataset = trainer.train_dataset.map(
+                lambda row: {"chosen_ids": [91234] * (row["annotator_id"] == "person-2") + row["chosen_ids"]}
+            )
+        observer = Observer()
+        plan = plan_training(trainer, PrivacyConfig(epsilon=200, noise_multiplier=1.0, sampling_rate=1.0))
+        with private_training(trainer, plan, make(SEED), observer):
+            trainer.train()
+        return trainer, observer
+
+    failing, observer = run(SealedRandom, spoilt=True)
+    without, _ = run(Skips)
+    assert torch.equal(weights(failing), weights(without))
+    assert failing.state.log_history == without.state.log_history
+    assert [metrics["failed_units"] for _, _, metrics in observer.seen] == [1, 1, 1]
+    assert [metrics["non_finite_units"] for _, _, metrics in observer.seen] == [0, 0, 0]
+    assert "index out of range" in observer.seen[0][2]["unit_error"]
+
+
+def test_a_set_up_that_cannot_work_is_told_in_full_before_a_row_is_looked_at(tmp_path: Path) -> None:
+    trainer = dpo_trainer(synthetic_pairs(6), tmp_path, model=causal_model(vocab_size=300))
     observer = Observer()
-    with pytest.raises(PrivacyError, match="could not be computed") as caught:
+    with pytest.raises(UnsupportedTrainerError, match=r"made-up row .*index out of range") as caught:
         train(trainer, observer=observer, sampling_rate=1.0)
-    assert "91234" not in str(caught.value)
-    assert caught.value.__suppress_context__
-    assert "error" in observer.seen[-1][2]
+    assert "320 tokens" in str(caught.value.next_step)
+    assert not observer.seen
 
 
-def test_rows_that_reward_training_drops_take_their_annotators_along(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+        UnsupportedTrainerError("not of one unit's rows"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_is_no_matter_of_a_units_rows_ends_the_training(error: Exception) -> None:
+    seen = Seen()
+    with pytest.raises(type(error)):
+        seen.fail(1, error)
+    seen.fail(1, ValueError("her words"))
+    assert seen.summary()["failed_units"] == 1
+
+
+def test_an_annotator_whose_rows_a_trainer_drops_stays_on_the_roster(tmp_path: Path) -> None:
     rows = synthetic_pairs(6, 2)
     rows[2]["chosen"] *= 40
     rows[6]["chosen"] *= 40
     rows[7]["chosen"] *= 40
     trainer = reward_trainer(rows, tmp_path, max_length=100)
-    plan = plan_training(trainer, PrivacyConfig(epsilon=200, noise_multiplier=1.0))
+    config = PrivacyConfig(epsilon=200, noise_multiplier=1.0, sampling_rate=1.0)
+    plan = plan_training(trainer, config)
     owners = trainer.train_dataset["annotator_id"]
     assert [{owners[row] for row in unit} for unit in plan.units.members] == [
         {"person-0"},
         {"person-1"},
         {"person-2"},
+        set(),
         {"person-4"},
         {"person-5"},
     ]
-    assert [len(unit) for unit in plan.units.members] == [2, 1, 2, 2, 2]
+    assert [len(unit) for unit in plan.units.members] == [2, 1, 2, 0, 2, 2]
+    by_pair = plan_training(trainer, replace(config, unit="pair")).units
+    assert [len(unit) for unit in by_pair.members] == [1, 1, 0, 1, 1, 1, 0, 0, 1, 1, 1, 1]
+    with private_training(trainer, plan, SealedRandom(SEED)) as training:
+        trainer.train()
+    assert training.steps == 3
+    assert torch.isfinite(weights(trainer)).all()
 
 
 # -- stopping -----------------------------------------------------------------------------------------------------

@@ -23,12 +23,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 __all__ = ["LeakLab", "differences"]
 
-PRIVATE = ("vault.sqlite", "home", "writer.lock", "lock")
 CANARY = 3
+_PRIVATE = ("vault.sqlite", "home")
+_RANDOM = (".sqlite-shm", ".lock")  # SQLite's scratch memory, which holds no content, and empty files
 
 
 class LeakLab:
@@ -52,7 +53,7 @@ class LeakLab:
             text=True,
         )
 
-    def __enter__(self) -> LeakLab:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -67,7 +68,8 @@ class LeakLab:
         Args:
             rows: the data; the canary is the unit ``CANARY``.
             job: ``trainer``, ``args`` (of its configuration), ``line`` (options of the cell), ``plant`` (a leak),
-                ``cut``, ``speed`` (of the clock), ``full`` (with reports and cards).
+                ``cut``, ``canary`` (her number, if another unit), ``speed`` (of the clock), ``full`` (with reports and
+                cards), ``breaks`` (the canary's rows cannot be computed with), ``fails`` (the cell is expected to).
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -79,12 +81,22 @@ class LeakLab:
             said = "".join(path.read_text(errors="replace") for path in sorted(work.glob("seen/*.txt")))
             raise AssertionError(f"the job ended with {answer!r}\n{(self._folder / 'lab.txt').read_text()}\n{said}")
         found = {
-            str(path.relative_to(work)): path.read_bytes()
+            str(path.relative_to(work)): _content(path)
             for path in sorted(work.rglob("*"))
-            if path.is_file() and not any(part.startswith(PRIVATE) for part in path.relative_to(work).parts)
+            if path.is_file() and not any(part.startswith(_PRIVATE) for part in path.relative_to(work).parts)
+            if not path.name.endswith(_RANDOM)
         }
         shutil.rmtree(work)
         return found
+
+
+def _content(path: Path) -> bytes:
+    """The file's bytes; of SQLite's log its pages, without the random salts and checksums in front of each."""
+    content = path.read_bytes()
+    if not path.name.endswith("-wal"):
+        return content
+    head, frame = 32, 24 + 4096
+    return b"".join(content[at : at + 8] + content[at + 24 : at + frame] for at in range(head, len(content), frame))
 
 
 def differences(first: dict[str, bytes], second: dict[str, bytes]) -> list[str]:
@@ -109,7 +121,6 @@ def _serve(folder: Path) -> None:
     from support import tiny
     from support.trails import without_cross_checks
 
-    import rlhf_audit_nb.notebook.magics
     from rlhf_audit_nb.trail import Trail
 
     template = folder / "template"
@@ -144,7 +155,7 @@ def _do(folder: Path, job: dict[str, Any]) -> None:
     _listen(seen)
     _hold_still(job.get("speed", 1.0))
     if job.get("cut", True):
-        _cut()
+        _cut(job.get("canary", CANARY))
     if "plant" in job:
         _plant(job["plant"], work)
     _train(job, work)
@@ -192,14 +203,18 @@ def _hold_still(speed: float) -> None:
     from cryptography.hazmat.primitives.asymmetric import ec
 
     from rlhf_audit_nb.capture import weights
+    from rlhf_audit_nb.capture.run import open_private_runs
     from rlhf_audit_nb.privacy.sampling import SealedRandom
     from rlhf_audit_nb.trail import writer
 
-    ticks, lock = itertools.count(1), threading.Lock()
+    ticks, lock, started = itertools.count(10), threading.Lock(), []
 
     def seconds() -> float:
+        """Beginning with a minute; standing still until the run is open, whose opening is nobody's private data."""
         with lock:
-            return 1_700_000_040.0 + next(ticks) * 0.0004 * speed  # begins with a minute
+            if not started and any(run.resolution_us > 1 for run in open_private_runs()):
+                started.append(True)
+            return 1_700_000_040.0 + (next(ticks) * 0.0004 * speed if started else 0.001)
 
     time.time = time.monotonic = time.perf_counter = seconds
     time.time_ns = time.monotonic_ns = time.perf_counter_ns = lambda: int(seconds() * 1e9)
@@ -219,24 +234,34 @@ def _hold_still(speed: float) -> None:
     del hashes
 
 
-def _cut() -> None:
+def _cut(canary: int) -> None:
     """Take the canary's contribution away where the mechanism adds it up, and nowhere else."""
-    from rlhf_audit_nb.privacy import engine
+    import torch
+
+    from rlhf_audit_nb.privacy import unit_gradients
     from rlhf_audit_nb.privacy.sampling import SealedRandom
 
-    now = {"unit": -1}
-    choice, clip_into = SealedRandom.choice, engine.clip_into
+    hers: set[int] = set()
+    now = {"seed": -1}
+    torch_seed, manual_seed, clip_into = SealedRandom.torch_seed, torch.manual_seed, unit_gradients.clip_into
 
-    def remembering(self: Any, step: int, unit: int, size: int, count: int) -> Any:
-        now["unit"] = unit
-        return choice(self, step, unit, size, count)
+    def noting(self: Any, step: int, unit: int) -> int:
+        seed = torch_seed(self, step, unit)
+        if unit == canary:
+            hers.add(seed)
+        return seed
+
+    def seeding(seed: int) -> Any:
+        now["seed"] = seed
+        return manual_seed(seed)
 
     def cutting(parameters: Any, sums: Any, bound: float) -> float:
-        nowhere = [total.clone() for total in sums] if now["unit"] == CANARY else sums
+        nowhere = [total.clone() for total in sums] if now["seed"] in hers else sums
         return clip_into(parameters, nowhere, bound)
 
-    SealedRandom.choice = remembering  # type: ignore[method-assign]
-    engine.clip_into = cutting
+    SealedRandom.torch_seed = noting  # type: ignore[method-assign]
+    torch.manual_seed = seeding
+    unit_gradients.clip_into = cutting
 
 
 def _plant(name: str, work: Path) -> None:
@@ -246,7 +271,6 @@ def _plant(name: str, work: Path) -> None:
 
     from rlhf_audit_nb.capture import callback
     from rlhf_audit_nb.events import Step
-    from rlhf_audit_nb.privacy import engine
 
     tell = callback.StepRecorder.on_private_step
 
@@ -278,14 +302,11 @@ def _plant(name: str, work: Path) -> None:
         from rlhf_audit_nb.capture import run
 
         run.COARSE_US = 1
-    if name == "another clip for each":
-        sound = engine.clip_into
-        engine.clip_into = lambda parameters, sums, bound: sound(parameters, sums, bound * (1 + len(parameters)))
 
 
 _CELL = """%%audit_train --experiment leaks {line}
 trainer = make(rows, out, **args)
-watch(trainer)
+prepare(trainer)
 trainer.train()
 """
 
@@ -308,9 +329,15 @@ def _train(job: dict[str, Any], work: Path) -> None:
         rows=job["rows"],
         out=work / "out",
         args=args,
-        watch=lambda trainer: trainer.add_callback(_watching(states)),
     )
-    line = job.get("line", "--epsilon 200 --delta 1e-3 --noise-multiplier 1.0 --sampling-rate 0.7")
+
+    def prepare(trainer: Any) -> None:
+        trainer.add_callback(_watching(states))
+        if job.get("breaks"):  # one of her rows has a token that no model knows, which its forward cannot bear
+            trainer.train_dataset = trainer.train_dataset.map(_spoilt, load_from_cache_file=False)
+
+    shell.user_ns["prepare"] = prepare
+    line = job.get("line", "--durability always --epsilon 200 --delta 1e-3 --noise-multiplier 1.0 --sampling-rate 0.7")
     result = shell.run_cell(_CELL.format(line=line), store_history=True)
     trainer = shell.user_ns.get("trainer")
     (work / "seen" / "result.txt").write_text(
@@ -330,6 +357,12 @@ def _train(job: dict[str, Any], work: Path) -> None:
     (work / "seen" / "panel.json").write_text(json.dumps(states, indent=1))
     if result.success is job.get("fails", False):
         raise SystemExit(f"the cell {'succeeded' if result.success else 'failed'}")
+
+
+def _spoilt(row: dict[str, Any]) -> dict[str, Any]:
+    if row["annotator_id"] != f"person-{CANARY}":
+        return row
+    return {name: [91234, *value] if name.endswith("ids") else value for name, value in row.items()}
 
 
 def _watching(states: list[Any]) -> Any:
@@ -360,9 +393,13 @@ def _tell(job: dict[str, Any], work: Path) -> None:
 
     out = work / "told"
     out.mkdir()
-    commands = [["verify", "audit", "--json"], ["budget", "show", "--trail", "audit", "--json"]]
+    commands = [
+        ["verify", "audit", "--json"],
+        ["budget", "show", "--trail", "audit", "--json"],
+        ["trail", "query", "--trail", "audit", "--jsonl"],
+    ]
     if job.get("full"):
-        commands += [["publish", "told/tiles", "--trail", "audit", "--json"], ["trail", "query", "--trail", "audit", "--json"]]
+        commands += [["publish", "told/tiles", "--trail", "audit", "--json"]]
         auditor = AuditableRLHF()
         for form in ("html", "pdf", "json"):
             auditor.generate_compliance_report(format=form).save(out / f"report.{form}")

@@ -36,6 +36,9 @@ SEALED_LOSS = "The exact loss is sealed in the vault, because it is a function o
 
 View = dict[str, Any]
 
+COARSE_SECONDS = 60.0
+"""Under differential privacy moments are told in whole minutes, as in the entries."""
+
 
 @dataclass(frozen=True)
 class Check:
@@ -238,7 +241,8 @@ def _training_view(state: StateLike) -> View:
     }
 
 
-def _integrity_view(status: StatusLike | None, check: Check | None) -> View:
+def _integrity_view(status: StatusLike | None, check: Check | None, *, coarse: bool) -> View:
+    """``coarse``: moments in whole minutes, since how long a private run takes depends on its data."""
     rows: list[View] = []
     if status is not None:
         whole = base64.b64encode(status.root).decode()
@@ -253,10 +257,10 @@ def _integrity_view(status: StatusLike | None, check: Check | None) -> View:
             },
         ]
         if status.last_commit_time_us is not None:
-            commit = status.last_commit_time_us / 1e6
+            commit = _moment(status.last_commit_time_us / 1e6, coarse=coarse)
             rows.append({"key": "commit", "term": "last commit", "text": say_time(commit), "time": round(commit, 3)})
         rows.append({"key": "unsynced", "term": "not yet synced", "text": f"{status.unsynced:,}"})
-    rows.append(_verified_row(check))
+    rows.append(_verified_row(check, coarse=coarse))
     size = status.size if status is not None else 0
     entries = "entry" if size == 1 else "entries"
     return {
@@ -269,14 +273,19 @@ def _integrity_view(status: StatusLike | None, check: Check | None) -> View:
     }
 
 
-def _verified_row(check: Check | None) -> View:
+def _moment(unix: float, *, coarse: bool) -> float:
+    return unix - unix % COARSE_SECONDS if coarse else unix
+
+
+def _verified_row(check: Check | None, *, coarse: bool) -> View:
     row: View = {"key": "verified", "term": "verified", "text": "not yet"}
     if check is None:
         return row
     if check.verdict is None:
         return {**row, "text": "could not be", "detail": check.error or ""}
     held = say_count(check.verdict.size, "entry", "entries")
-    return {**row, "text": say_time(check.at), "time": round(check.at, 3), "detail": held}
+    at = _moment(check.at, coarse=coarse)
+    return {**row, "text": say_time(at), "time": round(at, 3), "detail": held}
 
 
 def _level(check: Check | None) -> View:
@@ -338,7 +347,7 @@ def build_view(
         "alert": _alert(check),
         "privacy": _privacy_view(state),
         "training": training,
-        "integrity": _integrity_view(status, check),
+        "integrity": _integrity_view(status, check, coarse=bool(state.private)),
         "warnings": [str(item) for item in list(state.warnings)[-3:]],
         "label": f"Audit of run {state.experiment}: {text}. {level['sentence']}",
     }
