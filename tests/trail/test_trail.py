@@ -7,6 +7,7 @@ import json
 import os
 import sqlite3
 import threading
+from contextlib import closing
 
 import metamorphic_log
 import pytest
@@ -171,17 +172,41 @@ def test_what_cannot_stand_in_an_entry_is_refused_before_anything_is_queued(fold
         assert trail.reader().size == 1
 
 
-def test_times_are_floored_and_never_run_back_within_a_stream(folder, monkeypatch):
+def test_times_are_floored_from_the_first_coarse_one_on_and_never_run_back_within_a_stream(folder, monkeypatch):
     clock = iter([5_000_000_123_000, 5_000_000_999_000, 4_000_000_000_000, 5_000_000_500_000] + [9 * 10**18] * 99)
     with Trail.open(folder) as trail:
         monkeypatch.setattr("rlhf_audit_nb.trail.trail.time.time_ns", lambda: next(clock))
         for _ in range(2):
             trail.append("a.b", b"{}", run="r", resolution_us=1000)
-        for _ in range(2):
+        for _ in range(2):  # an exact time after a coarse one would tell how long that took
             trail.append("a.b", b"{}", run="r")
         monkeypatch.undo()
         times = [entry.time for entry in trail.reader().entries(run="r")]
-    assert times == [5_000_000_000, 5_000_000_000, 5_000_000_000, 5_000_000_500]
+    assert times == [5_000_000_000] * 4
+
+
+@pytest.mark.parametrize("coarse", [True, False])
+def test_coarse_times_leave_no_trace_of_what_was_committed_together(folder, coarse):
+    """Rows, times of commits and the history of checkpoints are the same however fast entries come."""
+
+    def stored(name: str, pauses: set[int]) -> list[list[tuple[int, ...]]]:
+        with Trail.open(folder / name, origin=f"example.com/{name}") as trail:
+            opened = trail.status().last_commit_time_us
+            for number in range(300):
+                trail.append("a.b", b"{}", run="r", resolution_us=10**15 if coarse else 1)
+                if number in pauses:
+                    trail.flush()
+            trail.flush()
+            assert (trail.status().last_commit_time_us == opened) is coarse
+            with closing(sqlite3.connect(folder / name / "trail.sqlite")) as store:
+                rows = store.execute("SELECT first, count FROM bundles ORDER BY first").fetchall()
+                kept = store.execute("SELECT size FROM checkpoints WHERE size > 1 ORDER BY size").fetchall()
+        return [rows, kept]
+
+    first, second = stored("one", {3, 10, 200, 290}), stored("two", {50, 100, 150, 256, 298})
+    assert (first == second) is coarse
+    if coarse:
+        assert first == [[(index, 1) for index in range(301)], [(256,)]]
 
 
 def test_a_guarded_append_sees_the_trail_and_appends_nothing_where_its_body_raises(folder):
