@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 Unit = Literal["annotator", "pair", "label"]
+Sampled = Literal["units", "pairs"]
 Adjacency = Literal["zero-out"]
 Durability = Literal["always", "batched"]
 GradientEngineName = Literal["auto", "loop", "rows"]
@@ -37,6 +38,8 @@ ENV_HOME = "RLHF_AUDIT_HOME"
 ENV_PASSPHRASE = "RLHF_AUDIT_PASSPHRASE"
 
 MIN_DELTA = 1e-10
+MAX_SAMPLED_PAIRS = 1000
+"""How many separately sampled pairs of one unit can be accounted for."""
 
 
 def _number(name: str, value: object, hint: str) -> float:
@@ -71,8 +74,13 @@ class PrivacyConfig:
         run_epsilon: what this run alone may add to the composed total; ``None`` lets it plan with all that is left.
         clipping_norm: C, the bound on the L2 norm of one unit's gradient (> 0).
         noise_multiplier: sigma, noise standard deviation in units of C; ``None`` calibrates it to the budget.
-        sampling_rate: q in (0, 1], chance of each unit per step; ``None`` takes batch size / number of units.
-        max_pairs_per_unit: k, at most so many pairs of a sampled unit enter a step (>= 1); costs no epsilon.
+        sampling_rate: q in (0, 1], chance of each unit per step; ``None`` takes batch size / number of units
+            (with ``sampled="pairs"``: chance of each kept pair; batch size / (k * number of annotators)).
+        max_pairs_per_unit: k, at most so many pairs of a sampled unit enter a step (>= 1); costs no epsilon where
+            units are sampled, and much of it where pairs are.
+        sampled: what is drawn and clipped as one: ``"units"`` (an annotator with all her pairs) or, with
+            ``unit="annotator"`` only, ``"pairs"``: at most k pairs of each annotator are kept for the whole training,
+            each is drawn with chance q and clipped alone, and what all of them together tell of her is accounted for.
         annotator_column: the data column that holds the annotator's id.
         engine: how units' gradients are computed: ``"loop"`` (one unit after the other, every trainer), ``"rows"`` (a
             batch at once; LoRA and Linear layers) or ``"auto"`` (by an estimate of cost from public numbers).
@@ -95,6 +103,7 @@ class PrivacyConfig:
     noise_multiplier: float | None = None
     sampling_rate: float | None = None
     max_pairs_per_unit: int = 8
+    sampled: Sampled = "units"
     annotator_column: str = "annotator_id"
     adjacency: Adjacency = "zero-out"
     engine: GradientEngineName = "auto"
@@ -117,6 +126,7 @@ class PrivacyConfig:
         for name, allowed in (
             ("unit", get_args(Unit)),
             ("adjacency", get_args(Adjacency)),
+            ("sampled", get_args(Sampled)),
             ("engine", get_args(GradientEngineName)),
         ):
             value = getattr(self, name)
@@ -157,8 +167,25 @@ class PrivacyConfig:
                     code="sampling_rate",
                 )
         _count("max_pairs_per_unit", self.max_pairs_per_unit, "Write max_pairs_per_unit=8.")
+        if self.sampled == "pairs":
+            self._check_pairs()
         if self.micro_batch is not None:
             _count("micro_batch", self.micro_batch, "Leave it out, or write how many rows fit into memory at once.")
+
+    def _check_pairs(self) -> None:
+        if self.unit != "annotator":
+            raise ConfigError(
+                f'sampled="pairs" samples the pairs of annotators one by one; it says nothing for unit="{self.unit}".',
+                next_step='Leave it out, or write unit="annotator".',
+                code="sampled",
+            )
+        if self.max_pairs_per_unit > MAX_SAMPLED_PAIRS:
+            raise ConfigError(
+                f'max_pairs_per_unit is {self.max_pairs_per_unit}; with sampled="pairs" it can be at most '
+                f"{MAX_SAMPLED_PAIRS}.",
+                next_step="Write max_pairs_per_unit=8: with every pair that is kept of an annotator her epsilon grows.",
+                code="max_pairs_per_unit",
+            )
 
     @property
     def unit_column(self) -> str | None:

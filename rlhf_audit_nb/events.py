@@ -267,6 +267,9 @@ class PrivacyReserved(Event, frozen=True, kw_only=True):
     ``column`` is the data column whose values are the units (``None`` for unit ``pair``, where each row is one):
     spends by two columns bound nobody's total, so they are not added up. ``population`` names the roster that was
     trained on (`PrivacyPopulation`); ``None`` where none was recorded: then it may share units with every other.
+    ``sampled`` is ``units`` or ``pairs``: in the second case at most ``max_pairs_per_unit`` pairs of a unit were kept
+    for the training, each was drawn with chance ``sampling_rate`` and clipped alone, and what is composed is a mixture
+    of Gaussians over all of them.
     """
 
     TYPE: ClassVar[str] = "privacy.reserved"
@@ -292,6 +295,7 @@ class PrivacyReserved(Event, frozen=True, kw_only=True):
     accountants: dict[str, Number]
     column: str | None = None
     population: str | None = None
+    sampled: str = "units"
 
 
 class PrivacySettled(Event, frozen=True, kw_only=True):

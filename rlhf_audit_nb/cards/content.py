@@ -265,7 +265,7 @@ def _spend(spend: Spend) -> tuple[Field, ...]:
         f"{reserved.mechanism}: noise multiplier {words.number_text(reserved.noise_multiplier)}, sampling rate "
         f"{words.number_text(reserved.sampling_rate)}, {words.plural(spend.steps, 'step')}, clipping norm "
         f"{words.number_text(reserved.clipping_norm)}, at most {words.plural(reserved.max_pairs_per_unit, 'pair')} of "
-        "a unit in a step"
+        + ("a unit kept, sampled one by one" if reserved.sampled == "pairs" else "a unit in a step")
     )
     figures = ", ".join(
         f"{name} {words.epsilon_text(value, 4)}" for name, value in sorted(reserved.accountants.items())

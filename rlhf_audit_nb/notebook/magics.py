@@ -65,6 +65,7 @@ _PRIVACY_OPTIONS = (
     "clipping_norm",
     "sampling_rate",
     "max_pairs_per_unit",
+    "sampled",
     "annotator_column",
     "engine",
     "micro_batch",
@@ -95,6 +96,7 @@ class AuditMagics(Magics):
     @argument(
         "--sampling-rate", type=float, metavar="Q", help="chance of each unit per step (default: from batch size)"
     )
+    @argument("--sampled", choices=("units", "pairs"), help="what is drawn and clipped as one (default units)")
     @argument("--max-pairs-per-unit", type=int, metavar="K", help="pairs of a unit in one step, at most (default 8)")
     @argument("--annotator-column", metavar="COLUMN", help="column with the annotator's id (default annotator_id)")
     @argument("--engine", choices=["auto", "loop", "rows"], help="how units' gradients are computed (default auto)")

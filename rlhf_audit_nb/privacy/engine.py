@@ -3,12 +3,13 @@
 `private_training` swaps the class of an unmodified TRL trainer for a subclass of it while it trains, and puts
 everything back afterwards. One optimizer step is then
 
-1. sample: each unit is in with chance q, by sealed randomness; of a unit at most k pairs are drawn;
+1. sample (`draws`): each unit is in with chance q, by sealed randomness; of a unit at most k pairs are drawn. Where
+   pairs are sampled one by one, each pair that was kept is in with chance q and stands below for a unit;
 2. a gradient engine (`unit_gradients`) adds to a sum in float64 the gradient of the trainer's own loss over each
    sampled unit's pairs, over all trainable parameters, scaled as a whole to an L2 norm of at most C. A unit whose loss
    or gradient is not finite, or cannot be computed at all, contributes nothing;
 3. once: N(0, (sigma C)^2) is added to each coordinate of every trainable parameter, and the result is divided by the
-   *expected* number of units q N and written to ``.grad``. An empty sample gives noise alone.
+   *expected* number of units q N (of places q k N) and written to ``.grad``. An empty sample gives noise alone.
 
 Dropout (of LoRA, for instance) draws from torch's generator, which is seeded apart for every unit and step from the
 sealed seed, so that one unit's masks do not depend on which units came before it; torch's global generator is neither
@@ -96,6 +97,7 @@ class PrivateTraining:
         self.steps = 0
         self.stopped_by_budget = False
         self._random = randomness
+        self._draws = plan.draws(randomness)
         self._observer = observer
         self._sums: Sums | None = None
         self._gradients: GradientEngine | None = None
@@ -223,14 +225,7 @@ class PrivateTraining:
         return [] if self._sums is None else self._sums.parameters
 
     def _sample(self, step: int) -> list[Sampled]:
-        units = self.plan.units.members
-        mask = self._random.bernoulli_mask(step, self.plan.sampling_rate, len(units))
-        return [self._drawn(step, int(unit)) for unit in mask.nonzero()[0]]
-
-    def _drawn(self, step: int, unit: int) -> Sampled:
-        members = self.plan.units.members[unit]
-        drawn = self._random.choice(step, unit, self.plan.config.max_pairs_per_unit, len(members))
-        return Sampled(tuple(members[place] for place in drawn), self._random.torch_seed(step, unit))
+        return [Sampled(one.rows, self._random.torch_seed(step, one.index)) for one in self._draws.sample(step)]
 
     def _add_gradients(
         self, trainer: Any, model: torch.nn.Module, sampled: list[Sampled], sums: Sums, seen: Seen
@@ -279,7 +274,7 @@ def private_training(
         PrivacyError: the trainer changed since the plan was made, or the seed has been used.
     """
     check_supported(trainer)
-    check_unit(trainer, plan.config.unit)
+    check_unit(trainer, "pair" if plan.config.sampled == "pairs" else plan.config.unit)
     randomness.claim()
     engine = PrivateTraining(plan, randomness, observer, token_normaliser(trainer))
     with contextlib.ExitStack() as stack:

@@ -286,11 +286,27 @@ def _column_words(column: str | None) -> str:
 def _reserve(spends: dict[str, Spend], event: PrivacyReserved, entry: LedgerEntry) -> None:
     if event.reservation in spends:
         raise PrivacyError(f"Reservation {event.reservation} stands twice in the trail.", code="ledger")
-    mechanism = Mechanism(event.noise_multiplier, event.sampling_rate, event.steps)
+    mechanism = _mechanism(event)
     asked = Limit(entry.index, event.unit, event.epsilon_budget, event.delta)
     spends[event.reservation] = Spend(
         event.reservation, entry.run, mechanism, settled=False, steps=event.steps, asked=asked
     )
+
+
+def _mechanism(event: PrivacyReserved) -> Mechanism:
+    """What is composed for a reservation.
+
+    Raises:
+        PrivacyError: it was sampled in a way that is not known here: what that costs is not guessed.
+    """
+    if event.sampled not in ("units", "pairs"):
+        raise PrivacyError(
+            f"Reservation {event.reservation} sampled {event.sampled!r}, which this version cannot account for.",
+            next_step="Read the trail with the version that wrote it, or a newer one.",
+            code="ledger",
+        )
+    pairs = event.max_pairs_per_unit if event.sampled == "pairs" else 1
+    return Mechanism(event.noise_multiplier, event.sampling_rate, event.steps, pairs)
 
 
 def _settle(spends: dict[str, Spend], event: PrivacySettled) -> None:

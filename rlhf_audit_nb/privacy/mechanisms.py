@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from rlhf_audit_nb.config import MIN_DELTA
+from rlhf_audit_nb.config import MAX_SAMPLED_PAIRS, MIN_DELTA
 from rlhf_audit_nb.errors import PrivacyError
 
 if TYPE_CHECKING:
@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_PAIRS", "Mechanism", "check_delta", "drawn_pairs", "merged"]
 
-MAX_PAIRS = 1000
-"""How many separately sampled pairs of one unit can be accounted for."""
+MAX_PAIRS = MAX_SAMPLED_PAIRS
 
 _UNDRAWN = 1e-20  # chance, per step, of so many pairs that they are counted as a certain failure instead
 

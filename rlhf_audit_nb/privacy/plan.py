@@ -23,6 +23,7 @@ from rlhf_audit_nb.privacy.accountant import (
     epsilon_curve,
     max_steps,
 )
+from rlhf_audit_nb.privacy.draws import Draws
 from rlhf_audit_nb.privacy.sampling import GENERATOR
 from rlhf_audit_nb.privacy.supported import check_supported, check_unit
 from rlhf_audit_nb.privacy.units import Units, build_units, read_ids
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ENGINE",
     "MECHANISM",
+    "PAIR_MECHANISM",
     "Plan",
     "check_supported",
     "plan_training",
@@ -44,6 +46,7 @@ __all__ = [
 ]
 
 MECHANISM = "Poisson-subsampled Gaussian"
+PAIR_MECHANISM = "Gaussian over Poisson-sampled pairs, accounted for all pairs of a unit together"
 ENGINE = "loop over units"
 
 
@@ -101,8 +104,11 @@ class Plan:
 
     @property
     def expected_units(self) -> float:
-        """Expected sample size q N: what the noisy sum is divided by in every step, whatever was sampled."""
-        return self.sampling_rate * len(self.units)
+        """Expected sample size q N: what the noisy sum is divided by in every step, whatever was sampled.
+
+        Where pairs are sampled one by one it is q k N, as if every unit had k pairs: how many it has is private.
+        """
+        return self.sampling_rate * places(self.config, len(self.units))
 
     @property
     def epsilon(self) -> float:
@@ -123,6 +129,16 @@ class Plan:
             f"The privacy budget allows {self.steps} of the {self.steps_asked} steps asked for at noise multiplier "
             f"{self.noise_multiplier:g}: training will stop after step {self.steps}, at epsilon "
             f"{self.epsilon:.3f} of {self.limit:g}, and save."
+        )
+
+    def draws(self, randomness: SealedRandom) -> Draws:
+        """The samples of the training, from its sealed seed."""
+        return Draws(
+            randomness,
+            self.units.members,
+            self.sampling_rate,
+            self.config.max_pairs_per_unit,
+            pairs=self.config.sampled == "pairs",
         )
 
     def replanned(self, prior: Sequence[Mechanism]) -> Plan:
@@ -152,11 +168,13 @@ def plan_training(trainer: Any, config: PrivacyConfig, prior: Sequence[Mechanism
     """
     check_supported(trainer)
     check_unit(trainer, config.unit)
+    if config.sampled == "pairs":
+        check_unit(trainer, "pair")
     if composed_epsilon(prior, config.delta) >= config.epsilon:  # said before even the roster is read
         raise _exhausted(config, composed_epsilon(prior, config.delta))
     dataset = _dataset(trainer)
     units = _units(dataset, config)
-    rate = config.sampling_rate or _default_rate(trainer.args, len(units))
+    rate = config.sampling_rate or _default_rate(trainer.args, places(config, len(units)))
     per_epoch = max(1, math.ceil(1 / rate - 1e-9))
     asked = trainer.args.max_steps
     if asked <= 0:
@@ -179,7 +197,7 @@ def plan_units(
     prior: Sequence[Mechanism] = (),
     fingerprint: str = "",
 ) -> Plan:
-    """Plan ``asked`` steps over a roster that is known, each unit sampled with chance ``rate``.
+    """Plan ``asked`` steps over a roster that is known, each unit (or each kept pair) sampled with chance ``rate``.
 
     Raises:
         BudgetExceededError: not a single step fits.
@@ -205,6 +223,11 @@ def plan_units(
     )
 
 
+def places(config: PrivacyConfig, units: int) -> int:
+    """What a step draws from: the units, or the k places of every unit; a public number."""
+    return units * config.max_pairs_per_unit if config.sampled == "pairs" else units
+
+
 def data_fingerprint(dataset: Any) -> str:
     """What tells one prepared data set from another within a process; stays in memory."""
     return f"{getattr(dataset, '_fingerprint', id(dataset))}:{len(dataset)}"
@@ -217,7 +240,7 @@ def reserve_event(plan: Plan, reservation: str) -> PrivacyReserved:
         reservation=reservation,
         unit=plan.units.unit,
         adjacency=plan.config.adjacency,
-        mechanism=MECHANISM,
+        mechanism=PAIR_MECHANISM if plan.config.sampled == "pairs" else MECHANISM,
         engine=ENGINE,
         generator=GENERATOR,
         units=len(plan.units),
@@ -238,6 +261,7 @@ def reserve_event(plan: Plan, reservation: str) -> PrivacyReserved:
             "rdp": accounted.rdp if isinstance(accounted.rdp, str) else number(accounted.rdp),
         },
         column=plan.config.unit_column,
+        sampled=plan.config.sampled,
     )
 
 
@@ -307,8 +331,8 @@ def _before_dropping(dataset: Any) -> tuple[int, list[int] | None]:
     return dataset.data.num_rows, chosen.column(0).to_pylist()
 
 
-def _default_rate(args: Any, units: int) -> float:
-    return float(min(1.0, args.per_device_train_batch_size * args.gradient_accumulation_steps / units))
+def _default_rate(args: Any, places: int) -> float:
+    return float(min(1.0, args.per_device_train_batch_size * args.gradient_accumulation_steps / places))
 
 
 def _mechanism(
@@ -316,17 +340,18 @@ def _mechanism(
 ) -> Mechanism:
     if before >= limit:
         raise _exhausted(config, before, asked)
+    pairs = config.max_pairs_per_unit if config.sampled == "pairs" else 1
     if config.noise_multiplier is None:
         try:
-            return Mechanism(calibrate(limit, config.delta, rate, asked, prior), rate, asked)
+            return Mechanism(calibrate(limit, config.delta, rate, asked, prior, pairs=pairs), rate, asked, pairs)
         except PrivacyError as error:
             if error.reason != "no-noise-fits":
                 raise
             raise _exhausted(config, before, asked) from error
-    steps = max_steps(limit, config.delta, config.noise_multiplier, rate, prior, at_most=asked)
+    steps = max_steps(limit, config.delta, config.noise_multiplier, rate, prior, at_most=asked, pairs=pairs)
     if steps == 0:
         raise _exhausted(config, before, asked)
-    return Mechanism(config.noise_multiplier, rate, steps)
+    return Mechanism(config.noise_multiplier, rate, steps, pairs)
 
 
 def _exhausted(config: PrivacyConfig, before: float, asked: int | None = None) -> BudgetExceededError:
@@ -349,10 +374,12 @@ def _warnings(config: PrivacyConfig, units: int, mechanism: Mechanism) -> tuple[
             f"delta is {config.delta:g}, not below 1 / {units} {config.unit}s: with that chance a unit's data may be "
             f"exposed altogether. Write delta={10 ** math.floor(math.log10(1 / units) - 1):g} or less."
         )
-    if mechanism.noise_multiplier > mechanism.sampling_rate * units:
+    expected = mechanism.sampling_rate * places(config, units)
+    if mechanism.noise_multiplier > expected:
+        what = "pair" if config.sampled == "pairs" else config.unit
         found.append(
             f"The noise (multiplier {mechanism.noise_multiplier:.3g}) is larger than all of an expected sample "
-            f"({mechanism.sampling_rate * units:.3g} {config.unit}s) can weigh: little can be learnt. Use more data, "
+            f"({expected:.3g} {what}s) can weigh: little can be learnt. Use more data, "
             f"a larger batch, fewer steps or a larger epsilon."
         )
     return tuple(found)

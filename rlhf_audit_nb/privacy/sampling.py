@@ -9,7 +9,9 @@ it. Every draw has its own keystream, so that any part of a run can be recompute
     uniform    u = (word >> 11) * 2^-53, in [0, 1)
     Bernoulli  unit i is in the sample of a step when u_i < q                     purpose "sample", index 0
     flip       label i of a release is flipped when u_i < p                       purpose "label", step and index 0
+               (pairs sampled one by one: place p of the k places of unit i, when u_(ik+p) < q)
     choice     the k rows with the least words of a unit's n rows                 purpose "choice", index = the unit
+               (pairs sampled one by one: once for all steps)                     purpose "keep", step 0
     normal     Box-Muller on (u_2j, u_2j+1) of a block of words:                  purpose "noise", index = the tensor
                r = sqrt(-2 ln(1 - u_2j)); z_2j = r cos(2 pi u_2j+1), z_2j+1 = r sin(2 pi u_2j+1), in float64
 
@@ -100,9 +102,16 @@ class SealedRandom:
 
     def choice(self, step: int, unit: int, size: int, count: int) -> tuple[int, ...]:
         """``size`` of ``range(count)``, every such set equally likely, in rising order; all where they are no more."""
+        return self._chosen("choice", step, unit, size, count)
+
+    def kept(self, unit: int, size: int, count: int) -> tuple[int, ...]:
+        """`choice`, once for all steps."""
+        return self._chosen("keep", 0, unit, size, count)
+
+    def _chosen(self, purpose: str, step: int, unit: int, size: int, count: int) -> tuple[int, ...]:
         if count <= size:
             return tuple(range(count))
-        order = np.argsort(self._words("choice", step, unit, count), kind="stable")
+        order = np.argsort(self._words(purpose, step, unit, count), kind="stable")
         return tuple(sorted(int(index) for index in order[:size]))
 
     def normals(self, step: int, tensor: int, count: int) -> npt.NDArray[np.float64]:

@@ -331,7 +331,7 @@ def check_unit(trainer: Any, unit: str) -> None:
     if unit == "pair" and _check_class(trainer) == _KTO:
         raise _refusal(
             "KTOTrainer takes a pair apart into two rows, and each row would be protected as if it stood alone.",
-            'Write unit="annotator".',
+            'Write unit="annotator", and leave out sampled="pairs".',
         )
 
 

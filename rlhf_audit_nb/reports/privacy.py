@@ -161,10 +161,20 @@ def _bound(spend: Spend) -> str:
 def _spend_words(spend: Spend) -> str:
     reserved, settled = spend.reserved, spend.settled
     rate = words.number_text(reserved.sampling_rate)
+    most, clip = words.plural(reserved.max_pairs_per_unit, "pair"), words.number_text(reserved.clipping_norm)
+    if reserved.sampled == "pairs":
+        drawn = (
+            f"Of every {reserved.unit} at most {most} were kept for the whole training. In each step every kept pair "
+            f"was drawn with probability {rate} and its gradient clipped to {clip}; accounted for are all pairs of one "
+            f"{reserved.unit} together"
+        )
+    else:
+        drawn = (
+            f"In each step every {reserved.unit} was drawn with probability {rate}; of each at most {most} entered, "
+            f"their gradient clipped to {clip}"
+        )
     text = (
-        f"In each step every {reserved.unit} was drawn with probability {rate}; of each at most "
-        f"{words.plural(reserved.max_pairs_per_unit, 'pair')} entered, their gradient clipped to "
-        f"{words.number_text(reserved.clipping_norm)}, and Gaussian noise of standard deviation "
+        f"{drawn}, and Gaussian noise of standard deviation "
         f"{words.number_text(reserved.noise_multiplier * reserved.clipping_norm)} was added to the sum. "
     )
     if settled is None:
@@ -194,7 +204,7 @@ def _spend_facts(spend: Spend, number: int, run: RunFacts) -> tuple[Fact, ...]:
         Fact("Steps T", f"{words.count(reserved.steps)} reserved of {words.count(reserved.steps_asked)} asked for"
              + (f"; {words.count(settled.steps)} ran" if settled else ""), cite(spend.indices)),
         Fact("Clipping norm C", words.number_text(reserved.clipping_norm), at),
-        Fact("Pairs of a unit in a step k", f"at most {words.count(reserved.max_pairs_per_unit)}", at),
+        Fact(_pairs_label(reserved.sampled), f"at most {words.count(reserved.max_pairs_per_unit)}", at),
         Fact("δ", words.delta_text(reserved.delta), at),
         Fact("ε budget", words.number_text(reserved.epsilon_budget), at),
         Fact("ε before", _epsilon(reserved.epsilon_before), at),
@@ -213,6 +223,10 @@ def _spend_facts(spend: Spend, number: int, run: RunFacts) -> tuple[Fact, ...]:
     if len(run.spends) == 1:
         return tuple(facts)
     return tuple(Fact(f"Training {number}: {f.label}", f.value, f.cites, f.mono, f.note) for f in facts)
+
+
+def _pairs_label(sampled: str) -> str:
+    return "Pairs of a unit kept, sampled one by one, k" if sampled == "pairs" else "Pairs of a unit in a step k"
 
 
 def _epsilon(value: Any) -> str:
