@@ -120,7 +120,7 @@ def test_values_of_the_notebook_can_stand_in_the_line(shell, trail):
 def test_every_option_reaches_its_setting(shell, tmp_path):
     line = (
         "--experiment all --epsilon 9 --delta 1e-6 --unit pair --run-epsilon 2 --noise-multiplier 1.5 "
-        "--clipping-norm 0.5 --sampling-rate 0.25 --max-pairs-per-unit 3 --annotator-column worker "
+        "--clipping-norm 0.5 --sampling-rate 0.25 --max-pairs-per-unit 3 --sampled units --annotator-column worker "
         "--engine loop --micro-batch 4 "
         "--model-name example/m --trail elsewhere --origin example.com/t --durability always --every-steps 4 "
         "--asynchronous --weights-every 2 --compliance-mode eu_ai_act"
@@ -141,6 +141,7 @@ def test_every_option_reaches_its_setting(shell, tmp_path):
         "clipping_norm": 0.5,
         "sampling_rate": 0.25,
         "max_pairs_per_unit": 3,
+        "sampled": "units",
         "annotator_column": "worker",
         "engine": "loop",
         "micro_batch": 4,
