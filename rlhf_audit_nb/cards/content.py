@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.compliance.assess import Assessment
     from rlhf_audit_nb.compliance.evidence import Evidence, Item
     from rlhf_audit_nb.compliance.facts import RunFacts, Spend
-    from rlhf_audit_nb.events import ModelBound
+    from rlhf_audit_nb.events import ModelBound, PrivacyInherited
 
 __all__ = ["NOT_STATED", "CardContent", "Field", "Section", "card_content"]
 
@@ -239,6 +239,8 @@ def _privacy(evidence: Evidence, runs: tuple[RunFacts, ...], run: RunFacts | Non
     at = cite([run.item.index])
     if run.guarantee == "none":
         return Section(title, (Field("Differential privacy", words.NO_BOUND, at),))
+    if run.guarantee == "inherited" and evidence.trusted:
+        return Section(title, tuple(_inherited(item.index, event) for item, event in run.inherited))
     if run.guarantee == "asked":
         return Section(title, (Field("Differential privacy", "asked for, but no bound can be stated", at),))
     if not evidence.trusted:
@@ -250,6 +252,15 @@ def _privacy(evidence: Evidence, runs: tuple[RunFacts, ...], run: RunFacts | Non
             Field("Other runs of this trail", f"{words.plural(composed.unbounded_runs, 'run')} {words.NO_BOUND}")
         )
     return Section(title, tuple(fields))
+
+
+def _inherited(index: int, event: PrivacyInherited) -> Field:
+    runs = ", ".join(sorted({str(source["run"]) for source in event.sources if source.get("run")}))
+    value = (
+        f"inherits ε = {words.epsilon_text(event.epsilon)}, δ = {words.delta_text(event.delta)}, per {event.unit}"
+        f"{f', from run {runs}' if runs else ''}; nothing was charged"
+    )
+    return Field("Differential privacy", value, cite([index]))
 
 
 def _spend(spend: Spend) -> tuple[Field, ...]:
@@ -329,6 +340,16 @@ def _audit(evidence: Evidence, run: RunFacts | None) -> dict[str, Any]:
     final = run.model("final")
     if final:
         block["weights_sha256"] = final[1].weights_digest
+    if run.guarantee == "inherited" and evidence.trusted:
+        item, event = run.inherited[-1]
+        block["differential_privacy"] = {
+            "inherited": True,
+            "epsilon": event.epsilon,
+            "delta": event.delta,
+            "unit": event.unit,
+            "entries": [item.index],
+        }
+        return block
     if run.guarantee != "bound" or not evidence.trusted:
         block["differential_privacy"] = {"none": words.NO_BOUND}.get(run.guarantee, "no bound can be stated")
         return block

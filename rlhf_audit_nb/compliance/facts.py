@@ -16,6 +16,7 @@ from rlhf_audit_nb.events import (
     EnvironmentCaptured,
     Event,
     ModelBound,
+    PrivacyInherited,
     PrivacyReserved,
     PrivacySettled,
     RunFinished,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["Composed", "Raise", "RunFacts", "Spend", "composed_privacy", "origin_of", "run_facts"]
 
 EventT = TypeVar("EventT", bound=Event)
-Guarantee = Literal["bound", "none", "asked", "untrained"]
+Guarantee = Literal["bound", "inherited", "none", "asked", "untrained"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class RunFacts:
     steps: tuple[tuple[Item, Step], ...]
     spends: tuple[Spend, ...]
     last_time: int
+    inherited: tuple[tuple[Item, PrivacyInherited], ...] = ()
 
     @property
     def status(self) -> str:
@@ -93,12 +95,13 @@ class RunFacts:
     def guarantee(self) -> Guarantee:
         """What can be said of differential privacy.
 
-        ``bound``: every training reserved a spend; ``none``: trained without; ``asked``: a configuration asked for
-        it but a training stands without a reservation, so no bound can be stated; ``untrained``: nothing was trained.
+        ``bound``: every training reserved a spend, or inherits one; ``inherited``: all inherit and nothing was charged;
+        ``none``: trained without; ``asked``: a configuration asked for it but a training stands without a reservation,
+        so no bound can be stated; ``untrained``: nothing was trained.
         """
-        if self.spends and len(self.spends) >= len(self.trainers):
-            return "bound"
-        if self.spends or (self.started.privacy is not None and self.trainers):
+        if len(self.spends) + len(self.inherited) >= max(len(self.trainers), 1):
+            return "bound" if self.spends else "inherited"
+        if self.spends or self.inherited or (self.started.privacy is not None and self.trainers):
             return "asked"
         return "none" if self.trainers or self.steps else "untrained"
 
@@ -175,6 +178,7 @@ class _Grouped:
         self._weights = _by_run(evidence.of(WeightsSaved))
         self._steps = _by_run(evidence.of(Step))
         self._reserved = _by_run(evidence.of(PrivacyReserved))
+        self._inherited = _by_run(evidence.of(PrivacyInherited))
         self._settled = {event.reservation: (item, event) for item, event in evidence.of(PrivacySettled)}
         self._finished = _by_run(evidence.of(RunFinished))
 
@@ -195,6 +199,7 @@ class _Grouped:
             steps=self._steps.get(run, ()),
             spends=tuple(self._spend(at, reserved) for at, reserved in self._reserved.get(run, ())),
             last_time=self._last[run],
+            inherited=self._inherited.get(run, ()),
         )
 
     def _spend(self, item: Item, reserved: PrivacyReserved) -> Spend:

@@ -276,7 +276,7 @@ def _reward(reward: ModelShown | FunctionShown, descent: Descent) -> tuple[dict[
         return {"entry": declared, "run": None, "digest": reward.final, "role": "reward"}, Exposure()
     exposure = descent.of(left)
     _check_bounded(f"The reward model {reward.name}", exposure, left, descent)
-    return _source("reward", reward, left[-1]), exposure
+    return _source("reward", reward, left[-1], exposure), exposure
 
 
 def _function(reward: FunctionShown, descent: Descent) -> dict[str, Any]:
@@ -311,7 +311,7 @@ def _beginning(role: str, model: ModelShown, descent: Descent) -> tuple[list[dic
         found = descent.exposure(training)
         _check_bounded(what, found, [training], descent)
         exposure |= found
-        sources.append(_source(role, model, training))
+        sources.append(_source(role, model, training, found))
     return sources, exposure
 
 
@@ -331,12 +331,13 @@ def _check_bounded(what: str, exposure: Exposure, left: list[Training], descent:
     )
 
 
-def _source(role: str, model: ModelShown, training: Training) -> dict[str, Any]:
+def _source(role: str, model: ModelShown, training: Training, exposure: Exposure) -> dict[str, Any]:
+    """The entry that shows the model; its run is named where something of protected people came through it."""
     finals = [index for index, event in training.of_role("final") if event.weights_digest == model.final]
     saved = [index for index, event in training.saved if event.digest == model.saved]
     entry = (finals or saved or [index for index, _ in training.of_role("final")] or [training.index])[-1]
     digest = model.base if role != "reward" and not finals and model.base is not None else model.final
-    return {"entry": entry, "run": training.run, "digest": digest, "role": role}
+    return {"entry": entry, "run": training.run if exposure.spends else None, "digest": digest, "role": role}
 
 
 def _composed(exposure: Exposure, config: PrivacyConfig, ledger: Ledger) -> tuple[float, str]:

@@ -15,10 +15,12 @@ from rlhf_audit_nb.compliance.assess import Assessment, Line, State, assess
 from rlhf_audit_nb.compliance.evidence import Cite, cite
 from rlhf_audit_nb.compliance.facts import composed_privacy, run_facts
 from rlhf_audit_nb.compliance.framework import load_framework
+from rlhf_audit_nb.compliance.lineage import lineage
 from rlhf_audit_nb.events import BudgetSet, RecordSealed
 from rlhf_audit_nb.reports import figures
 from rlhf_audit_nb.reports.cells import Cell, cells_of
 from rlhf_audit_nb.reports.integrity import integrity_facts
+from rlhf_audit_nb.reports.lineage import lineage_figure
 from rlhf_audit_nb.reports.parts import Cites, EvidenceRow, Fact, Group, PrivacyPart, RunPart, Tile
 from rlhf_audit_nb.reports.privacy import THREATS, THREATS_WITHOUT, composed_state, composed_words, privacy_part
 from rlhf_audit_nb.reports.runs import lineage_group, run_part, run_sentence
@@ -209,6 +211,13 @@ class _Builder:
         if composed.total is None:
             trained = any(run.guarantee != "untrained" for run in self.runs)
             asked = any(run.guarantee == "asked" for run in self.runs)
+            inherited = [event for run in self.runs if run.guarantee == "inherited" for _, event in run.inherited]
+            if inherited and not asked and not composed.unbounded_runs:
+                last = inherited[-1]
+                return Tile(
+                    f"ε {words.epsilon_text(last.epsilon)}",
+                    f"inherited, per {last.unit}, δ {words.delta_text(last.delta)}; nothing was charged here",
+                )
             if asked:
                 return Tile("no bound", "differential privacy was asked for, but no spend is recorded", "bad")
             return Tile("no bound" if trained else "nothing trained",
@@ -259,6 +268,8 @@ class _Builder:
         found: list[Figure] = [figures.states_figure(self.assessment, "states")]
         if not self.evidence.trusted:
             return tuple(found)
+        graph = lineage_figure(lineage(self.evidence))
+        found += [graph] if graph is not None else []
         for number, run in enumerate(self.runs[-MAX_FIGURE_RUNS:], 1):
             drawn = (figures.epsilon_figure(run, f"eps{number}"), figures.series_figure(run, f"series{number}"))
             found += [figure for figure in drawn if figure is not None]

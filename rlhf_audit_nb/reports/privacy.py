@@ -12,7 +12,10 @@ from rlhf_audit_nb.compliance.evidence import cite
 from rlhf_audit_nb.reports.parts import Cites, Fact, PrivacyPart
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from rlhf_audit_nb.compliance.facts import Composed, RunFacts, Spend
+    from rlhf_audit_nb.events import PrivacyInherited
 
 __all__ = [
     "THREATS",
@@ -20,6 +23,8 @@ __all__ = [
     "composed_state",
     "composed_words",
     "guarantee_fact",
+    "inherited_bound",
+    "inherited_words",
     "privacy_part",
 ]
 
@@ -137,6 +142,8 @@ def privacy_part(run: RunFacts, *, trusted: bool) -> PrivacyPart:
     if run.guarantee == "none":
         at = [run.item.index, *(item.index for item, _ in run.trainers)]
         return PrivacyPart(title, "warn", "no bound", f"This run was {words.NO_BOUND}.", cite(at))
+    if run.guarantee == "inherited":
+        return _inherited_part(run, trusted=trusted)
     if run.guarantee == "asked" or not run.spends:
         return PrivacyPart(title, "bad", "no bound", "Differential privacy was asked for, but a training stands "
                            "without a recorded spend: no bound can be stated.", cite([run.item.index]))  # fmt: skip
@@ -146,6 +153,51 @@ def privacy_part(run: RunFacts, *, trusted: bool) -> PrivacyPart:
         return PrivacyPart(title, "bad", "not verified", _spend_words(spend), cite(spend.indices), facts)
     state = "ok" if spend.settled else "warn"
     return PrivacyPart(title, state, _bound(spend), _spend_words(spend), cite(spend.indices), facts)
+
+
+def _inherited_part(run: RunFacts, *, trusted: bool) -> PrivacyPart:
+    """What a run inherits that charged nothing of its own."""
+    at = cite(item.index for item, _ in run.inherited)
+    said = " ".join(inherited_words(event) for _, event in run.inherited)
+    facts = tuple(fact for item, event in run.inherited for fact in _inherited_facts(event, cite([item.index])))
+    if not trusted:
+        return PrivacyPart(run.started.experiment, "bad", "not verified", said, at, facts)
+    _, last = run.inherited[-1]
+    return PrivacyPart(run.started.experiment, "ok", inherited_bound(last), said, at, facts)
+
+
+def inherited_bound(event: PrivacyInherited) -> str:
+    """The inherited figure with all that it means nothing without."""
+    return (
+        f"inherits ε {words.epsilon_text(event.epsilon)}, δ {words.delta_text(event.delta)}, per {event.unit}; "
+        "nothing was charged"
+    )
+
+
+def inherited_words(event: PrivacyInherited) -> str:
+    """What was inherited from where, as a sentence."""
+    runs = sorted({words.short(str(source["run"])) for source in event.sources if source.get("run")})
+    if runs:
+        source = f"from run {', '.join(runs)}" if len(runs) == 1 else f"from the runs {', '.join(runs)}"
+    else:
+        source = "from labels that had been released" if event.kind == "released-labels" else "from nothing protected"
+    prompts = f" Its prompts were {event.prompts}." if event.prompts else ""
+    note = f" {event.note}" if event.note else ""
+    return (
+        f"This training inherits ε = {words.epsilon_text(event.epsilon)} (δ = {words.delta_text(event.delta)}, per "
+        f"{event.unit}) {source}; nothing was charged, because it learnt of protected data through these only."
+        f"{prompts}{note}"
+    )
+
+
+def _inherited_facts(event: PrivacyInherited, at: Cites) -> Iterator[Fact]:
+    yield Fact("ε inherited, composed", _epsilon(event.epsilon), at, note=f"δ {words.delta_text(event.delta)}")
+    yield Fact("Unit", event.unit, at)
+    for source in event.sources:
+        entry = source.get("entry")
+        where = (*at, *cite([entry])) if isinstance(entry, int) else at
+        run = f"run {words.short(str(source['run']))}" if source.get("run") else "declared or released"
+        yield Fact(f"Through {source.get('role', 'data')}", f"{run}, sha256 {source.get('digest')}", where, mono=True)
 
 
 def _bound(spend: Spend) -> str:
@@ -241,6 +293,9 @@ def guarantee_fact(run: RunFacts, at: Cites, *, trusted: bool) -> list[Fact]:
         spend = run.spends[-1]
         value = _bound(spend)
         return [Fact("Differential privacy", value, cite(spend.indices))]
+    if run.guarantee == "inherited":
+        item, event = run.inherited[-1]
+        return [Fact("Differential privacy", inherited_bound(event), cite([item.index]))]
     value = {"none": words.NO_BOUND, "asked": "asked for, but no bound can be stated"}.get(
         run.guarantee, "nothing was trained")  # fmt: skip
     return [Fact("Differential privacy", value, at)]

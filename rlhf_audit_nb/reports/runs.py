@@ -40,6 +40,9 @@ def run_sentence(run: RunFacts) -> Fact:
         spend = run.spends[-1]
         indices += spend.indices
         text += f", with differential privacy per {spend.reserved.unit}"
+    elif run.guarantee == "inherited":
+        indices += [item.index for item, _ in run.inherited]
+        text += "; it inherits the privacy of the models that it learnt from, and charged nothing"
     elif run.guarantee == "none":
         text += f", {words.NO_BOUND}"
     elif run.guarantee == "asked":

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-__all__ = ["LevelLike", "PrivacyLike", "ReasonLike", "StateLike", "StatusLike", "VerdictLike"]
+__all__ = ["InheritedLike", "LevelLike", "PrivacyLike", "ReasonLike", "StateLike", "StatusLike", "VerdictLike"]
 
 Point = tuple[float, float]
 
@@ -43,6 +43,19 @@ class PrivacyLike(Protocol):
     def curve(self) -> Sequence[float]: ...
 
 
+class InheritedLike(Protocol):
+    """What a training inherits that charges nothing: the composed ε of ``runs``."""
+
+    @property
+    def unit(self) -> str: ...
+    @property
+    def epsilon(self) -> float: ...
+    @property
+    def delta(self) -> float: ...
+    @property
+    def runs(self) -> Sequence[str]: ...
+
+
 class StateLike(Protocol):
     """The open run as a reader sees it: lists only ever grow, and reading needs no lock."""
 
@@ -60,6 +73,8 @@ class StateLike(Protocol):
     def private(self) -> bool: ...
     @property
     def privacy(self) -> PrivacyLike | None: ...
+    @property
+    def inherited(self) -> InheritedLike | None: ...
     @property
     def series(self) -> Mapping[str, Sequence[Point]]: ...
     @property

@@ -24,7 +24,7 @@ from rlhf_audit_nb.notebook.panels.words import (
 )
 
 if TYPE_CHECKING:
-    from rlhf_audit_nb.notebook.panels.sources import PrivacyLike, StateLike, StatusLike, VerdictLike
+    from rlhf_audit_nb.notebook.panels.sources import InheritedLike, PrivacyLike, StateLike, StatusLike, VerdictLike
 
 __all__ = ["NO_PRIVACY", "PUBLIC_SERIES", "SEALED_LOSS", "Check", "View", "build_view", "latest"]
 
@@ -97,6 +97,8 @@ def _share(value: float, whole: float) -> float:
 
 
 def _privacy_view(state: StateLike) -> View:
+    if not state.private and state.inherited is not None:
+        return _inherited_view(state.inherited)
     if not state.private:
         return {
             "heading": "Privacy",
@@ -118,6 +120,20 @@ def _privacy_view(state: StateLike) -> View:
             "label": "Differential privacy is on; its plan is made when a trainer starts to train.",
         }
     return _plan_view(state, privacy)
+
+
+def _inherited_view(inherited: InheritedLike) -> View:
+    bound = f"ε {say_bound(inherited.epsilon)}"
+    runs = ", ".join(run[:8] for run in inherited.runs)
+    return {
+        "heading": "Privacy inherited",
+        "bounded": True,
+        "big": bound,
+        "of": f"at δ {say_delta(inherited.delta)}, for each {inherited.unit}",
+        "note": f"It comes with the models that this run learns from{f' (run {runs})' if runs else ''}. "
+        "Nothing is charged here.",
+        "label": f"Inherits {bound} at δ {say_delta(inherited.delta)} for each {inherited.unit}; nothing is charged.",
+    }
 
 
 def _plan_view(state: StateLike, privacy: PrivacyLike) -> View:
@@ -222,6 +238,8 @@ def _training_view(state: StateLike) -> View:
         ]
     if state.private:
         note = f"{SEALED_LOSS} Shown is what is public."
+    elif state.inherited is not None:
+        note = "Loss and metrics follow from private models and public prompts, so they are public."
     else:
         note = "Loss and metrics are plain: exact, unprotected, and recorded as such."
         others = len([name for name in list(state.series) if name != "epsilon"]) - len(shown)
