@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.capture.run import Run
     from rlhf_audit_nb.labelling import LabelRelease
     from rlhf_audit_nb.reports.budget import Budget
+    from rlhf_audit_nb.reports.lineage import LineageView
     from rlhf_audit_nb.trail import Trail, Verdict
     from rlhf_audit_nb.trail.erasure import ErasureDone
 
@@ -529,6 +530,26 @@ class AuditableRLHF:
         if record is None and evidence.trusted:
             self._record_saves(card, CardCreated, evidence.verdict)
         return card
+
+    def lineage(self, *, join: bool = False) -> LineageView:
+        """Which data and models went into which training, what came out, and with what ε: over the verified trail.
+
+        It shows itself in a notebook; ``save("lineage.svg")`` writes the picture, ``save("lineage.json")`` PROV-JSON.
+
+        Args:
+            join: also recognise private data sets that are the same, through the vault. That they are is a function of
+                private data: keep such a graph to yourself.
+
+        Raises:
+            AuditError: there is no trail to verify; with ``join`` also where the vault cannot be opened.
+        """
+        from rlhf_audit_nb.compliance.lineage import lineage
+        from rlhf_audit_nb.privatiser import private_halves
+        from rlhf_audit_nb.reports.lineage import LineageView
+
+        evidence = self._evidence(None)
+        digests = {index: half.digest for index, half in private_halves(self.trail) if half.digest} if join else None
+        return LineageView(lineage(evidence, digests), evidence.level)
 
     def _record_saves(self, made: Any, kind: type[ReportCreated | CardCreated], verdict: Verdict) -> None:
         """What is saved from here on is recorded in the trail that it was drawn from: its bytes' digest."""

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.capture.run import Run, RunObserver
     from rlhf_audit_nb.capture.state import InheritedView, PrivacyView
     from rlhf_audit_nb.config import PrivacyConfig
-    from rlhf_audit_nb.events import PrivacyInherited
+    from rlhf_audit_nb.events import DataPrivate, PrivacyInherited
     from rlhf_audit_nb.privacy.ledger import Ledger
     from rlhf_audit_nb.privacy.plan import Plan
     from rlhf_audit_nb.privacy.post_processing import FunctionShown, Inheritance, Inputs, ModelShown
     from rlhf_audit_nb.trail import Trail
 
-__all__ = ["InheritedTraining", "PlannedTraining", "TrailPrivatiser"]
+__all__ = ["InheritedTraining", "PlannedTraining", "TrailPrivatiser", "private_halves"]
 
 
 class TrailPrivatiser:
@@ -204,10 +204,20 @@ def _model_shown(model: Any, name: str) -> ModelShown:
 
 def _protected_digests(trail: Trail) -> set[str]:
     """Digests of rows and of prompts that private trainings of the trail read, as far as the vault still has them."""
+    return {digest for _, half in private_halves(trail) for digest in (half.digest, half.prompts) if digest}
+
+
+def private_halves(trail: Trail) -> Iterator[tuple[int, DataPrivate]]:
+    """What the vault holds of the data sets that private trainings read, each with the index of its entry.
+
+    What was erased, or is lost, is left out.
+
+    Raises:
+        VaultError: the vault does not open with this trail's key, or an opening is not its commitment's.
+    """
     from rlhf_audit_nb.events import DataBound, DataPrivate, decode_private
     from rlhf_audit_nb.trail import Vault
 
-    found: set[str] = set()
     # A vault of its own: the trail's is the writer's, which may be sealing on another thread meanwhile.
     with closing(Vault(trail.vault.path, trail.keys.master)) as vault:
         for entry in trail.reader().entries(type=DataBound.TYPE):
@@ -217,12 +227,11 @@ def _protected_digests(trail: Trail) -> set[str]:
                 payload = vault.open_payload(entry.run, entry.seq, b64decode(entry.envelope.sealed))
             except VaultError as error:
                 if error.reason in ("erased", "opening-missing"):
-                    continue  # what is gone cannot be compared with; the declaration stands alone then
+                    continue
                 raise
             half = decode_private(entry.type, payload)
             if isinstance(half, DataPrivate):
-                found |= {digest for digest in (half.digest, half.prompts) if digest}
-    return found
+                yield entry.index, half
 
 
 def _raised(ledger: Ledger, config: PrivacyConfig) -> str:

@@ -1,4 +1,4 @@
-"""Say: ``report`` and ``card``. Floor 6."""
+"""Say: ``report``, ``card`` and ``lineage``. Floor 6."""
 
 from __future__ import annotations
 
@@ -59,8 +59,21 @@ def _do_card(args: argparse.Namespace) -> int:
     return _finish_saying(args, answer, [f"card     {path} ({evidence.level})"], evidence)
 
 
+def _do_lineage(args: argparse.Namespace) -> int:
+    from rlhf_audit_nb.compliance.lineage import lineage
+    from rlhf_audit_nb.reports.lineage import LineageView
+
+    evidence = _evidence(args.target, read_policy(args))
+    view = LineageView(lineage(evidence), evidence.level)
+    said = str(view).splitlines()
+    if args.out is not None:
+        path = view.save(output(args, Path(args.out)))
+        said = [f"lineage  {path} ({evidence.level})"]
+    return _finish_saying(args, view.to_dict(), said, evidence)
+
+
 def _finish_saying(args: argparse.Namespace, result: dict[str, Any], words: Sequence[str], evidence: Evidence) -> int:
-    """Ends `report` and `card`: written all the same, but what is INVALID or DIVERGED does not end as a success."""
+    """Ends what is said of a trail: written all the same, but INVALID or DIVERGED does not end as a success."""
     from rlhf_audit_nb.trail import Level
 
     code = finish(args, result, words, evidence.verdict.exit_code(Level.UNANCHORED))
@@ -86,7 +99,14 @@ def _add_card(parser: Parser) -> None:
     parser.add_argument("-o", "--out", metavar="FILE", help="where it goes (stdout)")
 
 
+def _add_lineage(parser: Parser) -> None:
+    parser.set_defaults(do=_do_lineage)
+    add_target(parser)
+    parser.add_argument("-o", "--out", metavar="FILE", help="a picture (.svg) or W3C PROV-JSON (.json); else sentences")
+
+
 COMMANDS = (
     Command("say", "report", "write the compliance report of a record or a trail (HTML, PDF or JSON)", _add_report),
     Command("say", "card", "write the model card", _add_card),
+    Command("say", "lineage", "which data and models went into which, and with what ε", _add_lineage),
 )

@@ -53,7 +53,7 @@ argument: Any = _arguments.argument
 
 CELL = "audit_train"
 LINE = "audit"
-COMMANDS = ("status", "verify", "report", "card", "budget")
+COMMANDS = ("status", "verify", "report", "card", "budget", "lineage")
 _MATCHER = "rlhf_audit_nb"
 _VERDICT = ("rlhf_audit_nb.trail.verdict", "Verdict")
 
@@ -69,6 +69,7 @@ _PRIVACY_OPTIONS = (
     "annotator_column",
     "engine",
     "micro_batch",
+    "public_prompts",
 )
 _AUDIT_OPTIONS = ("trail", "origin", "durability", "asynchronous", "every_steps", "weights_every")
 
@@ -101,6 +102,12 @@ class AuditMagics(Magics):
     @argument("--annotator-column", metavar="COLUMN", help="column with the annotator's id (default annotator_id)")
     @argument("--engine", choices=["auto", "loop", "rows"], help="how units' gradients are computed (default auto)")
     @argument("--micro-batch", type=int, metavar="N", help="rows in the model at once (default: the batch size)")
+    @argument(
+        "--public-prompts",
+        action="store_const",
+        const=True,
+        help="no protected person wrote the prompts of GRPO or RLOO (you declare it)",
+    )
     @argument("--model-name", metavar="NAME", help="the model's name, declared until a trainer shows it")
     @argument("--trail", metavar="FOLDER", help="where the trail lies (default: RLHF_AUDIT_TRAIL, else ./audit)")
     @argument("--origin", metavar="NAME", help="name of a new trail, such as example.com/alignment")
@@ -145,14 +152,14 @@ class AuditMagics(Magics):
 
     @no_var_expand
     @magic_arguments()
-    @argument("command", nargs="?", metavar="COMMAND", help="status, verify, report, card or budget (default status)")
+    @argument("command", nargs="?", metavar="COMMAND", help=f"{', '.join(COMMANDS)} (default status)")
     @argument("--trail", metavar="FOLDER", help="another trail than the one used last")
     @argument("--format", metavar="FORMAT", help="report: html or pdf; card: eu_standard or huggingface")
-    @argument("--out", "-o", metavar="FILE", help="save the report or card")
+    @argument("--out", "-o", metavar="FILE", help="save the report, card or lineage")
     @argument("--compliance-mode", metavar="MODE", help="framework of the report (default eu_ai_act)")
     @line_magic
     def audit(self, line: str) -> Any:
-        """Look at the trail: ``%audit status``, ``verify``, ``report``, ``card`` or ``budget``.
+        """Look at the trail: ``%audit status``, ``verify``, ``report``, ``card``, ``budget`` or ``lineage``.
 
         ``%audit report --format html --out report.html`` writes the compliance report; without ``--out`` it is shown.
         """
@@ -196,6 +203,9 @@ class AuditMagics(Magics):
 
     def _budget(self, auditor: AuditableRLHF, _: Any) -> Any:
         return auditor.budget()
+
+    def _lineage(self, auditor: AuditableRLHF, options: Any) -> Any:
+        return _saved(auditor.lineage(), options.out)
 
     # --- auditors ----------------------------------------------------------------------------------------------------
 

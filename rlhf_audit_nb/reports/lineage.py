@@ -119,15 +119,16 @@ def lineage_words(graph: Lineage) -> list[str]:
         took = [f"{edge.role} {_named(names[edge.source])}" for edge in graph.into(training.id)]
         left = [_named(names[edge.target]) for edge in graph.edges if edge.source == training.id]
         outcome = f"left {', '.join(left)}" if left else "left no model"
-        found.append(
+        said = (
             f"{training.detail}: {training.label} (#{training.entries[0]}, {training.bound.words}) took "
             f"{', '.join(took) or 'nothing that was recorded'} and {outcome}."
         )
+        found.append(words.visible(said))
     return found
 
 
 def _named(node: Node) -> str:
-    return f"{words.visible(node.label)} #{node.entries[0]} ({node.bound.words})"
+    return f"{node.label} #{node.entries[0]} ({node.bound.words})"
 
 
 def drawable(graph: Lineage) -> Lineage | None:
@@ -170,21 +171,23 @@ class _Place:
 
 
 def _layers(graph: Lineage) -> dict[str, int]:
-    """The layer of each node: below all that went into it; what nothing made stands right above its first use."""
+    """The layer of each node: below all that went into it; what nothing made stands right above its first use.
+
+    Nodes stand in the order in which the trail shows them. An edge back to an earlier one, where a training left
+    weights that were there before, is drawn upwards and moves nothing.
+    """
+    shown = {node.id: number for number, node in enumerate(graph.nodes)}
+    onwards = [edge for edge in graph.edges if shown[edge.source] < shown[edge.target]]
     order = {node.id: 0 for node in graph.nodes}
-    for _ in graph.nodes:  # longest paths in at most as many rounds as there are nodes
-        changed = False
-        for edge in graph.edges:
-            if order[edge.target] <= order[edge.source]:
-                order[edge.target] = order[edge.source] + 1
-                changed = True
-        if not changed:
-            break
     for node in graph.nodes:
-        uses = [order[edge.target] for edge in graph.edges if edge.source == node.id]
+        above = [order[edge.source] for edge in onwards if edge.target == node.id]
+        order[node.id] = max(above, default=-1) + 1
+    for node in graph.nodes:
+        uses = [order[edge.target] for edge in onwards if edge.source == node.id]
         if uses and not graph.into(node.id):
             order[node.id] = min(uses) - 1
-    return order
+    used = {layer: number for number, layer in enumerate(sorted(set(order.values())))}
+    return {name: used[layer] for name, layer in order.items()}
 
 
 def _placed(graph: Lineage) -> tuple[list[list[_Place]], list[tuple[Edge, list[_Place]]]]:

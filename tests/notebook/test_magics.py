@@ -328,6 +328,21 @@ def test_reports_and_cards_are_saved_and_recorded(shell, trail, tmp_path, capsys
     assert (card.format, card.size) == ("eu_standard", 5)
 
 
+def test_the_lineage_is_shown_and_saved(shell, trail, tmp_path, capsys):
+    run(shell, f"%%audit_train --experiment plain\n{TRAIN}")
+    shown = run(shell, "%audit lineage").result
+    assert "plain: DPOTrainer" in str(shown)
+    assert "<svg" in shell.display_formatter.format(shown)[0]["text/html"]
+    assert run(shell, "%audit lineage -o lineage.svg").success
+    assert (tmp_path / "lineage.svg").read_text(encoding="utf-8") == shown.svg
+
+
+def test_public_prompts_are_declared_on_the_line(shell, trail):
+    assert run(shell, "%%audit_train --experiment declared --epsilon 8 --public-prompts\npass").success
+    assert run(shell, "%%audit_train --experiment silent --epsilon 8\npass").success
+    assert [item.privacy["public_prompts"] for item in events(trail, RunStarted)] == [True, False]
+
+
 def test_an_unknown_command_suggests_a_close_one(shell, capsys):
     assert isinstance(failure(shell, "%audit verfy"), ConfigError)
     assert "Did you mean verify?" in capsys.readouterr().out

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.runs import SECRET, advance, made_up_run, made_up_status, made_up_verdict
 
+from rlhf_audit_nb.capture.state import InheritedView
 from rlhf_audit_nb.notebook.panels.model import PanelModel, merge, patch
 from rlhf_audit_nb.notebook.panels.series import SERIES_POINTS, Thinned
 from rlhf_audit_nb.notebook.panels.view import NO_PRIVACY, SEALED_LOSS, Check, build_view
@@ -38,6 +39,19 @@ def test_a_run_without_privacy_says_so_where_epsilon_would_stand():
     assert "ε" not in json.dumps(view, ensure_ascii=False)
     assert "plain" in view["training"]["note"]
     assert view["training"]["metrics"][0]["label"] == "loss"
+
+
+def test_a_run_that_inherits_says_so_with_delta_and_unit_and_shows_its_metrics():
+    state = advance(made_up_run(private=False), 10)
+    state.inherited = InheritedView(unit="annotator", epsilon=3.999, delta=1e-5, runs=["8f3a" * 8])
+    view = build_view(state, made_up_status(), HELD)
+    assert view["privacy"]["big"] == "ε 4.00"
+    assert view["privacy"]["of"] == "at δ 10⁻⁵, for each annotator"
+    assert "8f3a8f3a" in view["privacy"]["note"]
+    assert "Nothing is charged" in view["privacy"]["note"]
+    assert NO_PRIVACY not in json.dumps(view)
+    assert view["training"]["metrics"][0]["label"] == "loss"
+    assert "public" in view["training"]["note"]
 
 
 def test_a_private_run_says_that_the_loss_is_sealed_and_names_the_gradient_norm_as_privatised():
