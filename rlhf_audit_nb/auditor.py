@@ -374,7 +374,7 @@ class AuditableRLHF:
         from rlhf_audit_nb.privacy.reservation import read_ledger
         from rlhf_audit_nb.reports.budget import Budget
 
-        return Budget.of(read_ledger(self.trail.reader()), self.privacy_config)
+        return Budget.of(read_ledger(self.trail.reader(), self.trail), self.privacy_config)
 
     def set_budget(
         self, epsilon: float, *, reason: str, by: str, delta: float | None = None, unit: str | None = None

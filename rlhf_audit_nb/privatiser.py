@@ -61,10 +61,17 @@ class TrailPrivatiser:
         from rlhf_audit_nb.privacy.plan import plan_training
         from rlhf_audit_nb.privacy.reservation import read_ledger
 
-        ledger = read_ledger(self.trail.reader())
-        prior = ledger.mechanisms(self.config.unit, self.config.unit_column)
+        ledger = read_ledger(self.trail.reader(), self.trail)
+        unit, column = self.config.unit, self.config.unit_column
+        certain = ledger.certain(unit, column)
         ledger.check(self.config)
-        plan = plan_training(trainer, self.config, prior, done=done)
+        plan = plan_training(
+            trainer,
+            self.config,
+            certain,
+            lambda roster: ledger.mechanisms(unit, column, roster),
+            done=done,
+        )
         return PlannedTraining(self.trail, plan, _raised(ledger, self.config))
 
 

@@ -14,6 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import pytest
 from support.tiny import dpo_trainer, kto_trainer, lora, reward_trainer, sft_trainer, synthetic_pairs, tokenizer
 from support.trails import events, kinds, private_half, without_cross_checks
@@ -35,6 +36,7 @@ from rlhf_audit_nb.errors import (
 from rlhf_audit_nb.events import (
     DataBound,
     DataPrivate,
+    PrivacyPopulation,
     PrivacyReserved,
     PrivacySealed,
     PrivacySettled,
@@ -42,11 +44,13 @@ from rlhf_audit_nb.events import (
     Step,
     StepPrivate,
     TrainerAttached,
+    decode_body,
 )
 from rlhf_audit_nb.privacy.accountant import Mechanism, composed_epsilon
 from rlhf_audit_nb.privacy.ledger import Ledger, Limit, Spend
 from rlhf_audit_nb.reports.budget import Budget
 from rlhf_audit_nb.trail import TrailReader, verify_trail
+from rlhf_audit_nb.trail.erasure import erase
 
 PAIRS = synthetic_pairs(20)
 NOISY = {"epsilon": 50.0, "delta": 1e-3, "noise_multiplier": 1.0, "sampling_rate": 0.3}
@@ -529,33 +533,119 @@ def test_once_a_budget_was_set_a_run_that_asks_for_more_is_refused_before_data_i
     assert "“a third study”" in said
 
 
-def test_an_exhausted_budget_is_named_with_the_choices_before_the_data_is_read(tmp_path):
-    class Untouchable:
-        """A data set of which only the outside may be looked at."""
+class Untouchable:
+    """A data set of which only the outside may be looked at, and the columns that are named."""
 
-        def __init__(self, real):
-            self.column_names, self.features = real.column_names, real.features
+    def __init__(self, real, readable=()):
+        self.column_names, self.features, self._real, self._readable = real.column_names, real.features, real, readable
+        self.read = []
 
-        def __len__(self):
-            return 20
+    def __len__(self):
+        return len(self._real)
 
-        def __getitem__(self, key):
-            raise AssertionError(f"{key} was read")
+    def __getitem__(self, key):
+        self.read.append(key)
+        assert key in self._readable, f"{key} was read"
+        return self._real[key]
 
-        def __iter__(self):
-            raise AssertionError("rows were read")
+    def __iter__(self):
+        raise AssertionError("rows were read")
 
-    with auditor(tmp_path).track_training("first"):
+
+CHOICES = ("fewer steps", "more noise", "a larger budget", "rlhf-audit budget set")
+
+
+@pytest.mark.parametrize("unit", ["pair", "annotator"])
+def test_an_exhausted_budget_is_named_with_the_choices_before_the_data_is_read(tmp_path, unit):
+    with auditor(tmp_path, unit=unit).track_training("first"):
         reward_trainer(PAIRS, tmp_path / "a", max_steps=1).train()
     trainer = reward_trainer(PAIRS, tmp_path / "b", max_steps=1)
+    # Another roster could have a budget of its own, so annotators' ids are read; nothing else is.
+    trainer.train_dataset = Untouchable(trainer.train_dataset, ["annotator_id"] if unit == "annotator" else [])
+    held = auditor(tmp_path, unit=unit, epsilon=auditor(tmp_path, unit=unit).budget().spent)
+    with pytest.raises(BudgetExceededError, match=r"(not a single step|none of the 1 steps) fits") as refused:  # noqa: SIM117
+        with held.track_training("second") as run:
+            trainer.train()
+    for choice in CHOICES:
+        assert choice in refused.value.next_step
+    assert refused.value.exit_code == 3
+    assert trainer.train_dataset.read == (["annotator_id"] if unit == "annotator" else [])
+    assert not events(held.trail, DataBound, run.id)
+    with (
+        pytest.raises(AssertionError, match=r"w(as|ere) read"),
+        auditor(tmp_path, unit=unit).track_training("reads"),
+    ):
+        trainer.train()  # with budget left the rows are read: the data set above does notice
+
+
+def test_where_no_roster_could_help_an_exhausted_budget_is_named_before_even_the_roster_is_read(tmp_path):
+    with auditor(tmp_path).track_training("first"):
+        reward_trainer(PAIRS, tmp_path / "a", max_steps=1).train()
+    spent = auditor(tmp_path).budget().spent
+    erase(auditor(tmp_path).trail, run=next(population_entries(tmp_path)).stream, reason="request")
+    trainer = reward_trainer(PAIRS, tmp_path / "b", max_steps=1)
     trainer.train_dataset = Untouchable(trainer.train_dataset)
-    held = auditor(tmp_path, epsilon=auditor(tmp_path).budget().spent)
+    held = auditor(tmp_path, epsilon=spent)
     with pytest.raises(BudgetExceededError, match="not a single step fits") as refused, held.track_training("second"):
         trainer.train()
-    for choice in ("fewer steps", "more noise", "a larger budget"):
-        assert choice in refused.value.next_step
-    with pytest.raises(AssertionError, match="annotator_id was read"), auditor(tmp_path).track_training("reads"):
-        trainer.train()  # with budget left the roster is read: the data set above does notice
+    assert all(choice in refused.value.next_step for choice in CHOICES)
+    assert trainer.train_dataset.read == []
+
+
+def population_entries(tmp_path):
+    return auditor(tmp_path).trail.reader().entries(type=PrivacyPopulation.TYPE)
+
+
+def test_other_annotators_have_a_budget_of_their_own(tmp_path):
+    others = [{**row, "annotator_id": f"other-{row['annotator_id']}"} for row in PAIRS]
+    mixed = [*PAIRS[:10], *others[10:]]
+    with without_cross_checks():
+        held = auditor(tmp_path)
+        with held.track_training("ours"):
+            reward_trainer(PAIRS, tmp_path / "a", max_steps=2).train()
+        alone = held.budget().spent
+        held = auditor(tmp_path, epsilon=alone)
+        with held.track_training("theirs") as run:
+            reward_trainer(others, tmp_path / "b", max_steps=2).train()
+        assert run.state.privacy.before == 0.0
+        assert held.budget().spent == pytest.approx(alone)
+        for name, rows in (("ours again", PAIRS), ("theirs again", others), ("both", mixed)):
+            with pytest.raises(BudgetExceededError), held.track_training(name):
+                reward_trainer(rows, tmp_path / "c", max_steps=2).train()
+    reserved = events(held.trail, PrivacyReserved)
+    assert [event.epsilon_before for event in reserved] == [0.0, 0.0]
+    assert [event.population for event in reserved] == [
+        decode_body(entry.type, entry.body).population for entry in population_entries(tmp_path)
+    ]
+    assert held.verify().level.name == "UNANCHORED"
+
+
+def test_a_settlement_that_was_forged_with_the_trails_own_key_is_not_believed(tmp_path):
+    held = auditor(tmp_path)
+    trail = held.trail
+    with held.track_training("forged") as run:
+        real = run.record
+
+        def record(event, private=None):
+            if isinstance(event, PrivacySettled):
+                event = msgspec.structs.replace(event, steps=1, epsilon_total=0.0)
+            real(event, private)
+
+        run.record = record
+        reward_trainer(PAIRS, tmp_path / "a", max_steps=3).train()
+    (reserved,) = events(trail, PrivacyReserved)
+    assert held.verify().level.name == "UNANCHORED"  # every signature holds
+    budget = held.budget()
+    assert (budget.spent, budget.unsettled) == (0.0, 1)
+    assert budget.reserved == pytest.approx(reserved.epsilon_planned)
+    (doubt,) = budget.doubts
+    assert "settles 1 step and entry" in doubt
+    assert "shows that 3 steps ran" in doubt
+    assert doubt in str(budget)
+    assert "is not believed" in budget._repr_html_()
+    with held.track_training("after"):
+        reward_trainer(PAIRS, tmp_path / "b", max_steps=1).train()
+    assert events(trail, PrivacyReserved)[1].epsilon_before == pytest.approx(reserved.epsilon_planned)
 
 
 def test_evaluation_in_a_private_run_is_refused_and_free_again_after_it(tmp_path):

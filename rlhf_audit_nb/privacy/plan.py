@@ -8,8 +8,8 @@ numbers that the engine samples with.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rlhf_audit_nb.errors import BudgetExceededError, DataError, PrivacyError
@@ -24,6 +24,7 @@ from rlhf_audit_nb.privacy.accountant import (
     max_steps,
 )
 from rlhf_audit_nb.privacy.draws import Draws
+from rlhf_audit_nb.privacy.populations import Roster
 from rlhf_audit_nb.privacy.sampling import GENERATOR
 from rlhf_audit_nb.privacy.supported import check_supported, check_unit
 from rlhf_audit_nb.privacy.units import Units, build_units, read_ids
@@ -67,6 +68,7 @@ class Plan:
         curve: composed total after 0, 1, ... steps; never understates.
         warnings: what a person should know about these settings, as sentences.
         fingerprint: of the prepared data set, to notice that it was changed between plan and training.
+        roster: whom the units are; ``None`` where that is not known, as of pairs.
     """
 
     config: PrivacyConfig
@@ -81,6 +83,7 @@ class Plan:
     curve: tuple[float, ...]
     warnings: tuple[str, ...]
     fingerprint: str
+    roster: Roster | None = None
 
     @property
     def steps(self) -> int:
@@ -149,16 +152,30 @@ class Plan:
         """
         if tuple(prior) == self.prior:
             return self
-        return plan_units(
+        plan = plan_units(
             self.config, self.units, self.sampling_rate, self.steps_asked, self.steps_per_epoch, prior, self.fingerprint
         )
+        return replace(plan, roster=self.roster)
 
 
-def plan_training(trainer: Any, config: PrivacyConfig, prior: Sequence[Mechanism] = (), *, done: int = 0) -> Plan:
-    """Plan the training that ``trainer`` is set up for, on top of what ``prior`` has spent.
+def plan_training(
+    trainer: Any,
+    config: PrivacyConfig,
+    prior: Sequence[Mechanism] = (),
+    prior_of: Callable[[Roster], Sequence[Mechanism]] | None = None,
+    *,
+    done: int = 0,
+) -> Plan:
+    """Plan the training that ``trainer`` is set up for, on top of what was spent before.
 
-    Nothing is trained and no row's content is read; only the annotator column is. ``done`` are the steps that lie
-    behind a training which is resumed from a checkpoint: the plan is for those that remain.
+    Nothing is trained and no row's content is read; only the annotator column is.
+
+    Args:
+        trainer: the trainer, set up.
+        config: what is asked for.
+        prior: what counts whoever is on the roster: where that leaves nothing, not even the roster is read.
+        prior_of: what counts for those who are on it, once it is known; without it, ``prior`` is all.
+        done: the steps that lie behind a training which is resumed from a checkpoint: the plan is for what remains.
 
     Raises:
         UnsupportedTrainerError: the trainer, its loss or an option cannot be made private.
@@ -173,7 +190,9 @@ def plan_training(trainer: Any, config: PrivacyConfig, prior: Sequence[Mechanism
     if composed_epsilon(prior, config.delta) >= config.epsilon:  # said before even the roster is read
         raise _exhausted(config, composed_epsilon(prior, config.delta))
     dataset = _dataset(trainer)
-    units = _units(dataset, config)
+    units, roster = _units(dataset, config)
+    if prior_of is not None and roster is not None:
+        prior = prior_of(roster)
     rate = config.sampling_rate or _default_rate(trainer.args, places(config, len(units)))
     per_epoch = max(1, math.ceil(1 / rate - 1e-9))
     asked = trainer.args.max_steps
@@ -185,7 +204,8 @@ def plan_training(trainer: Any, config: PrivacyConfig, prior: Sequence[Mechanism
             next_step="Ask for more steps (max_steps, num_train_epochs), or take the checkpoint's model as it is.",
             code="no-steps-left",
         )
-    return plan_units(config, units, rate, asked - done, per_epoch, prior, data_fingerprint(dataset))
+    plan = plan_units(config, units, rate, asked - done, per_epoch, prior, data_fingerprint(dataset))
+    return replace(plan, roster=roster)
 
 
 def plan_units(
@@ -233,8 +253,8 @@ def data_fingerprint(dataset: Any) -> str:
     return f"{getattr(dataset, '_fingerprint', id(dataset))}:{len(dataset)}"
 
 
-def reserve_event(plan: Plan, reservation: str) -> PrivacyReserved:
-    """The public description of the plan: the event that reserves its whole spend."""
+def reserve_event(plan: Plan, reservation: str, population: str | None = None) -> PrivacyReserved:
+    """The public description of the plan: the event that reserves its whole spend, for the roster ``population``."""
     accounted = plan.accounted
     return PrivacyReserved(
         reservation=reservation,
@@ -262,6 +282,7 @@ def reserve_event(plan: Plan, reservation: str) -> PrivacyReserved:
         },
         column=plan.config.unit_column,
         sampled=plan.config.sampled,
+        population=population,
     )
 
 
@@ -306,7 +327,8 @@ def _dataset(trainer: Any) -> Any:
     return dataset
 
 
-def _units(dataset: Any, config: PrivacyConfig) -> Units:
+def _units(dataset: Any, config: PrivacyConfig) -> tuple[Units, Roster | None]:
+    """The units, and who they are where they have names."""
     rows, kept = _before_dropping(dataset)
     ids = None
     if config.unit == "annotator" and rows:
@@ -316,7 +338,8 @@ def _units(dataset: Any, config: PrivacyConfig) -> Units:
             config.annotator_column,
             lambda column: dataset.data.column(column).to_pylist() if whole else dataset[column],
         )
-    return build_units(ids, rows, config.unit, kept)
+    units = build_units(ids, rows, config.unit, kept)
+    return units, None if ids is None else Roster.of(ids, len(units))
 
 
 def _before_dropping(dataset: Any) -> tuple[int, list[int] | None]:

@@ -11,16 +11,10 @@ from typing import TYPE_CHECKING
 
 from rlhf_audit_nb.config import PrivacyConfig
 from rlhf_audit_nb.errors import ConfigError, PrivacyError
-from rlhf_audit_nb.events import (
-    BudgetSet,
-    LabelsReleased,
-    PrivacyReserved,
-    PrivacySettled,
-    encode_body,
-    encode_private,
-)
-from rlhf_audit_nb.privacy.ledger import Ledger, fold
+from rlhf_audit_nb.events import BudgetSet, PrivacyPopulation, PrivacyReserved, encode_body, encode_private
+from rlhf_audit_nb.privacy.ledger import EVIDENCE, KINDS, Ledger, fold
 from rlhf_audit_nb.privacy.plan import Plan, reserve_event, sealed_event
+from rlhf_audit_nb.privacy.populations import Registry, VaultAt, read_registry, record_population
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.privacy.accountant import Mechanism
@@ -32,18 +26,32 @@ __all__ = ["RACES", "read_ledger", "reserve", "set_budget"]
 RACES = 8
 """How often a reservation is planned anew when other runs reserve at the same time."""
 
-_KINDS = (PrivacyReserved.TYPE, PrivacySettled.TYPE, BudgetSet.TYPE, LabelsReleased.TYPE)
+_READINGS = 64  # how often the rosters are read again because others record theirs at the same time
 _LONGEST = 500  # characters of a reason or a name
 
 
-def read_ledger(reader: TrailReader) -> Ledger:
-    """The ledger of a trail as ``reader`` sees it; only the ledger's own entries are read.
+def read_ledger(
+    reader: TrailReader, vault: Trail | VaultAt | None = None, *, registry: Registry | None = None
+) -> Ledger:
+    """The ledger of a trail as ``reader`` sees it.
+
+    Only the ledger's own entries are read, and what the runs that reserved recorded of their steps.
+
+    Args:
+        reader: the state that is read.
+        vault: the open trail, or where its vault lies, which shows which populations share nobody; without it nothing
+            is proven, and all that was spent is composed.
+        registry: what that came to before, in the place of ``vault``.
 
     Raises:
         PrivacyError: the entries do not add up; see `fold`.
     """
-    found = [entry for kind in _KINDS for entry in reader.entries(type=kind)]
-    return fold(sorted(found, key=lambda entry: entry.index))
+    found = [entry for kind in KINDS for entry in reader.entries(type=kind)]
+    runs = {entry.run for entry in found if entry.run is not None and entry.type != BudgetSet.TYPE}
+    found += [entry for run in runs for kind in EVIDENCE for entry in reader.entries(type=kind, run=run)]
+    if registry is None:
+        registry = read_registry(reader, vault if isinstance(vault, VaultAt | None) else VaultAt.of(vault))
+    return fold(sorted(found, key=lambda entry: entry.index), registry)
 
 
 def reserve(
@@ -57,23 +65,32 @@ def reserve(
 ) -> Plan:
     """Reserve the whole of ``plan`` in one append, with the seed sealed beside it.
 
+    A roster that is new to the trail is recorded first, in an entry of its own (`record_population`).
+
     Returns:
         The plan that was reserved: ``plan`` itself, or what was planned anew where other runs had reserved meanwhile.
 
     Raises:
-        BudgetExceededError: other runs took the budget, or a smaller one was set; nothing was appended.
+        BudgetExceededError: other runs took the budget, or a smaller one was set; nothing was reserved.
         PrivacyError: code ``reservation-race``: others reserved each time while this one was planned.
         StoreError: the append failed.
     """
-    for _ in range(RACES):
+    population = None
+    if plan.roster is not None:
+        population = record_population(trail, plan.roster, resolution_us=resolution_us)
+    races = 0
+    for _ in range(_READINGS):
+        registry = read_registry(trail.reader(), VaultAt.of(trail))
 
-        def body(reader: TrailReader, plan: Plan = plan) -> bytes:
-            ledger = read_ledger(reader)
+        def body(reader: TrailReader, plan: Plan = plan, registry: Registry = registry) -> bytes:
+            if sum(1 for _ in reader.entries(type=PrivacyPopulation.TYPE)) != len(registry.populations):
+                raise _LedgerMovedError(None)
+            ledger = read_ledger(reader, registry=registry)
             ledger.check(plan.config)
-            prior = ledger.mechanisms(plan.config.unit, plan.config.unit_column)
+            prior = ledger.mechanisms(plan.config.unit, plan.config.unit_column, plan.roster)
             if prior != plan.prior:
                 raise _LedgerMovedError(prior)
-            return encode_body(reserve_event(plan, reservation))
+            return encode_body(reserve_event(plan, reservation, population))
 
         try:
             trail.append_guarded(
@@ -84,12 +101,18 @@ def reserve(
                 resolution_us=resolution_us,
             )
         except _LedgerMovedError as moved:
+            if moved.prior is None:
+                continue  # somebody recorded another roster, which may or may not meet this one
             # Outside of the transaction: planning takes seconds, and others may append meanwhile.
             plan = plan.replanned(moved.prior)
+            races += 1
+            if races == RACES:
+                break
         else:
             return plan
     raise PrivacyError(
-        f"Other runs reserved budget on this trail {RACES} times while this one was planned; nothing was trained.",
+        f"Other runs reserved budget on this trail {max(races, 1)} times while this one was planned; nothing was "
+        "trained.",
         next_step="Start the run again when the others have begun.",
         code="reservation-race",
     )
@@ -156,8 +179,8 @@ def _one_line(name: str, text: str) -> str:
 
 
 class _LedgerMovedError(Exception):
-    """Another run reserved between plan and reservation."""
+    """Another run reserved between plan and reservation; without ``prior``: it recorded a roster."""
 
-    def __init__(self, prior: tuple[Mechanism, ...]) -> None:
+    def __init__(self, prior: tuple[Mechanism, ...] | None) -> None:
         super().__init__()
         self.prior = prior

@@ -80,7 +80,7 @@ def _held(groups: Iterable[Sequence[int]], kept: Sequence[int] | None) -> tuple[
     return tuple(tuple(sorted(place for row in group for place in places.get(row, ()))) for group in groups)
 
 
-def read_ids(columns: Sequence[str], column: str, read: Any) -> Iterable[Any]:
+def read_ids(columns: Sequence[str], column: str, read: Any) -> list[Any]:
     """The annotator ids of a data set.
 
     Args:
@@ -99,8 +99,7 @@ def read_ids(columns: Sequence[str], column: str, read: Any) -> Iterable[Any]:
             next_step=f'Write {guess} in the privacy configuration, or unit="pair" to protect single pairs.',
             code="missing-column",
         )
-    ids: Iterable[Any] = read(column)
-    return ids
+    return list(read(column))
 
 
 def _checked(identity: Any, row: int) -> Any:

@@ -13,7 +13,18 @@ from support.trails import events, without_cross_checks
 from rlhf_audit_nb.auditor import AuditableRLHF
 from rlhf_audit_nb.config import AuditConfig, PrivacyConfig
 from rlhf_audit_nb.errors import BudgetExceededError, EntryError, PrivacyError
-from rlhf_audit_nb.events import BudgetSet, Event, PrivacyReserved, PrivacySettled, RunFinished, encode_body
+from rlhf_audit_nb.events import (
+    BudgetSet,
+    Event,
+    PrivacyReserved,
+    PrivacySettled,
+    RunFinished,
+    RunResumed,
+    RunStarted,
+    Step,
+    TrainerAttached,
+    encode_body,
+)
 from rlhf_audit_nb.privacy.accountant import Mechanism, compose
 from rlhf_audit_nb.privacy.ledger import Limit, fold
 
@@ -215,6 +226,116 @@ def test_what_is_reserved_is_told_from_what_is_spent() -> None:
 def test_a_settlement_that_does_not_fit_is_refused(lines: list[Line]) -> None:
     with pytest.raises(PrivacyError):
         fold(lines)
+
+
+# --- a settlement needs its evidence ---------------------------------------------------------------------------------
+
+
+def begun(every: int = 1) -> RunStarted:
+    return RunStarted(experiment="e", entry_point="cell", tool="t", audit={"every_steps": every, "weights_every": 0})
+
+
+def attached() -> TrainerAttached:
+    return TrainerAttached(trainer="DPOTrainer", loss="sigmoid", max_steps=10, seed=1, hyperparameters={})
+
+
+def closed(steps: int) -> RunFinished:
+    return RunFinished(status="completed", steps=steps, trained=steps > 0)
+
+
+def numbered(*found: Event, run: str = "run-1") -> list[Line]:
+    return [line(event, run, index) for index, event in enumerate(found)]
+
+
+def steps(*at: int) -> list[Step]:
+    return [Step(step=number, epsilon=1.0) for number in at]
+
+
+def test_a_settlement_that_the_steps_bear_out_is_believed() -> None:
+    for last in (steps(7), []):
+        ledger = fold(
+            numbered(begun(), attached(), reserved("a", 10), *steps(*range(1, 7)), settled("a", 7), *last, closed(7))
+        )
+        (spend,) = ledger.spends
+        assert (spend.steps, spend.settled, spend.doubt, ledger.doubts()) == (7, True, None, ())
+
+
+def test_a_step_that_was_cut_short_may_be_paid_for_without_an_entry() -> None:
+    ledger = fold(numbered(begun(), attached(), reserved("a", 10), *steps(1, 2), settled("a", 3), closed(2)))
+    assert (ledger.spends[0].steps, ledger.doubts()) == (3, ())
+
+
+@pytest.mark.parametrize(
+    ("every", "shown", "said"),
+    [
+        (1, range(1, 8), 6),
+        (1, [*range(1, 7), 7], 0),
+        (3, [3, 6, 7], 6),
+        (3, [3, 6], 5),
+        (100, [7], 6),
+    ],
+)
+def test_a_settlement_of_fewer_steps_than_the_trail_shows_is_not_believed_and_all_that_was_reserved_counts(
+    every: int, shown: list[int], said: int
+) -> None:
+    lines = numbered(begun(every), attached(), reserved("a", 10), *steps(*shown), settled("a", said))
+    (spend,) = fold(lines).spends
+    assert (spend.steps, spend.settled, spend.mechanism) == (10, False, Mechanism(1.0, 0.1, 10))
+    assert spend.doubt is not None
+    assert f"settles {said} step" in spend.doubt
+    assert f"shows that {max(shown)} steps ran" in spend.doubt
+    assert "all 10 steps that entry 2 reserved count" in spend.doubt
+    honest = numbered(begun(every), attached(), reserved("a", 10), *steps(*shown), settled("a", max(shown)))
+    assert fold(honest).doubts() == ()
+
+
+def test_a_step_that_comes_after_the_settlement_counts_as_evidence_and_another_trainers_do_not() -> None:
+    first = [begun(3), attached(), reserved("a", 10), *steps(3), settled("a", 3), *steps(4)]
+    assert len(fold(numbered(*first)).doubts()) == 1
+    first = [begun(3), attached(), reserved("a", 10), *steps(3), settled("a", 4), *steps(4)]
+    after = [attached(), *steps(3, 6, 9), closed(13)]  # post-processing: it reserves nothing
+    assert fold(numbered(*first, *after)).doubts() == ()
+    second = [attached(), reserved("b", 10), *steps(3, 6), settled("b", 6)]
+    assert fold(numbered(*first, *second)).doubts() == ()
+    assert [one.reservation for one in fold(numbered(*first, *second, *steps(7))).doubts()] == ["b"]
+
+
+def test_a_training_that_went_on_from_a_checkpoint_is_held_against_its_own_steps() -> None:
+    for every, shown in ((1, [5, 6, 7]), (3, [6, 7]), (100, [7])):
+        lines = [begun(every), attached(), RunResumed(step=4), reserved("a", 10), *steps(*shown)]
+        assert fold(numbered(*lines, settled("a", 3), closed(3))).doubts() == ()
+        assert len(fold(numbered(*lines, settled("a", 2))).doubts()) == 1
+        again = [attached(), reserved("b", 10), *steps(2), settled("b", 1)]  # not resumed: counted from 1
+        assert [one.reservation for one in fold(numbered(*lines, settled("a", 3), *again)).doubts()] == ["b"]
+    lied = [begun(), attached(), RunResumed(step=6), reserved("a", 10), *steps(5, 6, 7), settled("a", 1)]
+    assert len(fold(numbered(*lied)).doubts()) == 1
+
+
+def test_evaluations_and_failed_steps_are_no_steps() -> None:
+    other = [
+        Step(step=9, notes=["evaluation"]),
+        Step(step=9, epsilon=1.0, notes=["the step failed"]),
+    ]
+    lines = [begun(), attached(), reserved("a", 10), *steps(1, 2), *other, settled("a", 2)]
+    assert fold(numbered(*lines)).doubts() == ()
+
+
+def test_a_run_that_closes_with_more_steps_than_were_settled_is_not_believed() -> None:
+    ledger = fold(numbered(begun(), attached(), reserved("a", 10), settled("a", 2), closed(8)))
+    assert ledger.spends[0].steps == 10
+    assert "closes the run with 8 steps, of which 2 are paid for" in str(ledger.spends[0].doubt)
+    both = [attached(), reserved("a", 10), settled("a", 2), attached(), reserved("b", 9), settled("b", 6), closed(8)]
+    assert fold(numbered(begun(), *both)).doubts() == ()
+
+
+def test_a_settlement_in_another_run_is_not_believed() -> None:
+    lines = [line(reserved("a", 10), "run-1", 3), line(settled("a", 2), "run-2", 9)]
+    (spend,) = fold(lines).spends
+    assert (spend.steps, spend.settled) == (10, False)
+    assert spend.doubt == (
+        "Entry 9 settles 2 steps and stands in another run than its reservation: it is not believed, and all 10 steps "
+        "that entry 3 reserved count."
+    )
 
 
 def test_a_malformed_entry_is_not_passed_over() -> None:

@@ -136,9 +136,9 @@ def test_what_a_settled_run_did_not_use_is_there_for_the_next(tmp_path: Path) ->
         plans = [planned(trail) for _ in range(FIT + 1)]
         for plan in plans[:FIT]:
             taken(trail, plan)
-        unused = read_ledger(trail.reader()).spends[0].reservation
-        settled = PrivacySettled(reservation=unused, steps=0, epsilon_run=0.0, epsilon_total=0.0)
-        trail.append(settled.TYPE, encode_body(settled)).wait()
+        unused = read_ledger(trail.reader()).spends[0]
+        settled = PrivacySettled(reservation=unused.reservation, steps=0, epsilon_run=0.0, epsilon_total=0.0)
+        trail.append(settled.TYPE, encode_body(settled), run=unused.run).wait()
         assert taken(trail, plans[FIT]).steps == ONE.steps
 
 
