@@ -166,12 +166,12 @@ def test_every_claim_points_at_entries_that_the_evidence_lists_with_their_leaf_h
 
 def test_figures_are_drawn_in_place_with_their_sentence():
     text = build_compliance_report(story.evidence()).html
-    assert text.count("<svg") == 3
-    labels = [
-        value for value in Page(text).values("aria-label") if value.startswith(("The composed", "Over", "Of 197"))
-    ]
-    assert len(labels) == 3
-    assert "rises from 0.99 after step 1 to 6.21 after step 40" in labels[0] + labels[1] + labels[2]
+    assert text.count("<svg") == 4
+    starts = ("The composed", "Over", "Of 197", "safety_alignment: DPOTrainer")
+    labels = [value for value in Page(text).values("aria-label") if value.startswith(starts)]
+    assert len(labels) == 4
+    assert text.index('<h2 id="lineage">') < text.index('id="lineage-d"') < text.index('<h2 id="environment">')
+    assert "rises from 0.99 after step 1 to 6.21 after step 40" in "".join(labels)
 
 
 def test_cells_show_source_state_and_outputs_and_say_what_was_cut():
