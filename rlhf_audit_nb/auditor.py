@@ -10,15 +10,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_audit_nb.config import AuditConfig, PrivacyConfig
+from rlhf_audit_nb.config import ENV_REPLAY, AuditConfig, PrivacyConfig
 from rlhf_audit_nb.errors import AuditError, ConfigError, StoreError
 from rlhf_audit_nb.events import (
     CardCreated,
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.capture.annotations import AnnotationImport, Headers, ImportSummary, OpenedAnnotation
     from rlhf_audit_nb.capture.run import Run
     from rlhf_audit_nb.labelling import LabelRelease
+    from rlhf_audit_nb.replaying import Replay
     from rlhf_audit_nb.reports.budget import Budget
     from rlhf_audit_nb.reports.lineage import LineageView
-    from rlhf_audit_nb.trail import Trail, Verdict
+    from rlhf_audit_nb.trail import Trail, TrustPolicy, Verdict
     from rlhf_audit_nb.trail.erasure import ErasureDone
 
 __all__ = ["AuditableRLHF", "Status"]
@@ -121,6 +123,39 @@ class AuditableRLHF:
             cell_digest=cell_digest,
             show_progress=show_progress,
         )
+
+    def replay(
+        self,
+        run: str,
+        *,
+        opening: Path | str | Sequence[Path | str] | None = None,
+        policy: TrustPolicy | None = None,
+    ) -> AbstractContextManager[Replay]:
+        """Repeat the private trainings of a run from their sealed seeds, and say whether they come out the same.
+
+        ::
+
+            with auditor.replay(run_id, opening="entry-7.opening") as replay:
+                trainer.train()  # a trainer built as it was then
+            print(replay.result)
+
+        The training goes to a scratch trail, which is deleted; this auditor's own is only read. For a record,
+        ``rlhf-audit replay`` does the same with its notebook.
+
+        Args:
+            run: the run's id.
+            opening: the file of each ``privacy.reserved`` entry of the run, as `disclose` writes it; ``None`` opens
+                the seeds from this trail's own vault.
+            policy: whose signatures count on the openings; ``None`` trusts the user's own key.
+
+        Raises:
+            ReplayRefusedError: there is no such private run; an opening does not hold, or one is missing.
+            VaultError: the vault has a seed no more (``erased``).
+        """
+        from rlhf_audit_nb.replaying import replay_run
+
+        files = () if opening is None else (opening,) if isinstance(opening, str | Path) else tuple(opening)
+        return replay_run(self.trail, run, files, privacy=self.privacy_config, policy=policy)
 
     # --- annotations -------------------------------------------------------------------------------------------------
 
@@ -736,6 +771,8 @@ def _shared_trail(config: AuditConfig) -> Trail:
     from rlhf_audit_nb.trail import Trail
 
     location = config.trail_location().absolute()
+    replaying = bool(os.environ.get(ENV_REPLAY))  # then the trail is the replay's own, whatever the code calls it
+    origin = None if replaying else config.origin
     with _lock:
         trail = _trails.get(location)
         if trail is not None and not location.is_dir():
@@ -744,12 +781,16 @@ def _shared_trail(config: AuditConfig) -> Trail:
             trail = None
         if trail is None:
             trail = Trail.open(
-                location, origin=config.origin, durability=config.durability, asynchronous=config.asynchronous
+                location,
+                origin=origin,
+                durability=config.durability,
+                asynchronous=config.asynchronous,
+                create=not replaying,
             )
             _trails[location] = trail
-    if config.origin not in (None, trail.origin):
+    if origin not in (None, trail.origin):
         raise StoreError(
-            f"The trail {config.trail_location()} is {trail.origin}, not {config.origin}.",
+            f"The trail {config.trail_location()} is {trail.origin}, not {origin}.",
             next_step="Leave the origin out, or name another folder for a new trail.",
             code="origin",
         )

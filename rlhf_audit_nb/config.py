@@ -17,6 +17,7 @@ from rlhf_audit_nb.errors import ConfigError
 __all__ = [
     "DEFAULT_TRAIL",
     "ENV_HOME",
+    "ENV_REPLAY",
     "ENV_TRAIL",
     "Adjacency",
     "AuditConfig",
@@ -35,6 +36,7 @@ GradientEngineName = Literal["auto", "loop", "rows"]
 DEFAULT_TRAIL = "audit"
 ENV_TRAIL = "RLHF_AUDIT_TRAIL"
 ENV_HOME = "RLHF_AUDIT_HOME"
+ENV_REPLAY = "RLHF_AUDIT_REPLAY"
 ENV_PASSPHRASE = "RLHF_AUDIT_PASSPHRASE"
 
 MIN_DELTA = 1e-10
@@ -248,8 +250,14 @@ class AuditConfig:
         return self.durability == "always" if self.asynchronous is None else not self.asynchronous
 
     def trail_location(self) -> Path:
-        """The folder that holds the trail, from the setting, the environment or the default."""
-        return Path(self.trail or os.environ.get(ENV_TRAIL) or DEFAULT_TRAIL)
+        """The folder that holds the trail, from the setting, the environment or the default.
+
+        In a process that repeats a run (``RLHF_AUDIT_REPLAY``) the environment goes before the setting, so that the
+        trail which the code names is left alone.
+        """
+        named = os.environ.get(ENV_TRAIL)
+        chosen = named or self.trail if os.environ.get(ENV_REPLAY) else self.trail or named
+        return Path(chosen or DEFAULT_TRAIL)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values."""

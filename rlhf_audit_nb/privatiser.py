@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from base64 import b64decode
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,20 +19,27 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.capture.state import InheritedView, PrivacyView
     from rlhf_audit_nb.config import PrivacyConfig
     from rlhf_audit_nb.events import DataPrivate, PrivacyInherited
+    from rlhf_audit_nb.privacy.accountant import Mechanism
     from rlhf_audit_nb.privacy.ledger import Ledger
     from rlhf_audit_nb.privacy.plan import Plan
+    from rlhf_audit_nb.privacy.populations import Roster
     from rlhf_audit_nb.privacy.post_processing import FunctionShown, Inheritance, Inputs, ModelShown
+    from rlhf_audit_nb.privacy.replay import ReplaySeeds
     from rlhf_audit_nb.trail import Trail
 
 __all__ = ["InheritedTraining", "PlannedTraining", "TrailPrivatiser", "private_halves"]
 
 
 class TrailPrivatiser:
-    """Makes trainers private on one trail; see `rlhf_audit_nb.capture.run.Privatiser`."""
+    """Makes trainers private on one trail; see `rlhf_audit_nb.capture.run.Privatiser`.
 
-    def __init__(self, config: PrivacyConfig, trail: Trail) -> None:
+    With ``seeds`` its trainings repeat others, and ``trail`` is the replay's own (`rlhf_audit_nb.privacy.replay`).
+    """
+
+    def __init__(self, config: PrivacyConfig, trail: Trail, seeds: ReplaySeeds | None = None) -> None:
         self.config = config
         self.trail = trail
+        self._seeds = seeds
 
     def quiet(self) -> AbstractContextManager[Any]:
         """Keeps libraries from telling about private rows."""
@@ -59,29 +66,34 @@ class TrailPrivatiser:
     def plan(self, trainer: Any, *, done: int = 0) -> PlannedTraining:
         """The plan for ``trainer`` on top of what the trail holds; see `plan_training` for what is refused."""
         from rlhf_audit_nb.privacy.plan import plan_training
+        from rlhf_audit_nb.privacy.replay import check_replaying, given_seeds, plan_replay
         from rlhf_audit_nb.privacy.reservation import read_ledger
 
+        seeds = self._seeds or given_seeds(self.trail)
         ledger = read_ledger(self.trail.reader(), self.trail)
         unit, column = self.config.unit, self.config.unit_column
         certain = ledger.certain(unit, column)
         ledger.check(self.config)
-        plan = plan_training(
-            trainer,
-            self.config,
-            certain,
-            lambda roster: ledger.mechanisms(unit, column, roster),
-            done=done,
-        )
+
+        def prior_of(roster: Roster) -> Sequence[Mechanism]:
+            return ledger.mechanisms(unit, column, roster)
+
+        if seeds is not None:
+            check_replaying(self.trail.reader(), seeds)
+            plan = plan_replay(trainer, self.config, certain, prior_of, seeds.peek().reserved, done=done)
+            return PlannedTraining(self.trail, plan, seeds=seeds)
+        plan = plan_training(trainer, self.config, certain, prior_of, done=done)
         return PlannedTraining(self.trail, plan, _raised(ledger, self.config))
 
 
 class PlannedTraining:
     """One private training: what `rlhf_audit_nb.capture.run.PrivatePlan` asks for."""
 
-    def __init__(self, trail: Trail, plan: Plan, raised: str = "") -> None:
+    def __init__(self, trail: Trail, plan: Plan, raised: str = "", seeds: ReplaySeeds | None = None) -> None:
         self._trail = trail
         self._plan = plan
         self._raised = raised
+        self._seeds = seeds
 
     @property
     def view(self) -> PrivacyView:
@@ -129,7 +141,7 @@ class PlannedTraining:
         from rlhf_audit_nb.privacy.reservation import reserve
         from rlhf_audit_nb.privacy.sampling import SealedRandom
 
-        randomness = SealedRandom.from_system()
+        randomness = SealedRandom.from_system() if self._seeds is None else SealedRandom(self._seeds.take().seed)
         reservation = uuid.uuid4().hex
         self._plan = reserve(
             self._trail,

@@ -22,6 +22,7 @@ FLOORS = {
     "records": 3,
     "compliance": 3,
     "privatiser": 3,
+    "replaying": 4,
     "reports": 4,
     "cards": 4,
     "labelling": 4,

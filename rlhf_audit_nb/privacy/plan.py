@@ -253,7 +253,9 @@ def data_fingerprint(dataset: Any) -> str:
     return f"{getattr(dataset, '_fingerprint', id(dataset))}:{len(dataset)}"
 
 
-def reserve_event(plan: Plan, reservation: str, population: str | None = None) -> PrivacyReserved:
+def reserve_event(
+    plan: Plan, reservation: str, population: str | None = None, *, generator: str = GENERATOR
+) -> PrivacyReserved:
     """The public description of the plan: the event that reserves its whole spend, for the roster ``population``."""
     accounted = plan.accounted
     return PrivacyReserved(
@@ -262,7 +264,7 @@ def reserve_event(plan: Plan, reservation: str, population: str | None = None) -
         adjacency=plan.config.adjacency,
         mechanism=PAIR_MECHANISM if plan.config.sampled == "pairs" else MECHANISM,
         engine=ENGINE,
-        generator=GENERATOR,
+        generator=generator,
         units=len(plan.units),
         clipping_norm=plan.clipping_norm,
         noise_multiplier=plan.noise_multiplier,

@@ -90,7 +90,7 @@ def reserve(
             prior = ledger.mechanisms(plan.config.unit, plan.config.unit_column, plan.roster)
             if prior != plan.prior:
                 raise _LedgerMovedError(prior)
-            return encode_body(reserve_event(plan, reservation, population))
+            return encode_body(reserve_event(plan, reservation, population, generator=randomness.generator))
 
         try:
             trail.append_guarded(

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["GENERATOR", "SEED_BYTES", "SealedRandom"]
 
 GENERATOR = "AES-256-CTR keyed by HMAC-SHA256 per step and tensor, Box-Muller in float64"
+_FROM_GIVEN = f"{GENERATOR}; from a seed that was known beforehand"
 SEED_BYTES = 32
 _DOMAIN = b"rlhf-audit/sealed-random/v1"
 _BLOCK = 1 << 18  # normals made at once: bounds the scratch memory, and does not change what comes out
@@ -59,14 +60,22 @@ class SealedRandom:
             raise PrivacyError(f"A sealed seed has {SEED_BYTES} bytes, not {len(seed)}.", code="seed")
         self._seed = bytes(seed)
         self._claimed = False
+        self._given = True
 
     @classmethod
     def from_system(cls) -> SealedRandom:
         """A fresh seed from the operating system."""
-        return cls(os.urandom(SEED_BYTES))
+        fresh = cls(os.urandom(SEED_BYTES))
+        fresh._given = False
+        return fresh
 
     def __repr__(self) -> str:
         return "SealedRandom(<secret>)"
+
+    @property
+    def generator(self) -> str:
+        """What a reservation says of its randomness: the generator, and whether its seed was known beforehand."""
+        return _FROM_GIVEN if self._given else GENERATOR
 
     @property
     def seed(self) -> bytes:
