@@ -294,12 +294,13 @@ def _edge(edge: Edge, route: Sequence[_Place], port: float) -> tuple[str, str]:
         if not last:
             path += f"V{to_y + _HIGH:.1f}"
         x, y = to_x, to_y + _HIGH
-    label = "" if edge.role == "final" else (
-        f'<text x="{port + _EDGE + 5:.1f}" y="{_top(route[-1]) - 4:.1f}" font-size="9.5" '
+    side, anchor = (-5, "end") if route[-2].x > port else (5, "start")  # beside the line, where it does not come from
+    label = (
+        f'<text x="{port + _EDGE + side:.1f}" y="{_top(route[-1]) - 4:.1f}" font-size="9.5" text-anchor="{anchor}" '
         f'fill="{_INK_2}">{escape(edge.role)}</text>'
-    )  # fmt: skip
+    )
     line = f'<path d="{path}" fill="none" stroke="{_INK_2}" stroke-width="1.2" marker-end="url(#lineage-arrow)"/>'
-    return line, label
+    return line, "" if edge.role == "final" else label
 
 
 def _box(place: _Place) -> str:
@@ -333,8 +334,8 @@ def _where(node: Node) -> str:
 def _short_bound(node: Node) -> str:
     if node.kind == "training" and node.bound.how == "own":
         return f"private: {node.bound.words}"
-    if node.kind == "training" and node.bound.how == "none":
-        return words.NO_BOUND
+    if node.kind == "training" and node.bound.how in ("none", "public"):
+        return words.NO_BOUND if node.bound.how == "none" else "on data declared public"
     return node.bound.words
 
 
