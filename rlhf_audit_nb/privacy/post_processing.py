@@ -360,7 +360,11 @@ def _composed(exposure: Exposure, config: PrivacyConfig, ledger: Ledger) -> tupl
     if releases:  # pure, so it holds at any delta; each total covers the releases before it too
         epsilon = max(release.total for release in releases)
     else:
-        epsilon = composed_epsilon([spend.mechanism for spend in spends if spend.steps], config.delta)
+        # Whoever is on the rosters of several spends is in one group; no one is in two.
+        groups = (
+            [spend.mechanism for spend in group.spends if spend.steps and spend in spends] for group in ledger.groups
+        )
+        epsilon = max((composed_epsilon(group, config.delta) for group in groups), default=0.0)
     if epsilon > config.epsilon:
         raise PrivacyError(
             f"This run asks for epsilon {config.epsilon:g}, and what it learns from has spent {epsilon:.4g} (delta "

@@ -15,7 +15,16 @@ from typing import Any
 
 from rlhf_audit_nb.errors import UnsupportedTrainerError
 
-__all__ = ["DPO_LOSSES", "check_supported", "check_unit", "replaced_methods", "token_normaliser"]
+__all__ = [
+    "DPO_LOSSES",
+    "REFUSED_DPO_LOSSES",
+    "REFUSED_TRAINERS",
+    "check_supported",
+    "check_unit",
+    "refused_options",
+    "replaced_methods",
+    "token_normaliser",
+]
 
 DPO_LOSSES = frozenset(
     {
@@ -35,6 +44,13 @@ DPO_LOSSES = frozenset(
 )
 """DPO losses that are means over pairs, each pair's term depending on that pair alone."""
 
+REFUSED_DPO_LOSSES = {
+    "aot": "it sorts all pairs of a batch against each other",
+    "aot_unpaired": "it sorts all pairs of a batch against each other",
+    "sft": "it is a mean over all tokens of a batch",
+}
+"""TRL's other DPO losses, and why they are refused."""
+
 _DPO, _REWARD, _SFT, _KTO = (f"trl.trainer.{name}_trainer" for name in ("dpo", "reward", "sft", "kto"))
 _TRAINERS = {
     (_DPO, "DPOTrainer"): _DPO,
@@ -50,11 +66,33 @@ _COLLATORS = {
     _KTO: "DataCollatorForUnpairedPreference",
 }
 
-_WHY_NOT = {
-    "GRPOTrainer": "its advantages and normalisers are taken over groups and batches, which mixes units",
+_GROUPS = "its advantages and normalisers are taken over groups and batches, which mixes units"
+_TOKENS = "its likelihood term is a mean over all tokens of a batch, so one unit's length weighs the others' terms"
+_TAUGHT = (
+    "it learns from answers that a model gives to batches of prompts, and from a teacher or judge of which nothing is "
+    "known; its loss was not verified with per-unit gradients"
+)
+REFUSED_TRAINERS = {
+    "GRPOTrainer": _GROUPS,
     "RLOOTrainer": "its baseline is taken over the other samples of a group, which mixes units",
     "PPOTrainer": "its rollouts, advantages and value updates mix units",
+    "A2POTrainer": "it weighs answers by values that it estimates from groups of them",
+    "AsyncGRPOTrainer": _GROUPS,
+    "GMPOTrainer": _GROUPS,
+    "CPOTrainer": _TOKENS,
+    "ORPOTrainer": _TOKENS,
+    "TPOTrainer": "its loss over three answers was not verified with per-unit gradients",
+    "DistillationTrainer": _TAUGHT,
+    "AsyncDistillationTrainer": _TAUGHT,
+    "ServerDistillationTrainer": _TAUGHT,
+    "GKDTrainer": _TAUGHT,
+    "GOLDTrainer": _TAUGHT,
+    "IWOPDTrainer": _TAUGHT,
+    "OnlineDPOTrainer": _TAUGHT,
+    "SDFTTrainer": _TAUGHT,
+    "SDPOTrainer": _TAUGHT,
 }
+"""TRL's other trainers by name, and why the engine does not make them private."""
 
 _METHODS = (
     "compute_loss",
@@ -335,6 +373,13 @@ def check_unit(trainer: Any, unit: str) -> None:
         )
 
 
+def refused_options() -> list[tuple[str, str, str]]:
+    """Every option that is refused: the trainer (``all`` for all of them), why, and what to write instead."""
+    named = dict(_TRAINERS.keys())  # its keys are pairs of module and name
+    common = [("all", rule.why, rule.instead) for rule in _RULES]
+    return common + [(named[module], rule.why, rule.instead) for module, rules in _OWN_RULES.items() for rule in rules]
+
+
 def token_normaliser(trainer: Any) -> int | None:
     """What a sum over tokens is divided by: a public constant; ``None`` where the loss is a mean over rows.
 
@@ -353,10 +398,10 @@ def _check_class(trainer: Any) -> str:
     module = _TRAINERS.get((kind.__module__, kind.__qualname__))
     if module is not None:
         return module
-    known = next((base.__name__ for base in kind.__mro__ if base.__name__ in _WHY_NOT), None)
+    known = next((base.__name__ for base in kind.__mro__ if base.__name__ in REFUSED_TRAINERS), None)
     if known is not None:
         raise _refusal(
-            f"{kind.__name__} cannot be trained with differential privacy: {_WHY_NOT[known]}.",
+            f"{kind.__name__} cannot be trained with differential privacy: {REFUSED_TRAINERS[known]}.",
             f"Use one of {_NAMES}, or train without a privacy configuration.",
         )
     base = next((item.__name__ for item in kind.__mro__ if (item.__module__, item.__qualname__) in _TRAINERS), None)
@@ -400,11 +445,7 @@ def _patched(kind: type, name: str) -> bool:
 def _check_dpo_losses(trainer: Any) -> None:
     for loss in trainer.loss_types:
         if loss not in DPO_LOSSES:
-            why = {
-                "aot": "it sorts all pairs of a batch against each other",
-                "aot_unpaired": "it sorts all pairs of a batch against each other",
-                "sft": "it is a mean over all tokens of a batch",
-            }.get(loss, "it is not known to keep pairs apart")
+            why = REFUSED_DPO_LOSSES.get(loss, "it is not known to keep pairs apart")
             raise _refusal(
                 f"The DPO loss {loss!r} cannot be made private: {why}.",
                 f"Use one of {', '.join(sorted(DPO_LOSSES))}.",
