@@ -11,6 +11,7 @@ from rlhf_audit_nb.cli.shared import PROGRAM, Command, Parser, add_json, add_tra
 from rlhf_audit_nb.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rlhf_audit_nb.privacy.accountant import Mechanism
     from rlhf_audit_nb.privacy.ledger import Ledger
 
 __all__ = ["COMMANDS"]
@@ -18,7 +19,6 @@ __all__ = ["COMMANDS"]
 # What a plan is worked out for: beyond it the accountant takes minutes or gigabytes, for figures of no use.
 PLAN_STEPS = 10_000_000
 PLAN_NOISE = 10_000
-PLAN_LOSS = 1e6
 LEFT_STEPS = 1_000_000
 
 
@@ -34,15 +34,19 @@ def _do_budget_plan(args: argparse.Namespace) -> int:
         )
     _check_plan(args)
     noise = args.noise_multiplier
+    pairs = _pairs(args)
     if noise is None:
-        noise = calibrate(args.epsilon, args.delta, args.sampling_rate, args.steps)
-    total = compose([Mechanism(noise, args.sampling_rate, args.steps)], args.delta)
+        noise = calibrate(args.epsilon, args.delta, args.sampling_rate, args.steps, pairs=pairs)
+    mechanism = Mechanism(noise, args.sampling_rate, args.steps, pairs)
+    total = compose([mechanism], args.delta)
     answer = {
         "epsilon": _finite(total.epsilon),
         "delta": args.delta,
         "noise_multiplier": noise,
         "sampling_rate": args.sampling_rate,
         "steps": args.steps,
+        "sampled": args.sampled,
+        "pairs_per_unit": pairs if args.sampled == "pairs" else None,
         "adjacency": "zero-out",
         "accountants": {"pld": _finite(total.epsilon), "prv": _finite(total.prv), "rdp": _finite(total.rdp)},
         "notes": list(total.notes),
@@ -53,19 +57,62 @@ def _do_budget_plan(args: argparse.Namespace) -> int:
         f"accountants: PLD {_figure(total.epsilon)} (counts), PRV {_figure(total.prv)}, RDP {_figure(total.rdp)}",
         *total.notes,
     ]
+    if args.sampled == "pairs":
+        words.insert(2, f"pairs sampled one by one: all {pairs} pairs of a unit that are kept are counted together")
+    if args.tuning is not None:
+        answer["tuning"], said = _tuning(args, mechanism)
+        words += said
     return finish(args, answer, words)
+
+
+def _pairs(args: argparse.Namespace) -> int:
+    """How many separately sampled pairs one unit has."""
+    return args.pairs_per_unit if args.sampled == "pairs" else 1
+
+
+def _tuning(args: argparse.Namespace, mechanism: Mechanism) -> tuple[dict[str, Any], list[str]]:
+    """What it costs to choose among several such runs, both ways."""
+    from rlhf_audit_nb.compliance.words import epsilon_text
+    from rlhf_audit_nb.privacy.tuning import plan_tuning
+
+    found = plan_tuning(mechanism, args.delta, args.runs, args.tuning)
+    answer = {
+        "runs": found.runs,
+        "once": _finite(found.once),
+        "composed": _finite(found.composed),
+        "distribution": found.distribution,
+        "selected": _finite(found.selected),
+    }
+    composed, selected = epsilon_text(found.composed, 4), epsilon_text(found.selected, 4)
+    random = f"a random number of runs ({found.distribution}, {found.runs} on the average)"
+    return answer, [
+        f"{found.runs} such runs, all composed: ε {composed} (what the ledger counts; all of them may be looked at)",
+        f"only the best of {random} released: ε {selected} by RDP (a what-if: no run here hides its weights and steps)",
+    ]
 
 
 def _check_plan(args: argparse.Namespace) -> None:
     """The same bounds, and the same words, as a run's own configuration."""
     from rlhf_audit_nb.config import PrivacyConfig
+    from rlhf_audit_nb.privacy.loss_distributions import MAX_LOSS, expected_loss
+    from rlhf_audit_nb.privacy.mechanisms import Mechanism
 
     PrivacyConfig(
         epsilon=1.0 if args.epsilon is None else args.epsilon,
         delta=args.delta,
         noise_multiplier=args.noise_multiplier,
         sampling_rate=args.sampling_rate,
+        sampled=args.sampled,
+        max_pairs_per_unit=args.pairs_per_unit,
     )
+    if args.tuning is None and args.runs is not None:
+        raise ConfigError(
+            "--runs says how many runs to choose from, and not how.",
+            next_step="Add --tuning geometric (or logarithmic, poisson).",
+            code="tuning",
+        )
+    if args.tuning is not None and args.runs is None:
+        raise ConfigError("--tuning needs the number of runs to choose from.", next_step="Add --runs 5.", code="tuning")
     if args.steps < 1:
         raise ConfigError(
             f"steps is {args.steps}; it must be at least 1.", next_step="Write --steps 100.", code="steps"
@@ -80,8 +127,7 @@ def _check_plan(args: argparse.Namespace) -> None:
     if noise is None:
         return
     _check_noise(noise)
-    # About twice the ε to come; the accountant's memory and time grow with it.
-    if (1 + args.steps * (rate if noise < 1 else rate**2)) / noise / noise > PLAN_LOSS:
+    if expected_loss((Mechanism(noise, rate, args.steps, _pairs(args)),)) > MAX_LOSS:
         raise ConfigError(
             f"{args.steps:,} steps with noise multiplier {noise:g} and sampling rate {rate:g} would cost an ε of many "
             "thousands, which protects nobody and takes the accountant minutes.",
@@ -105,7 +151,8 @@ def _finite(value: float | str) -> float | str:
 
 
 def _figure(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.4f}"
+    """A figure; where there is none, that there is none (why stands in the notes)."""
+    return value.split(":")[0] if isinstance(value, str) else f"{value:.4f}"
 
 
 def _do_budget_show(args: argparse.Namespace) -> int:
@@ -194,7 +241,14 @@ def _do_budget_left(args: argparse.Namespace) -> int:
     from rlhf_audit_nb.reports.budget import Budget
 
     noise, rate = args.noise_multiplier, args.sampling_rate
-    PrivacyConfig(epsilon=1.0, noise_multiplier=noise, sampling_rate=rate)
+    PrivacyConfig(
+        epsilon=1.0,
+        noise_multiplier=noise,
+        sampling_rate=rate,
+        sampled=args.sampled,
+        max_pairs_per_unit=args.pairs_per_unit,
+    )
+    pairs = _pairs(args)
     _check_noise(noise)
     ledger = _ledger(args)
     budget = Budget.of(ledger)
@@ -205,8 +259,8 @@ def _do_budget_left(args: argparse.Namespace) -> int:
             code="no-budget",
         )
     prior = tuple(spend.mechanism for spend in ledger.spends)
-    steps = max_steps(budget.budget, budget.delta, noise, rate, prior, at_most=LEFT_STEPS)
-    after = composed_epsilon([*prior, Mechanism(noise, rate, steps)], budget.delta)
+    steps = max_steps(budget.budget, budget.delta, noise, rate, prior, at_most=LEFT_STEPS, pairs=pairs)
+    after = composed_epsilon([*prior, Mechanism(noise, rate, steps, pairs)], budget.delta)
     answer = {
         "steps": steps,
         "at_most": LEFT_STEPS,
@@ -266,6 +320,15 @@ def _do_budget_set(args: argparse.Namespace) -> int:
     )
 
 
+def _add_sampling(parser: Parser) -> None:
+    parser.add_argument(
+        "--sampled", choices=("units", "pairs"), default="units", help="what is drawn and clipped as one (units)"
+    )
+    parser.add_argument(
+        "--pairs-per-unit", type=int, default=8, metavar="K", help="pairs of a unit at most; costs ε with pairs (8)"
+    )
+
+
 def _add_budget(parser: Parser) -> None:
     parts = parser.add_subparsers(
         dest="part", prog=f"{PROGRAM} budget", required=True, metavar="plan|show|left|set", parser_class=Parser
@@ -277,12 +340,20 @@ def _add_budget(parser: Parser) -> None:
     plan.add_argument("--sampling-rate", type=float, required=True, metavar="Q", help="chance of each unit per step")
     plan.add_argument("--steps", type=int, required=True, metavar="T")
     plan.add_argument("--delta", type=float, default=1e-5, metavar="D", help="(1e-5)")
+    _add_sampling(plan)
+    plan.add_argument(
+        "--tuning",
+        choices=("geometric", "logarithmic", "poisson"),
+        help="also say what choosing the best of several such runs costs, composed and selected",
+    )
+    plan.add_argument("--runs", type=int, metavar="N", help="of how many, with --tuning")
     show = parts.add_parser("show", help="what a trail has spent, reserved and left, by run", allow_abbrev=False)
     show.set_defaults(do=_do_budget_show)
     left = parts.add_parser("left", help="how many steps fit into what is left of a trail's budget", allow_abbrev=False)
     left.set_defaults(do=_do_budget_left)
     left.add_argument("--noise-multiplier", type=float, required=True, metavar="S", help="of these steps")
     left.add_argument("--sampling-rate", type=float, required=True, metavar="Q", help="chance of each unit per step")
+    _add_sampling(left)
     chosen = parts.add_parser("set", help="set a trail's budget: no run may ask for more", allow_abbrev=False)
     chosen.set_defaults(do=_do_budget_set)
     chosen.add_argument("--epsilon", type=float, required=True, metavar="E", help="what all runs may cost together")

@@ -25,6 +25,7 @@ from rlhf_audit_nb.privacy.loss_distributions import (
     FINE_BELOW,
     GRID,
     MAX_LOSS,
+    affordable,
     authority,
     composed,
     curve_grid,
@@ -106,7 +107,7 @@ def epsilon_curve(mechanism: Mechanism, delta: float, prior: Sequence[Mechanism]
     if steps == 0:
         return [before]
     end = composed_epsilon([*prior, mechanism], delta)
-    grid = curve_grid(end)
+    grid = affordable(merged([*prior, mechanism]), curve_grid(end), quick=True)
     start = composed(merged(prior), grid, quick=True)
     base = one_step(mechanism.noise_multiplier, mechanism.sampling_rate, mechanism.pairs, grid, quick=True)
     curve = [before] * (steps + 1)
@@ -162,7 +163,11 @@ def calibrate(
         return [*prior, replace(asked, noise_multiplier=sigma)]
 
     def quick(grid: float) -> Callable[[float], float]:
-        return lambda sigma: on_grid(merged(with_noise(sigma)), grid, delta, quick=True)
+        def look(sigma: float) -> float:
+            ran = merged(with_noise(sigma))
+            return on_grid(ran, affordable(ran, grid, quick=True), delta, quick=True)
+
+        return look
 
     def cost(sigma: float) -> float:
         return composed_epsilon(with_noise(sigma), delta)

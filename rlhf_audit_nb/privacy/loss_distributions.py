@@ -38,6 +38,7 @@ __all__ = [
     "FINE_GRID",
     "GRID",
     "MAX_LOSS",
+    "affordable",
     "authority",
     "coarse_will_do",
     "composed",
@@ -65,7 +66,8 @@ _MIXED_COARSE_ABOVE = 4.0
 _MIXED_COARSE_STEPS = 2000
 _TAIL = 1e-15  # dp-accounting's own
 _CUT_OFF = 1e-22  # chance of a single step's losses beyond the grid
-_MOST_POINTS = 8_000_000  # of a single step's grid, times the counts in its mixture
+_MOST_WORK = 2.5e7  # points of a single step's grid, times the counts in its mixture
+_PYTHON = 15  # what a point of dp-accounting's own takes in these terms
 _CHUNK = 1 << 15
 _MOST_NODES = 200_000
 _NEWTON_TURNS = 60
@@ -85,18 +87,37 @@ def authority(ran: tuple[Mechanism, ...], delta: float) -> tuple[float, float]:
     if expected_loss(ran) > MAX_LOSS:
         raise _too_dear()
     if _wide(ran):
-        for grid, coarse_enough_above in ((10 * COARSE_GRID, 10 * _COARSE_ABOVE), (COARSE_GRID, _COARSE_ABOVE)):
+        for wide, coarse_enough_above in ((10 * COARSE_GRID, 10 * _COARSE_ABOVE), (COARSE_GRID, _COARSE_ABOVE)):
+            grid = affordable(ran, wide)
             epsilon = on_grid(ran, grid, delta)
             if epsilon > coarse_enough_above:
                 return epsilon, grid
     if coarse_will_do(ran):
-        epsilon = on_grid(ran, COARSE_GRID, delta)
+        epsilon = on_grid(ran, affordable(ran, COARSE_GRID), delta)
         if epsilon > _MIXED_COARSE_ABOVE:
-            return epsilon, COARSE_GRID
-    epsilon = on_grid(ran, GRID, delta)
-    if epsilon < FINE_BELOW or (epsilon < _FINE_BELOW_MANY and _many_small(ran)):
-        return on_grid(ran, FINE_GRID, delta), FINE_GRID
-    return epsilon, GRID
+            return epsilon, affordable(ran, COARSE_GRID)
+    grid = affordable(ran, GRID)
+    epsilon = on_grid(ran, grid, delta)
+    small = epsilon < FINE_BELOW or (epsilon < _FINE_BELOW_MANY and _many_small(ran))
+    if small and affordable(ran, FINE_GRID) < grid:
+        grid = affordable(ran, FINE_GRID)
+        epsilon = on_grid(ran, grid, delta)
+    return epsilon, grid
+
+
+def affordable(ran: tuple[Mechanism, ...], grid: float, *, quick: bool = False) -> float:
+    """``grid``, or the next coarser one on which the losses of a single step can be tabulated in seconds."""
+    while grid < 10 * COARSE_GRID and sum(_work(item, grid, quick=quick) for item in ran) > _MOST_WORK:
+        grid *= 10
+    return grid
+
+
+def _work(item: Mechanism, grid: float, *, quick: bool) -> float:
+    """Points of the grid, from above, times what each of them takes."""
+    counts = drawn_pairs(item.sampling_rate, item.pairs)[0]
+    most, sigma = float(counts[-1]), item.noise_multiplier
+    reach = most * (most / 2 - sigma * _normal_quantile(_CUT_OFF)) / sigma**2
+    return reach / grid * (len(counts) if quick or item.pairs > 1 else _PYTHON)
 
 
 def coarse_will_do(ran: tuple[Mechanism, ...]) -> bool:
@@ -210,7 +231,7 @@ def _mixture(sigma: float, rate: float, pairs: int, grid: float) -> Any:
 
     mixture = _Mixture(sigma, rate, pairs)
     low, high = mixture.bounds()
-    if (high - low) / grid * len(mixture.counts) > _MOST_POINTS:
+    if (high - low) / grid * len(mixture.counts) > 2 * _MOST_WORK:
         raise _too_dear()
     pmfs = []
     for least, most, divergences in ((low, high, mixture.remove), (-high, -low, mixture.add)):

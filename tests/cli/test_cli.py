@@ -151,6 +151,11 @@ def test_a_plan_for_an_epsilon_keeps_it_and_wastes_little(run):
         (["--noise-multiplier", "1e9"], "noise_multiplier is 1e+09; a plan is worked out for at most 10,000"),
         (["--noise-multiplier", "1e-200"], "protects nobody"),
         (["--noise-multiplier", "0.1", "--sampling-rate", "1", "--steps", "10000000"], "protects nobody"),
+        (["--noise-multiplier", "0.1", "--sampled", "pairs", "--pairs-per-unit", "900"], "protects nobody"),
+        (["--epsilon", "1", "--sampled", "pairs", "--pairs-per-unit", "1001"], "max_pairs_per_unit is 1001"),
+        (["--epsilon", "1", "--sampled", "pairs", "--pairs-per-unit", "0"], "max_pairs_per_unit is 0"),
+        (["--epsilon", "1", "--runs", "5"], "--runs says how many"),
+        (["--epsilon", "1", "--tuning", "geometric"], "--tuning needs the number of runs"),
     ],
 )
 def test_a_plan_out_of_range_says_what_to_write(run, argv, said):
@@ -159,6 +164,31 @@ def test_a_plan_out_of_range_says_what_to_write(run, argv, said):
     assert out == ""
     assert said in err
     assert "Next step: " in err
+
+
+def test_a_plan_for_sampled_pairs_counts_all_pairs_of_a_unit(run):
+    argv = ["--noise-multiplier", 1, "--sampling-rate", 0.01, "--steps", 400, "--sampled", "pairs"]
+    code, out, _ = run("budget", "plan", *argv, "--pairs-per-unit", 4, "--json")
+    answer = json.loads(out)
+    assert code == 0
+    assert answer["epsilon"] == pytest.approx(5.613, abs=2e-3)
+    assert (answer["sampled"], answer["pairs_per_unit"]) == ("pairs", 4)
+    assert answer["accountants"]["prv"].startswith("not computed")
+    assert answer["accountants"]["rdp"] > answer["epsilon"]
+    _, out, err = run("budget", "plan", *argv, "--pairs-per-unit", 4)
+    assert "all 4 pairs of a unit that are kept are counted together" in out + err
+
+
+def test_a_plan_says_what_choosing_among_runs_costs_both_ways(run):
+    argv = ["--noise-multiplier", 1, "--sampling-rate", 0.02, "--steps", 500, "--tuning", "geometric", "--runs", 5]
+    code, out, _ = run("budget", "plan", *argv, "--json")
+    answer = json.loads(out)["tuning"]
+    assert code == 0
+    assert answer["selected"] == pytest.approx(5.261, abs=2e-3)
+    assert answer["composed"] == pytest.approx(dp_accounting_epsilon(1, 0.02, 2500, 1e-5), rel=1e-3)
+    _, out, err = run("budget", "plan", *argv)
+    assert "what the ledger counts" in out + err
+    assert "a what-if" in out + err
 
 
 def test_an_interruption_is_no_traceback(run, monkeypatch):
