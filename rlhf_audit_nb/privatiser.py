@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rlhf_audit_nb.errors import VaultError
+from rlhf_audit_nb.errors import UnsupportedTrainerError, VaultError
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.capture.run import Run, RunObserver
@@ -58,7 +58,7 @@ class TrailPrivatiser:
         check_trainer(trainer, self.config)
         self.trail.flush()  # what an earlier training of this run left counts
         reader = self.trail.reader()
-        descent, ledger = read_descent(reader), read_ledger(reader)
+        descent, ledger = read_descent(reader), read_ledger(reader, self.trail)
         return InheritedTraining(
             plan_inheritance(_inputs_of(trainer), self.config, descent, ledger, _protected_digests(self.trail))
         )
@@ -190,12 +190,13 @@ class InheritedTraining:
 
 def _inputs_of(trainer: Any) -> Inputs:
     """What a GRPOTrainer or RLOOTrainer learns from, with the digests that tell where it comes from."""
-    from rlhf_audit_nb.capture.data import column_names, count_rows, digest_prompts, digest_rows
+    from rlhf_audit_nb.capture.data import column_names, digest_prompts, digest_rows
     from rlhf_audit_nb.privacy.post_processing import DataShown, FunctionShown, Inputs, digest_function
+    from rlhf_audit_nb.privacy.post_processing import check_data as check
 
     def data(dataset: Any, role: str) -> DataShown:
-        digest = digest_rows(dataset) if count_rows(dataset) is not None else None
-        return DataShown(role, tuple(column_names(dataset)), digest, digest_prompts(dataset))
+        check(dataset, role)
+        return DataShown(role, tuple(column_names(dataset)), digest_rows(dataset), digest_prompts(dataset))
 
     def reward(one: Any, name: str) -> ModelShown | FunctionShown:
         if hasattr(one, "state_dict"):
@@ -214,9 +215,15 @@ def _inputs_of(trainer: Any) -> Inputs:
 
 
 def _model_shown(model: Any, name: str) -> ModelShown:
-    from rlhf_audit_nb.capture.weights import base_tensors, digest_tensors, final_tensors, loaded_from
+    from rlhf_audit_nb.capture.weights import base_tensors, digest_tensors, final_tensors, has_one_adapter, loaded_from
     from rlhf_audit_nb.privacy.post_processing import ModelShown
 
+    if not has_one_adapter(model):
+        raise UnsupportedTrainerError(
+            f"The model that is the {name} has several adapters, of which the trail can know one only.",
+            next_step="Load it with the one adapter that is meant. Nothing was trained.",
+            code="not-post-processing",
+        )
     final, base = digest_tensors(final_tensors(model)), digest_tensors(base_tensors(model))
     return ModelShown(name, final, base if base != final else None, loaded_from(model))
 

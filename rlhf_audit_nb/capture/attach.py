@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from rlhf_audit_nb.capture.data import bind_data
@@ -24,7 +24,10 @@ from rlhf_audit_nb.capture.resume import Resumption, find_resumption
 from rlhf_audit_nb.capture.run import InheritedPlan, PrivatePlan, Run, current_run, open_private_runs
 from rlhf_audit_nb.capture.weights import describe_model, digest_tensors, final_tensors
 from rlhf_audit_nb.errors import RunError, UnsupportedTrainerError
-from rlhf_audit_nb.events import ModelBound, RunStarted, TrainerAttached, decode_body
+from rlhf_audit_nb.events import DataBound, ModelBound, PublicDeclared, RunStarted, TrainerAttached, decode_body
+
+if TYPE_CHECKING:
+    from rlhf_audit_nb.trail import TrailReader
 
 __all__ = ["attach_trainers", "hyperparameters"]
 
@@ -330,13 +333,15 @@ class _Opening:
         self._record_data(max_steps, None)
         base = describe_model(self._trainer.model, "base", self._trainer.processing_class)
         self._run.record(base)
-        reference = getattr(self._trainer, "ref_model", None)
-        if reference is not None:
-            self._run.record(describe_model(self._trainer.accelerator.unwrap_model(reference), "reference"))
+        begun = _begun_from(self._trainer.model, base)
+        if getattr(self._trainer, "ref_model", None) is not None:
+            reference = describe_model(self._trainer.accelerator.unwrap_model(self._trainer.ref_model), "reference")
+            self._run.record(reference)
+            begun.add(reference.weights_digest)
         if self.inherited is not None:
             self._run.record(self.inherited.event())
         elif self._run.private:
-            _warn_of_open_training(self._run, self._trainer, base, self.resumed)
+            _warn_of_open_training(self._run, self._trainer, begun, self.resumed)
 
     def _record_data(self, max_steps: int, plan: PrivatePlan | None) -> None:
         self.record_trainer(max_steps)
@@ -399,7 +404,7 @@ def _show_inherited(run: Run, inherited: InheritedPlan) -> None:
         run.state.private = False
 
 
-def _warn_of_open_training(run: Run, trainer: Any, base: ModelBound, resumed: Resumption | None) -> None:
+def _warn_of_open_training(run: Run, trainer: Any, begun: set[str], resumed: Resumption | None) -> None:
     """Weights that were trained without privacy hand what they learnt to the private training."""
     if resumed is not None and resumed.warning is not None:
         run.warn(resumed.warning)
@@ -408,7 +413,7 @@ def _warn_of_open_training(run: Run, trainer: Any, base: ModelBound, resumed: Re
             "This trainer has trained before, without differential privacy: what its model learnt then is not covered "
             "by this run's epsilon. Start from a model that has not seen the data."
         )
-    elif _left_open(run) & _begun_from(trainer.model, base):
+    elif _left_open(run) & begun:
         run.warn(
             "This training begins from weights that a run without differential privacy left on this trail: what they "
             "learnt then is not covered by this run's epsilon. Start from a model that has not seen the data."
@@ -416,7 +421,7 @@ def _warn_of_open_training(run: Run, trainer: Any, base: ModelBound, resumed: Re
 
 
 def _left_open(run: Run) -> set[str]:
-    """The digests of the weights that the trail's runs without privacy left."""
+    """The digests of the weights that runs without privacy left, on data that nobody declared public."""
     reader = run.trail.reader()
     found: set[str] = set()
     unprotected: set[str | None] = set()
@@ -424,11 +429,26 @@ def _left_open(run: Run) -> set[str]:
         started = decode_body(entry.type, entry.body)
         if isinstance(started, RunStarted) and started.privacy is None:
             unprotected.add(entry.run)
+    unprotected -= _on_public_data(reader)
     for entry in reader.entries(type=ModelBound.TYPE):
         model = decode_body(entry.type, entry.body)
         if isinstance(model, ModelBound) and model.role == "final" and entry.run in unprotected:
             found.add(model.weights_digest)
     return found
+
+
+def _on_public_data(reader: TrailReader) -> set[str | None]:
+    """The runs all of whose data somebody declared to hold nothing of protected people."""
+    claims = (decode_body(entry.type, entry.body) for entry in reader.entries(type=PublicDeclared.TYPE))
+    declared = {claim.digest for claim in claims if isinstance(claim, PublicDeclared) and claim.kind == "data"}
+    if not declared:
+        return set()
+    read: dict[str | None, set[str | None]] = {}
+    for entry in reader.entries(type=DataBound.TYPE):
+        data = decode_body(entry.type, entry.body)
+        if isinstance(data, DataBound):
+            read.setdefault(entry.run, set()).add(data.digest)
+    return {run for run, digests in read.items() if digests <= declared}
 
 
 def _begun_from(model: Any, base: ModelBound) -> set[str]:

@@ -48,6 +48,7 @@ __all__ = [
     "digest_tensors",
     "final_tensors",
     "folder_state",
+    "has_one_adapter",
     "loaded_from",
     "sign_folder",
     "trainable_digest",
@@ -113,6 +114,20 @@ def final_tensors(model: Any) -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict
 
     return dict(get_peft_model_state_dict(model))
+
+
+def has_one_adapter(model: Any) -> bool:
+    """Whether all adapters of a model hold the same weights: `final_tensors` are those of one.
+
+    TRL keeps a second one, a copy of the first, as the reference of a policy with an adapter.
+    """
+    if _adapter_prefix(model) is None:
+        # Adapters that transformers put in by itself stand in the model's own weights.
+        return not getattr(model, "_hf_peft_config_loaded", False)
+    from peft import get_peft_model_state_dict
+
+    digests = {digest_tensors(get_peft_model_state_dict(model, adapter_name=adapter)) for adapter in model.peft_config}
+    return len(digests) == 1
 
 
 def loaded_from(model: Any) -> str | None:

@@ -238,6 +238,9 @@ class _Folded:
         """Models that went in: the node, the role, the entry that says so."""
         linked: set[tuple[str, str]] = set()
         for role, entry, earlier in self._descent.inputs(training):
+            if role == "checkpoint" and training.resumed is not None:
+                yield self._checkpoint(training.resumed[1], earlier), role, entry
+                continue
             for index, model in earlier.of_role("final"):
                 if (role, name := _model_id(model.weights_digest)) not in linked:
                     linked.add((role, name))
@@ -249,6 +252,17 @@ class _Folded:
                 if not known:
                     yield self._model(index, model, Bound("unknown", entries=(index,))), role, index
         yield from self._claimed(training)
+
+    def _checkpoint(self, entry: int | None, earlier: Training) -> str:
+        """The folder that a training went on from, which an earlier one had saved."""
+        index, saved = next((index, event) for index, event in earlier.saved if index == entry)
+        name = f"saved-{index}"
+        if name not in self._nodes:
+            self._link(f"training-{earlier.index}", name, "saved", index)
+        detail = self._experiments.get(earlier.run, "")
+        return self._put(
+            Node(name, "model", saved.name, self._bound(earlier), (index,), saved.digest, earlier.run, detail=detail)
+        )
 
     def _leads(self, name: str, model: ModelBound) -> bool:
         """Whether the linked node stands for all of the model that went in: an adapter's base may be unknown still."""
@@ -301,9 +315,8 @@ class _Folded:
     def _model(self, index: int, model: ModelBound, bound: Bound) -> str:
         adapter = model.adapter is not None and model.role == "final"
         label = (model.name if model.role != "final" else None) or model.architecture
-        run = None if bound.how == "unknown" else next(
-            (item.run for item in self._evidence.items[index : index + 1]), None
-        )  # fmt: skip
+        made = self._descent.at(index) if bound.how != "unknown" else None
+        run = made.run if made is not None else None
         return self._put(
             Node(
                 _model_id(model.weights_digest),

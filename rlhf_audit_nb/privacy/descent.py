@@ -22,7 +22,7 @@ from rlhf_audit_nb.events import (
     PrivacyInherited,
     PrivacyReserved,
     PublicDeclared,
-    RunStarted,
+    RunResumed,
     TrainerAttached,
     WeightsSaved,
     decode_body,
@@ -40,8 +40,8 @@ Told = tuple[int, str | None, Event]
 """An entry's place, its run, and what it says."""
 
 _KINDS: tuple[type[Event], ...] = (
-    RunStarted,
     TrainerAttached,
+    RunResumed,
     DataBound,
     ModelBound,
     PrivacyReserved,
@@ -82,6 +82,8 @@ class Training:
         reserved: the entries that reserved its spend.
         inherited: what it inherited, where it charged nothing of its own.
         saved: the folders of weights that were written in it.
+        resumed: the entry that says so where it went on from a checkpoint, and the entry of that checkpoint (``None``
+            where this trail does not know it).
     """
 
     index: int
@@ -92,6 +94,7 @@ class Training:
     reserved: list[int] = field(default_factory=list)
     inherited: tuple[int, PrivacyInherited] | None = None
     saved: list[tuple[int, WeightsSaved]] = field(default_factory=list)
+    resumed: tuple[int, int | None] | None = None
 
     def of_role(self, role: str) -> list[tuple[int, ModelBound]]:
         """Its models in that role."""
@@ -135,6 +138,8 @@ class Descent:
                     self._left.setdefault(str(digest), []).append(training)
         elif isinstance(event, PrivacyReserved):
             training.reserved.append(index)
+        elif isinstance(event, RunResumed):
+            training.resumed = (index, event.entry)
         elif isinstance(event, PrivacyInherited):
             training.inherited = (index, event)
         elif isinstance(event, WeightsSaved):
@@ -163,6 +168,11 @@ class Descent:
                 digests = {model.weights_digest, model.trainable_digest} - {None}
                 for earlier in _unique(self.left(str(one), before=training.index) for one in sorted(map(str, digests))):
                     yield role, index, earlier
+        if training.resumed is not None:
+            index, entry = training.resumed
+            saving = self._by_entry.get(entry) if entry is not None else None
+            if saving is not None and saving.index < training.index:
+                yield "checkpoint", index, saving
         if training.inherited is not None:
             index, inherited = training.inherited
             for source in inherited.sources:
@@ -175,7 +185,10 @@ class Descent:
         known = self._known.get(training.index)
         if known is None:
             known = self._own(training)
-            for _, _, earlier in self.inputs(training):  # each is earlier than this one: the walk ends
+            inputs = list(self.inputs(training))
+            if training.resumed is not None and not any(role == "checkpoint" for role, _, _ in inputs):
+                known |= Exposure(unbounded=frozenset({training.index}))  # nobody knows what that one had learnt
+            for _, _, earlier in inputs:  # each is earlier than this one: the walk ends
                 known |= self.exposure(earlier)
             self._known[training.index] = known
         return known

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlhf_audit_nb.errors import ConfigError, PrivacyError, UnsupportedTrainerError
+from rlhf_audit_nb.errors import ConfigError, DataError, PrivacyError, UnsupportedTrainerError
 from rlhf_audit_nb.events import PrivacyInherited, PublicDeclared, encode_body, number
 from rlhf_audit_nb.privacy.accountant import composed_epsilon
 from rlhf_audit_nb.privacy.descent import FUNCTION, MODEL, Descent, Exposure, Training
@@ -39,6 +39,7 @@ __all__ = [
     "Inheritance",
     "Inputs",
     "ModelShown",
+    "check_data",
     "check_trainer",
     "declare_public",
     "digest_function",
@@ -192,6 +193,28 @@ def check_trainer(trainer: Any, config: PrivacyConfig) -> None:
                 f"The reward model is a {type(reward).__name__}, a class of your own: what else it reads is not known.",
                 "Use the model as transformers or peft loads it.",
             )
+
+
+def check_data(dataset: Any, role: str) -> None:
+    """Refuse a data set of which it cannot be seen beforehand what a trainer will read in it.
+
+    Raises:
+        DataError: it is a stream, or has a transform of its own.
+    """
+    if getattr(dataset, "column_names", None) is None or not hasattr(dataset, "__len__"):
+        raise DataError(
+            f"The {role} prompts are a stream or not a data set of `datasets`; they cannot be compared with protected "
+            "ones.",
+            next_step="Pass a datasets.Dataset (load it without streaming).",
+            code="streaming-data",
+        )
+    if (getattr(dataset, "format", None) or {}).get("type") == "custom":
+        raise DataError(
+            f"The {role} prompts have a transform of their own, which runs whenever a row is read; what it adds is not "
+            "what is recorded.",
+            next_step="Apply it before the trainer is made: dataset.map(...).",
+            code="data-transform",
+        )
 
 
 def digest_function(function: Any) -> str | None:

@@ -21,7 +21,7 @@ from support.tiny import (
 from support.trails import events, kinds, without_cross_checks
 
 from rlhf_audit_nb import AuditableRLHF, PrivacyConfig
-from rlhf_audit_nb.errors import ConfigError, PrivacyError, UnsupportedTrainerError
+from rlhf_audit_nb.errors import ConfigError, DataError, PrivacyError, UnsupportedTrainerError
 from rlhf_audit_nb.events import (
     DataBound,
     ModelBound,
@@ -33,6 +33,7 @@ from rlhf_audit_nb.events import (
 )
 from rlhf_audit_nb.privacy.accountant import Mechanism, composed_epsilon
 from rlhf_audit_nb.privacy.post_processing import digest_function
+from rlhf_audit_nb.privacy.reservation import read_ledger
 
 PAIRS = synthetic_pairs(8)
 QUESTIONS = [{"prompt": f"A public question {number}?"} for number in range(8)]
@@ -83,14 +84,15 @@ def refused(held, trainer, *words):
     """The refusal of a training, of which nothing was touched: no weight, no budget, no step."""
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     held.trail.flush()
-    ledger = held.budget().to_dict()
+    ledger = read_ledger(held.trail.reader()).spends
     with pytest.raises(PrivacyError) as error:
         train(held, trainer, "refused")
     for word in words:
         assert word in str(error.value), str(error.value)
     assert error.value.next_step
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
-    assert held.budget().to_dict() == ledger
+    held.trail.flush()
+    assert read_ledger(held.trail.reader()).spends == ledger
     run = [entry.run for entry in held.trail.reader().entries(type="run.started")][-1]
     found = kinds(held.trail, run)
     assert "train.step" not in found
@@ -381,6 +383,78 @@ def test_what_may_bring_in_data_unseen_is_refused(here):
     for change in (patched, rollout, tool, own_class):
         trainer = grpo_trainer([model], here / "policy")
         refused(held, trainer, change(trainer))
+
+
+def test_a_reward_model_whose_training_was_resumed_inherits_from_both_parts(here):
+    held = auditor(epsilon=30.0)
+    with held.track_training("first"):
+        reward_trainer(PAIRS, here / "reward", max_steps=2, save_strategy="steps", save_steps=2).train()
+    with held.track_training("second"):
+        resumed = reward_trainer(PAIRS, here / "reward", max_steps=4, model=reward_model(seed=7))
+        resumed.train(resume_from_checkpoint=str(here / "reward" / "checkpoint-2"))
+    train(held, grpo_trainer([resumed.model], here / "policy"))
+    (inherited,) = events(held.trail, PrivacyInherited)
+    parts = [Mechanism(2.0, 0.5, 2), Mechanism(2.0, 0.5, 2)]
+    assert inherited.epsilon == pytest.approx(composed_epsilon(parts, 1e-5), rel=1e-9)
+    assert inherited.epsilon > 1.1 * composed_epsilon(parts[:1], 1e-5)
+    graph = held.lineage().graph
+    second = next(node for node in graph.of("training") if node.detail == "second")
+    (checkpoint,) = [graph.node(edge.source) for edge in graph.into(second.id) if edge.role == "checkpoint"]
+    assert checkpoint.label == "checkpoint-2"
+    assert {node.detail for node in graph.ancestors(second.id).of("training")} == {"first", "second"}
+
+
+def test_a_reward_model_resumed_from_an_unknown_checkpoint_is_refused(here):
+    reward_trainer(PAIRS, here / "reward", max_steps=2, save_strategy="steps", save_steps=2).train()  # in no run
+    held = auditor()
+    with held.track_training("second"):
+        resumed = reward_trainer(PAIRS, here / "reward", max_steps=4)
+        resumed.train(resume_from_checkpoint=str(here / "reward" / "checkpoint-2"))
+    refused(held, grpo_trainer([resumed.model], here / "policy"), "without differential privacy")
+
+
+def test_a_model_with_a_second_adapter_is_refused(here):
+    held = auditor()
+    model = private_reward(held, here, peft="lora", model=reward_model(seed=3))
+    train(held, grpo_trainer([model], here / "one"))
+    model.add_adapter("other", model.peft_config["default"])
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_B.other" in name:
+                value.add_(1.0)
+    model.set_adapter("other")
+    refused(held, grpo_trainer([model], here / "two"), "several adapters")
+
+
+def test_prompts_that_cannot_be_looked_at_beforehand_are_refused(here):
+    held = auditor()
+    model = private_reward(held, here)
+    streaming = grpo_trainer([model], here / "stream")
+    streaming.train_dataset = streaming.train_dataset.to_iterable_dataset()
+    with pytest.raises(DataError, match="a stream"):
+        train(held, streaming)
+    changing = grpo_trainer([model], here / "transform")
+    changing.train_dataset = changing.train_dataset.with_transform(lambda rows: rows)
+    with pytest.raises(DataError, match="transform of their own"):
+        train(held, changing)
+    assert events(held.trail, PrivacyInherited) == []
+
+
+def test_a_private_training_whose_reference_was_left_open_is_warned_of_and_not_where_its_data_is_public(here):
+    held = auditor(epsilon=30.0)
+    with open_auditor().track_training("sft"):
+        sft = sft_trainer(PAIRS, here / "sft", peft=None)
+        sft.train()
+
+    def warned(name):
+        trainer = dpo_trainer(PAIRS, here / name, peft=None, max_steps=1)
+        trainer.ref_model = sft.model
+        return any("without differential privacy left" in said for said in train(held, trainer, name).state.warnings)
+
+    assert warned("before")
+    held.declare_public_data(sft.train_dataset, reason="written by us", by="A. Keeper")
+    assert not warned("after")
+    assert [item.role for item in events(held.trail, ModelBound)].count("reference") == 2
 
 
 def test_a_resumed_training_does_not_inherit(here):
