@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import planning
 from benchmarks.figures import Figure, quantile, table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -31,6 +32,12 @@ def test_the_table_marks_what_was_missed():
 
 def test_a_quantile_is_a_value_that_occurred():
     assert [quantile([3, 1, 2], share) for share in (0, 0.5, 0.99, 1)] == [1, 2, 3, 3]
+
+
+def test_planning_is_measured():
+    figures = list(planning.measure(quick=True))
+    assert [figure.what[:10] for figure in figures] == ["planning ε"] * 3
+    assert all(figure.value > 0 and figure.target == 3.0 for figure in figures)
 
 
 @pytest.mark.slow

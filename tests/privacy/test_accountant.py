@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from pathlib import Path
 
 import dp_accounting
 import pytest
@@ -116,6 +117,25 @@ def test_no_figure_is_given_for_a_delta_at_which_all_accountants_are_noise(delta
 def test_another_adjacency_is_not_offered() -> None:
     with pytest.raises(ConfigError, match="replace-one"):
         PrivacyConfig(epsilon=1.0, adjacency="replace-one")  # type: ignore[arg-type]
+
+
+def test_the_page_on_accounting_prints_these_figures() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "privacy" / "accounting.md").read_text(encoding="utf-8")
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    rows = [row for row in cells if len(row) == 8 and row[0][0].isdigit()]
+    assert len(rows) == len(PUBLISHED)
+    for row, (sigma, rate, steps, delta, *_) in zip(rows, PUBLISHED, strict=True):
+        over, _, under = row[1].partition("/")
+        printed = (float(row[0]), float(over) / float(under or 1), int(row[2].replace(",", "")), float(row[3]))
+        assert printed == pytest.approx((sigma, rate, steps, delta))
+        accounted = compose([Mechanism(sigma, rate, steps)], delta)
+        found = (accounted.epsilon, accounted.prv, accounted.rdp)
+        assert row[4:7] == ["–" if isinstance(value, str) else f"{value:.4f}" for value in found]
+    for pairs, *printed in [row for row in cells if len(row) == 4 and row[0].isdigit()]:
+        accounted = compose([Mechanism(1.0, 0.01, 400, int(pairs))], 1e-5)
+        assert isinstance(accounted.rdp, float)
+        assert [float(value) for value in printed[:2]] == pytest.approx([accounted.epsilon, accounted.rdp], abs=6e-4)
+        assert int(pairs) == 1 or float(printed[2]) < accounted.epsilon
 
 
 def test_different_mechanisms_are_composed_and_not_added_up() -> None:
