@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.capture.run import Run
     from rlhf_audit_nb.labelling import LabelRelease
     from rlhf_audit_nb.replaying import Replay
-    from rlhf_audit_nb.reports.budget import Budget
+    from rlhf_audit_nb.reports.budget import Budget, BudgetLeft
     from rlhf_audit_nb.reports.lineage import LineageView
     from rlhf_audit_nb.trail import Trail, TrustPolicy, Verdict
     from rlhf_audit_nb.trail.erasure import ErasureDone
@@ -410,6 +410,34 @@ class AuditableRLHF:
         from rlhf_audit_nb.reports.budget import Budget
 
         return Budget.of(read_ledger(self.trail.reader(), self.trail), self.privacy_config)
+
+    def steps_left(
+        self,
+        sampling_rate: float,
+        noise_multiplier: float | None = None,
+        *,
+        steps: int | None = None,
+        epsilon: float | None = None,
+        population: int | None = None,
+        pairs: int = 1,
+    ) -> BudgetLeft:
+        """How many steps still fit into the budget at a noise multiplier, or which one lets ``steps`` fit.
+
+        Arguments and errors as of `rlhf_audit_nb.reports.budget.what_is_left`::
+
+            auditor.steps_left(sampling_rate=0.1, noise_multiplier=2.0)
+        """
+        from rlhf_audit_nb.reports.budget import what_is_left
+
+        return what_is_left(
+            self.budget(),
+            sampling_rate=sampling_rate,
+            noise_multiplier=noise_multiplier,
+            steps=steps,
+            epsilon=epsilon,
+            population=population,
+            pairs=pairs,
+        )
 
     def set_budget(
         self, epsilon: float, *, reason: str, by: str, delta: float | None = None, unit: str | None = None

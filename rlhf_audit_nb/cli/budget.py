@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_audit_nb.cli.shared import PROGRAM, Command, Parser, add_json, add_trail, finish, trail_folder
+from rlhf_audit_nb.cli.shared import (
+    PROGRAM,
+    Command,
+    Parser,
+    add_json,
+    add_policy,
+    add_trail,
+    finish,
+    output,
+    read_policy,
+    trail_folder,
+)
 from rlhf_audit_nb.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +30,7 @@ __all__ = ["COMMANDS"]
 # What a plan is worked out for: beyond it the accountant takes minutes or gigabytes, for figures of no use.
 PLAN_STEPS = 10_000_000
 PLAN_NOISE = 10_000
-LEFT_STEPS = 1_000_000
+OPENINGS = 2
 
 
 def _do_budget_plan(args: argparse.Namespace) -> int:
@@ -158,27 +169,23 @@ def _figure(value: float | str) -> str:
 def _do_budget_show(args: argparse.Namespace) -> int:
     from rlhf_audit_nb.compliance.words import delta_text, epsilon_text, plural, short
     from rlhf_audit_nb.reports.budget import Budget
+    from rlhf_audit_nb.reports.budget_figure import budget_changes
 
     ledger = _ledger(args)
     budget = Budget.of(ledger, delta=args.delta)
     answer: dict[str, Any] = {"unit": budget.unit, "epsilon": _finite(budget.total), "delta": budget.delta}
     if ledger.unit is None:
+        _refuse_empty_figure(args)
         words = ["Nothing was spent: no run with differential privacy stands on this trail."]
         return finish(args, {**answer, "spends": []}, words)
-    budgets = _budgets(ledger)
-    answer |= {
-        "adjacency": "zero-out",
-        "spent": _finite(budget.spent),
-        "reserved": _finite(budget.reserved),
-        "budget": budget.budget,
-        "left": budget.left,
-        "set_in": budget.set_in,
-        "set_by": budget.set_by,
-        "budgets": budgets,
-        "spends": [{**asdict(one), "epsilon": _finite(one.epsilon)} for one in budget.runs],
-    }
+    budgets = budget_changes(ledger)
+    plain = budget.to_dict()
+    answer |= {"adjacency": "zero-out", "budgets": budgets, "spends": plain.pop("runs"), **plain}
     reach = f"unit {budget.unit}, zero-out adjacency; all runs composed, not added"
+    several = len(budget.populations) > 1
     words = [f"ε {epsilon_text(budget.total, 4)} at δ {delta_text(budget.delta)}, {reach}"]
+    if several:
+        words.append(f"  of the population that spent most; {len(budget.populations)} populations share nobody")
     words.append(f"  spent     {epsilon_text(budget.spent, 4)}")
     words.append(f"  reserved  {epsilon_text(budget.reserved, 4)}")
     if budget.budget is not None and budget.left is not None:
@@ -186,48 +193,44 @@ def _do_budget_show(args: argparse.Namespace) -> int:
         words.append(f"  left      {_down(budget.left)} of {budget.budget:g}{by}")
     for one in budget.runs:
         state = "spent" if one.settled else "reserved"
+        whose = f", population {one.population}" if several else ""
         words.append(
-            f"  run {short(one.run or '')}: {state} {plural(one.steps, 'step')}, noise "
+            f"  run {short(one.run or '')}{whose}: {state} {plural(one.steps, 'step')}, noise "
             f"multiplier {one.noise_multiplier:.10g}, sampling rate {one.sampling_rate:g}; alone ε "
             f"{epsilon_text(one.epsilon, 4)}"
         )
     if len(budgets) > 1:
         words.append("  budget over time: " + ", ".join(f"{b['epsilon']:g} (#{b['entry']})" for b in budgets))
     words += [f"  #{b['entry']}: {b['by']} set {b['epsilon']:g}: {b['reason']}" for b in budgets if "by" in b]
+    words += [f"  {note}" for note in budget.notes()]
+    if args.figure is not None:
+        path = output(argparse.Namespace(out=args.figure), Path())
+        budget.save(path)
+        answer["figure"] = str(path)
+        words.append(f"figure   {path}")
     return finish(args, answer, words)
+
+
+def _refuse_empty_figure(args: argparse.Namespace) -> None:
+    if args.figure is not None:
+        raise ConfigError(
+            "Nothing was spent on this trail, so there is no figure to draw.",
+            next_step="Leave --figure out.",
+            code="nothing-spent",
+        )
 
 
 def _ledger(args: argparse.Namespace) -> Ledger:
     from rlhf_audit_nb.config import PrivacyConfig
+    from rlhf_audit_nb.privacy.populations import VaultAt
     from rlhf_audit_nb.privacy.reservation import read_ledger
     from rlhf_audit_nb.trail import TrailReader
 
     if args.delta is not None:
         PrivacyConfig(epsilon=1.0, delta=args.delta)
-    return read_ledger(TrailReader.open(trail_folder(args)))
-
-
-def _budgets(ledger: Ledger) -> list[dict[str, Any]]:
-    """The ε budgets in order: those that were set, and those that runs named where they differ from the one before."""
-    asked: list[dict[str, Any]] = [
-        {"epsilon": spend.asked.epsilon, "entry": spend.asked.index, "run": spend.run} for spend in ledger.spends
-    ]
-    chosen: list[dict[str, Any]] = [
-        {
-            "epsilon": one.epsilon,
-            "entry": one.index,
-            "run": None,
-            "delta": one.delta,
-            "by": one.by,
-            "reason": one.reason,
-        }
-        for one in ledger.budgets
-    ]
-    found: list[dict[str, Any]] = []
-    for one in sorted(asked + chosen, key=lambda one: int(one["entry"])):
-        if "by" in one or not found or found[-1]["epsilon"] != one["epsilon"]:
-            found.append(one)
-    return found
+    folder = trail_folder(args)
+    reader = TrailReader.open(folder)
+    return read_ledger(reader, VaultAt.beside(folder, reader))
 
 
 def _down(value: float) -> str:
@@ -235,57 +238,92 @@ def _down(value: float) -> str:
 
 
 def _do_budget_left(args: argparse.Namespace) -> int:
-    from rlhf_audit_nb.compliance.words import count, delta_text, epsilon_text, plural
-    from rlhf_audit_nb.config import PrivacyConfig
-    from rlhf_audit_nb.privacy.accountant import Mechanism, composed_epsilon, max_steps
-    from rlhf_audit_nb.reports.budget import Budget
+    from rlhf_audit_nb.reports.budget import Budget, what_is_left
 
-    noise, rate = args.noise_multiplier, args.sampling_rate
-    PrivacyConfig(
-        epsilon=1.0,
-        noise_multiplier=noise,
-        sampling_rate=rate,
-        sampled=args.sampled,
-        max_pairs_per_unit=args.pairs_per_unit,
+    found = what_is_left(
+        Budget.of(_ledger(args), delta=args.delta),
+        sampling_rate=args.sampling_rate,
+        noise_multiplier=args.noise_multiplier,
+        steps=args.steps,
+        epsilon=args.epsilon,
+        population=args.population,
+        pairs=_pairs(args),
     )
-    pairs = _pairs(args)
-    _check_noise(noise)
+    return finish(args, found.to_dict(), found.lines())
+
+
+def _do_budget_check(args: argparse.Namespace) -> int:
+    """Which populations share nobody, from the vault, or from two openings that an auditor was given."""
+    if args.openings:
+        return _check_openings(args)
+    from rlhf_audit_nb.privacy.populations import VaultAt, check_relations, read_registry
+    from rlhf_audit_nb.trail import TrailReader
+
+    folder = trail_folder(args)
+    reader = TrailReader.open(folder)
+    vault = VaultAt.beside(folder, reader)
+    registry = read_registry(reader, vault)
     ledger = _ledger(args)
-    budget = Budget.of(ledger)
-    if budget.budget is None:
-        raise ConfigError(
-            f"The trail {trail_folder(args)} has no budget yet: no run named one, and none was set.",
-            next_step="Set one with rlhf-audit budget set, or plan without a trail: rlhf-audit budget plan.",
-            code="no-budget",
-        )
-    prior = tuple(spend.mechanism for spend in ledger.spends)
-    steps = max_steps(budget.budget, budget.delta, noise, rate, prior, at_most=LEFT_STEPS, pairs=pairs)
-    after = composed_epsilon([*prior, Mechanism(noise, rate, steps, pairs)], budget.delta)
+    relations = check_relations(registry)
+    populations = list(registry.populations.values())
+    numbers = {one.id: at for at, one in enumerate(populations, 1)}
     answer = {
-        "steps": steps,
-        "at_most": LEFT_STEPS,
-        "noise_multiplier": noise,
-        "sampling_rate": rate,
-        "budget": budget.budget,
-        "delta": budget.delta,
-        "unit": budget.unit,
-        "epsilon_before": _finite(budget.total),
-        "epsilon_after": _finite(after),
+        "populations": [
+            {"population": one.id, "entry": one.index, "units": one.units, "state": one.state} for one in populations
+        ],
+        "relations": [
+            {"one": each.one, "other": each.other, "said": each.said, "found": each.found} for each in relations
+        ],
+        "contradicted": sum(each.contradicted for each in relations),
+        "doubts": [spend.doubt for spend in ledger.doubts()],
     }
-    these = "this step" if steps == 1 else "these steps"
-    more = f"at least {count(steps)} steps fit" if steps == LEFT_STEPS else f"{plural(steps, 'step')} fit"
-    if steps == 1:
-        more += "s"
-    spent = (
-        f"ε {epsilon_text(budget.total, 4)} of {budget.budget:g} is spent or reserved at δ {delta_text(budget.delta)}"
-    )
     words = [
-        f"{more} at noise multiplier {noise:.10g} and sampling rate {rate:g}",
-        f"{spent}; after {these} it would be {epsilon_text(after, 4)}" if steps else spent,
+        f"{one.units} annotators in entry {one.index} (roster {numbers[one.id]}): {one.state}" for one in populations
     ]
-    if not steps:
-        words.append("Choose more noise, a smaller sampling rate, or have the budget raised (rlhf-audit budget set).")
-    return finish(args, answer, words)
+    words += [
+        f"  rosters {numbers[each.other]} and {numbers[each.one]}: {each.found}"
+        + (", although the entry says that they share nobody" if each.contradicted else "")
+        for each in relations
+    ]
+    words += [str(spend.doubt) for spend in ledger.doubts()]
+    if not populations:
+        words.append("No roster is recorded on this trail: everything is composed.")
+    if vault is None:
+        words.append("The keys of this trail are not here, so no roster can be shown: everything is composed.")
+    bad = bool(answer["contradicted"] or answer["doubts"])
+    return finish(args, answer, words, 3 if bad else 0)
+
+
+def _check_openings(args: argparse.Namespace) -> int:
+    from rlhf_audit_nb.privacy.populations import compare_rosters, disclosed_population
+
+    if len(args.openings) != OPENINGS:
+        raise ConfigError(
+            "Two rosters are compared: give --opening twice.",
+            next_step="rlhf-audit disclose INDEX writes the opening of a privacy.population entry.",
+            code="usage",
+        )
+    policy = read_policy(args)
+    (first, one), (second, other) = (disclosed_population(Path(file), policy=policy) for file in args.openings)
+    if first.origin != second.origin:
+        raise ConfigError(
+            f"The openings are of two trails, {first.origin} and {second.origin}; their tags cannot be compared.",
+            next_step="Give two openings of one trail.",
+            code="usage",
+        )
+    found = compare_rosters(one, other)
+    answer = {
+        "found": found,
+        "origin": first.origin,
+        "levels": [first.level.name, second.level.name],
+        "populations": [{"population": each.id, "entry": each.index, "units": each.units} for each in (one, other)],
+    }
+    said = {"disjoint": "share nobody", "shares": "share somebody"}.get(found, "cannot be compared")
+    words = [
+        f"The {one.units} annotators of entry {one.index} and the {other.units} of entry {other.index} {said}.",
+        f"  trail {first.origin}, verdicts {first.level.name} and {second.level.name}",
+    ]
+    return finish(args, answer, words, 0 if found == "disjoint" else 3)
 
 
 def _do_budget_set(args: argparse.Namespace) -> int:
@@ -331,7 +369,7 @@ def _add_sampling(parser: Parser) -> None:
 
 def _add_budget(parser: Parser) -> None:
     parts = parser.add_subparsers(
-        dest="part", prog=f"{PROGRAM} budget", required=True, metavar="plan|show|left|set", parser_class=Parser
+        dest="part", prog=f"{PROGRAM} budget", required=True, metavar="plan|show|left|check|set", parser_class=Parser
     )
     plan = parts.add_parser("plan", help="ε of a plan, or the noise multiplier that reaches an ε", allow_abbrev=False)
     plan.set_defaults(do=_do_budget_plan)
@@ -351,9 +389,20 @@ def _add_budget(parser: Parser) -> None:
     show.set_defaults(do=_do_budget_show)
     left = parts.add_parser("left", help="how many steps fit into what is left of a trail's budget", allow_abbrev=False)
     left.set_defaults(do=_do_budget_left)
-    left.add_argument("--noise-multiplier", type=float, required=True, metavar="S", help="of these steps")
+    left.add_argument("--noise-multiplier", type=float, metavar="S", help="of these steps: how many fit?")
+    left.add_argument("--steps", type=int, metavar="T", help="in its place: which noise lets so many fit?")
     left.add_argument("--sampling-rate", type=float, required=True, metavar="Q", help="chance of each unit per step")
+    left.add_argument("--epsilon", type=float, metavar="E", help="another budget than the one in force, to try it")
+    left.add_argument(
+        "--population", type=int, metavar="N", help="as show numbers them; 0: new annotators (the one that spent most)"
+    )
     _add_sampling(left)
+    check = parts.add_parser("check", help="which populations share nobody, from the vault", allow_abbrev=False)
+    check.set_defaults(do=_do_budget_check, delta=None)
+    check.add_argument(
+        "--opening", dest="openings", action="append", metavar="FILE", help="compare two disclosed rosters instead"
+    )
+    add_policy(check)
     chosen = parts.add_parser("set", help="set a trail's budget: no run may ask for more", allow_abbrev=False)
     chosen.set_defaults(do=_do_budget_set)
     chosen.add_argument("--epsilon", type=float, required=True, metavar="E", help="what all runs may cost together")
@@ -361,12 +410,13 @@ def _add_budget(parser: Parser) -> None:
     chosen.add_argument("--by", required=True, metavar="NAME", help="who decides; likewise")
     chosen.add_argument("--unit", choices=("annotator", "pair", "label"), help="(the trail's, else annotator)")
     left.set_defaults(delta=None)
-    for part in (show, left, chosen):
+    show.add_argument("--figure", metavar="FILE", help="draw it too: FILE.svg or FILE.png")
+    for part in (show, left, check, chosen):
         add_trail(part)
     for part in (show, chosen):
         part.add_argument("--delta", type=float, metavar="D", help="(that of the budget in force, else 1e-5)")
-    for part in (plan, show, left, chosen):
+    for part in (plan, show, left, check, chosen):
         add_json(part)
 
 
-COMMANDS = (Command("say", "budget", "what a plan costs (plan), a trail's budget: show, left, set", _add_budget),)
+COMMANDS = (Command("say", "budget", "what a plan costs (plan); a trail's: show, left, check, set", _add_budget),)

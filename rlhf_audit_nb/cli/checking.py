@@ -85,6 +85,8 @@ def _do_verify(args: argparse.Namespace) -> int:
     verdict, notes, payload = _verdict(args, read_policy(args))
     require = Level[args.require] if args.require else None
     words, result = verdict_words(verdict, notes), verdict.to_dict()
+    if notes:
+        result["notes"] = [{"code": one.code, "where": one.where, "message": one.message} for one in notes]
     if args.entry:
         words.append(f"  All this is said of {args.entry} and the checkpoint in {args.target}, of no other entry.")
     if payload:
@@ -112,7 +114,8 @@ def _verdict(args: argparse.Namespace, policy: TrustPolicy | None) -> tuple[Verd
             code="usage",
         )
     if published or Path(target).is_dir():
-        return _trail(target, policy, _roots(args), openings=args.openings), (), None
+        verdict = _trail(target, policy, _roots(args), openings=args.openings)
+        return verdict, () if published else _ledger_notes(verdict, Path(target)), None
     if is_disclosure(target):
         _refuse_for(args, "a disclosure")
         verdict, payload = verify_disclosure(target, policy=policy)
@@ -120,6 +123,22 @@ def _verdict(args: argparse.Namespace, policy: TrustPolicy | None) -> tuple[Verd
     if is_record(target):
         _refuse_for(args, "a record")
     return *_record(target, policy), None
+
+
+def _ledger_notes(verdict: Verdict, folder: Path) -> Notes:
+    """What a trail whose signatures hold says of its privacy budget and is not believed."""
+    from rlhf_audit_nb.compliance.words import level_words
+    from rlhf_audit_nb.errors import PrivacyError
+    from rlhf_audit_nb.privacy.reservation import read_ledger
+    from rlhf_audit_nb.trail import Reason, TrailReader
+
+    if not level_words(verdict.level.name).trusted:
+        return ()
+    try:
+        doubts = read_ledger(TrailReader.open(folder)).doubts()
+    except PrivacyError as error:
+        return (Reason(error.reason, "privacy ledger", error.message),)
+    return tuple(Reason("settlement-not-believed", f"entry {spend.settled_in}", str(spend.doubt)) for spend in doubts)
 
 
 def _is_proof(target: str) -> bool:

@@ -155,13 +155,20 @@ class AuditMagics(Magics):
     @argument("command", nargs="?", metavar="COMMAND", help=f"{', '.join(COMMANDS)} (default status)")
     @argument("--trail", metavar="FOLDER", help="another trail than the one used last")
     @argument("--format", metavar="FORMAT", help="report: html or pdf; card: eu_standard or huggingface")
-    @argument("--out", "-o", metavar="FILE", help="save the report, card or lineage")
+    @argument("--out", "-o", metavar="FILE", help="save the report, card, lineage or budget (.svg, .png or .json)")
+    @argument("--noise-multiplier", type=float, metavar="S", help="budget: how many steps at this noise are left?")
+    @argument("--steps", type=int, metavar="T", help="budget: which noise lets so many steps fit?")
+    @argument("--sampling-rate", type=float, metavar="Q", help="budget: the chance of each unit per step of these")
+    @argument("--epsilon", type=float, metavar="E", help="budget: another budget than the one in force, to try it")
+    @argument("--population", type=int, metavar="N", help="budget: for this population (0: new annotators)")
+    @argument("--json", action="store_true", help="budget: as plain values")
     @argument("--compliance-mode", metavar="MODE", help="framework of the report (default eu_ai_act)")
     @line_magic
     def audit(self, line: str) -> Any:
         """Look at the trail: ``%audit status``, ``verify``, ``report``, ``card``, ``budget`` or ``lineage``.
 
         ``%audit report --format html --out report.html`` writes the compliance report; without ``--out`` it is shown.
+        ``%audit budget --noise-multiplier 2 --sampling-rate 0.1`` tells how many steps are left.
         """
         __tracebackhide__ = True
         options = _parse(AuditMagics.audit, line, self.shell)
@@ -201,8 +208,13 @@ class AuditMagics(Magics):
         card = auditor.generate_model_card(format=options.format or "eu_standard")
         return _saved(card, options.out)
 
-    def _budget(self, auditor: AuditableRLHF, _: Any) -> Any:
-        return auditor.budget()
+    def _budget(self, auditor: AuditableRLHF, options: Any) -> Any:
+        asked = _given(options, ("noise_multiplier", "steps", "sampling_rate", "epsilon", "population"))
+        if not asked:
+            return _saved(_plain_or_shown(auditor.budget(), options), options.out)
+        if "sampling_rate" not in asked or not {"noise_multiplier", "steps"} & set(asked):
+            _wrong(AuditMagics.audit, "what is left takes --sampling-rate, and --noise-multiplier or --steps")
+        return _plain_or_shown(auditor.steps_left(**asked), options)
 
     def _lineage(self, auditor: AuditableRLHF, options: Any) -> Any:
         return _saved(auditor.lineage(), options.out)
@@ -393,6 +405,10 @@ def _privacy(options: Any) -> PrivacyConfig | None:
             code="epsilon",
         )
     return None
+
+
+def _plain_or_shown(result: Any, options: Any) -> Any:
+    return result.to_dict() if options.json and options.out is None else result
 
 
 def _suffix(out: str | None) -> str | None:

@@ -113,6 +113,8 @@ class Spend:
         settled_in: the entry that settles it, believed or not.
         doubt: why that settlement is not believed, as a sentence; then the whole reservation counts.
         experiment: the name of the run's experiment; ``None`` where the run's start was not read.
+        planned: the composed total that the reservation recorded.
+        total: the composed total that was recorded of what counts; only a picture uses it, nothing is decided by it.
     """
 
     reservation: str
@@ -127,6 +129,8 @@ class Spend:
     settled_in: int | None = None
     doubt: str | None = None
     experiment: str | None = None
+    planned: float = 0.0
+    total: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -446,6 +450,7 @@ class _Folding:
             mechanism=spend.mechanism.with_steps(full),
             steps=full,
             settled=False,
+            total=spend.planned,
             doubt=f"Entry {spend.settled_in} settles {_steps(spend.steps)} {why}: it is not believed, and all "
             f"{_steps(full)} that entry {spend.asked.index} reserved count.",
         )
@@ -564,6 +569,8 @@ def _reserve(spends: dict[str, Spend], event: PrivacyReserved, entry: LedgerEntr
         population=event.population,
         units=event.units,
         reserved_steps=event.steps,
+        planned=float(event.epsilon_planned),
+        total=float(event.epsilon_planned),
     )
 
 
@@ -577,7 +584,12 @@ def _settle(spends: dict[str, Spend], event: PrivacySettled, entry: LedgerEntry)
         )
     mechanism = spend.mechanism.with_steps(event.steps)
     spends[event.reservation] = replace(
-        spend, mechanism=mechanism, settled=True, steps=event.steps, settled_in=entry.index
+        spend,
+        mechanism=mechanism,
+        settled=True,
+        steps=event.steps,
+        settled_in=entry.index,
+        total=float(event.epsilon_total),
     )
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.compliance.assess import Assessment
     from rlhf_audit_nb.compliance.facts import RunFacts
 
-__all__ = ["Figure", "epsilon_figure", "series_figure", "states_figure"]
+__all__ = ["INK", "INK_2", "LINE", "Figure", "epsilon_figure", "series_figure", "states_figure", "svg_of"]
 
 INK, INK_2, LINE, ACCENT = "#1b2430", "#4d5a6a", "#dfe4ea", "#0f5e7a"
 STATE_COLOURS = {State.EVIDENCED: "#17704f", State.ATTESTED: "#3150b4", State.MISSING: "#8f5200",
@@ -48,30 +48,39 @@ class Figure:
     cites: tuple[Cite, ...]
 
 
-def _config() -> dict[str, Any]:
+def _config(paper: str, padding: int | None) -> dict[str, Any]:
     text = {"labelFont": "Inter", "titleFont": "Inter", "labelFontSize": 11, "titleFontSize": 11}
     axis = {**text, "labelColor": INK_2, "titleColor": INK_2, "titleFontWeight": "normal", "gridColor": LINE,
             "domainColor": INK_2, "tickColor": INK_2}  # fmt: skip
     return {
-        "background": "transparent",
+        "background": paper,
+        **({} if padding is None else {"padding": padding}),
         "view": {"stroke": None},
         "axis": axis,
         "text": {"font": "Inter", "fontSize": 11, "color": INK},
-        "title": {"font": "Inter", "fontSize": 12, "color": INK, "anchor": "start", "fontWeight": 600},
+        "title": {
+            "font": "Inter",
+            "subtitleFont": "Inter",
+            "fontSize": 12,
+            "color": INK,
+            "anchor": "start",
+            "fontWeight": 600,
+        },
     }
 
 
 _fonts: list[str] = []
 
 
-def _svg(chart: Any, key: str) -> str:
+def svg_of(chart: Any, key: str, *, paper: str = "transparent", padding: int | None = None) -> str:
+    """An Altair chart as SVG in the look of all figures; ``key`` keeps its names apart from those of others."""
     import vl_convert
 
     folder = str(template_path("nbconvert", "audit-pdf", "fonts"))
     if folder not in _fonts:  # the converter measures labels with the font that the PDF is set in
         vl_convert.register_font_directory(folder)
         _fonts.append(folder)
-    svg = vl_convert.vegalite_to_svg(chart.configure(**_config()).to_dict(validate=False))
+    svg = vl_convert.vegalite_to_svg(chart.configure(**_config(paper, padding)).to_dict(validate=False))
     # Several figures stand in one page: names inside an SVG must not meet.
     return re.sub(r'(id="|url\(#)([A-Za-z]+\d+)', rf"\g<1>{key}-\g<2>", svg)
 
@@ -120,7 +129,7 @@ def epsilon_figure(run: RunFacts, key: str) -> Figure | None:
     return Figure(
         key,
         f"Privacy loss of {run.started.experiment}",
-        _svg(alt.layer(line, rule, text).properties(width=WIDTH, height=190), key),
+        svg_of(alt.layer(line, rule, text).properties(width=WIDTH, height=190), key),
         f"The composed ε per {reserved.unit} rises from {epsilon_text(points[0][1])} after step {points[0][0]} to "
         f"{epsilon_text(last)} after step {last_step}; planned {epsilon_text(reserved.epsilon_planned)}, "
         f"budget {number_text(reserved.epsilon_budget)}, δ {number_text(reserved.delta)}.",
@@ -162,7 +171,7 @@ def series_figure(run: RunFacts, key: str) -> Figure | None:
     return Figure(
         key,
         f"Public step figures of {run.started.experiment}",
-        _svg(alt.concat(*panels, columns=2, spacing=24), key),
+        svg_of(alt.concat(*panels, columns=2, spacing=24), key),
         f"Over {plural(len(run.steps), 'recorded step')}: {'; '.join(said)}.",
         cite(used),
     )
@@ -189,7 +198,7 @@ def states_figure(assessment: Assessment, key: str) -> Figure:
     return Figure(
         key,
         f"{plural(start, 'requirement')} by state",
-        _svg(bar.properties(width=WIDTH, height=30), key),
+        svg_of(bar.properties(width=WIDTH, height=30), key),
         f"Of {plural(start, 'requirement')}: {said}.",
         (),
     )

@@ -40,7 +40,7 @@ def test_each_command_has_help_and_json(run, command):
         (["verfy", "x.ipynb"], "Did you mean 'verify'?"),
         (["run", "x.ipynb", "--kernl", "y"], "Did you mean '--kernel'?"),
         (["verify"], "RECORD.ipynb|TRAIL"),
-        (["budget"], "plan|show|left|set"),
+        (["budget"], "plan|show|left|check|set"),
         (["budget", "plan", "--sampling-rate", "0.1"], "--steps"),
         (["budget", "plan", "--sampling-rate", "0.1", "--steps", "5"], "either the noise multiplier or the ε"),
         (["verify", "nowhere"], "There is no record or trail at nowhere"),

@@ -269,6 +269,28 @@ def test_the_cell_magic_as_a_line_says_how_to_write_it(shell, capsys):
     assert "%%audit_train" in capsys.readouterr().out
 
 
+def test_the_budget_shows_its_picture_and_what_is_left(shell, capsys, tmp_path):
+    from rlhf_audit_nb.reports.budget import Budget, BudgetLeft
+
+    shell.run_cell(f"%%audit_train --experiment first {PRIVATE}\n{TRAIN}")
+    budget = shell.run_line_magic("audit", "budget")
+    assert isinstance(budget, Budget)
+    assert "data:image/png;base64," in budget._repr_html_()
+    left = shell.run_line_magic("audit", "budget --noise-multiplier 1.0 --sampling-rate 0.3")
+    assert isinstance(left, BudgetLeft)
+    assert left.epsilon_before == pytest.approx(budget.spent)
+    more = shell.run_line_magic("audit", f"budget --steps {left.steps} --sampling-rate 0.3")
+    assert more.noise_multiplier == pytest.approx(1.0, rel=2e-3)
+    fewer = shell.run_line_magic("audit", "budget --noise-multiplier 1.0 --sampling-rate 0.3 --epsilon 25 --json")
+    assert fewer["steps"] < left.steps
+    assert shell.run_line_magic("audit", "budget --json")["trainings"] == 1
+    shell.run_line_magic("audit", f"budget --out {tmp_path / 'b.svg'}")
+    assert (tmp_path / "b.svg").read_text(encoding="utf-8").startswith("<svg")
+    for line in ("budget --noise-multiplier 1", "budget --sampling-rate 0.1", "budget --epsilon 3"):
+        with pytest.raises(ConfigError, match="what is left takes --sampling-rate"):
+            shell.run_line_magic("audit", line)
+
+
 def test_a_budget_refusal_is_one_block_and_fails_the_cell(shell, capsys):
     assert run(shell, f"%%audit_train --experiment first {PRIVATE}\n{TRAIN}").success
     spent = shell.run_line_magic("audit", "budget").spent
