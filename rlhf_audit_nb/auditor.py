@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.capture.annotations import AnnotationImport, Headers, ImportSummary, OpenedAnnotation
     from rlhf_audit_nb.capture.run import Run
     from rlhf_audit_nb.labelling import LabelRelease
+    from rlhf_audit_nb.privacy.self_audit import SelfAudit
     from rlhf_audit_nb.replaying import Replay
     from rlhf_audit_nb.reports.budget import Budget, BudgetLeft
     from rlhf_audit_nb.reports.lineage import LineageView
@@ -547,6 +548,48 @@ class AuditableRLHF:
                 "Name the entry of a data set that a run without privacy used: `rlhf-audit lineage` shows it.",
             )
         return declare_public(self.trail, DATA, bound.source or "data set", bound.digest, reason=reason, by=by)
+
+    def privacy_check(
+        self,
+        *,
+        noise_multiplier: float | None = None,
+        sampling_rate: float | None = None,
+        steps: int = 24,
+        delta: float | None = None,
+        record: bool = False,
+    ) -> SelfAudit:
+        """Test the installed privacy mechanism on phantom annotators: seconds, no data, no model of yours.
+
+        Args:
+            noise_multiplier: sigma; without it the privacy configuration's, or 1.
+            sampling_rate: q; without it the privacy configuration's, or 0.1.
+            steps: of the part that is attacked with canaries.
+            delta: of the epsilons; without it the privacy configuration's, or 1e-5.
+            record: append what was found to the trail; reports show the last one.
+
+        Raises:
+            ConfigError: a number out of range.
+            PrivacyError: the phantoms could not be trained on at all.
+            StoreError: the append failed.
+        """
+        from rlhf_audit_nb.capture.telemetry import no_telemetry
+        from rlhf_audit_nb.privacy.self_audit import check_mechanism
+
+        given: dict[str, Any] = {
+            name: getattr(self.privacy_config, name, None) if value is None else value
+            for name, value in (
+                ("noise_multiplier", noise_multiplier),
+                ("sampling_rate", sampling_rate),
+                ("delta", delta),
+            )
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        with no_telemetry():
+            audit = check_mechanism(steps=steps, **given)
+        if record:
+            event = audit.event()
+            self.trail.append(event.TYPE, encode_body(event)).wait()
+        return audit
 
     # --- what people read --------------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from rlhf_audit_nb.cli import (
     recording,
     replaying,
     saying,
+    self_checking,
     vault,
 )
 from rlhf_audit_nb.cli.shared import PROGRAM, WIDTH, Parser, Section, as_json, note
@@ -43,6 +44,7 @@ COMMANDS = (
     *annotating.COMMANDS,
     *labelling.COMMANDS,
     *checking.COMMANDS,
+    *self_checking.COMMANDS,
     *replaying.COMMANDS,
     *reading.COMMANDS,
     *saying.COMMANDS,

@@ -36,7 +36,7 @@ from IPython.core.magic import (
 from IPython.utils.text import DollarFormatter
 
 from rlhf_audit_nb.config import AuditConfig, PrivacyConfig
-from rlhf_audit_nb.errors import ConfigError, TrailError
+from rlhf_audit_nb.errors import ConfigError, PrivacyError, TrailError
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
@@ -53,7 +53,7 @@ argument: Any = _arguments.argument
 
 CELL = "audit_train"
 LINE = "audit"
-COMMANDS = ("status", "verify", "report", "card", "budget", "lineage")
+COMMANDS = ("status", "verify", "report", "card", "budget", "lineage", "privacy-check")
 _MATCHER = "rlhf_audit_nb"
 _VERDICT = ("rlhf_audit_nb.trail.verdict", "Verdict")
 
@@ -163,9 +163,11 @@ class AuditMagics(Magics):
     @argument("--population", type=int, metavar="N", help="budget: for this population (0: new annotators)")
     @argument("--json", action="store_true", help="budget: as plain values")
     @argument("--compliance-mode", metavar="MODE", help="framework of the report (default eu_ai_act)")
+    @argument("--record", action="store_true", help="privacy-check: write what was found into the trail")
     @line_magic
     def audit(self, line: str) -> Any:
-        """Look at the trail: ``%audit status``, ``verify``, ``report``, ``card``, ``budget`` or ``lineage``.
+        """Look at the trail: ``%audit status``, ``verify``, ``report``, ``card``, ``budget``, ``lineage`` or
+        ``privacy-check``.
 
         ``%audit report --format html --out report.html`` writes the compliance report; without ``--out`` it is shown.
         ``%audit budget --noise-multiplier 2 --sampling-rate 0.1`` tells how many steps are left.
@@ -180,7 +182,7 @@ class AuditMagics(Magics):
                 code="usage",
             )
         auditor = self._auditor_for(options)
-        action: Callable[[AuditableRLHF, Any], Any] = getattr(self, f"_{command}")
+        action: Callable[[AuditableRLHF, Any], Any] = getattr(self, f"_{command.replace('-', '_')}")
         return action(auditor, options)
 
     # --- %audit ------------------------------------------------------------------------------------------------------
@@ -218,6 +220,19 @@ class AuditMagics(Magics):
 
     def _lineage(self, auditor: AuditableRLHF, options: Any) -> Any:
         return _saved(auditor.lineage(), options.out)
+
+    def _privacy_check(self, auditor: AuditableRLHF, options: Any) -> Any:
+        found = auditor.privacy_check(record=options.record)
+        if not found.passed:
+            from IPython.display import display
+
+            display(found)  # type: ignore[no-untyped-call]
+            raise PrivacyError(
+                str(found),
+                next_step="Run `rlhf-audit privacy-check` in a terminal; install what constraints.txt names.",
+                code="privacy-check",
+            )
+        return found
 
     # --- auditors ----------------------------------------------------------------------------------------------------
 

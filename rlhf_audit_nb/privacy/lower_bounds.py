@@ -33,6 +33,7 @@ __all__ = [
     "LowerBound",
     "bound_from_scores",
     "ceiling",
+    "claim_p_value",
     "epsilon_bound",
     "gaussian_bound",
     "gaussian_epsilon",
@@ -146,14 +147,8 @@ def bound_from_scores(
     Raises:
         ConfigError: fewer than two canaries, or not one bit for each score, or scores that are not finite.
     """
-    import numpy as np
-
-    count = len(scores)
-    if count < _LEAST_CANARIES or included.shape != scores.shape or not np.isfinite(scores).all():
-        raise ConfigError("A bound takes at least two canaries, each with a finite score and a bit.", code="canaries")
+    found, count = _guesses(scores, included), len(scores)
     each = 1 - (1 - confidence) / len(SHARES)
-    order = np.argsort(scores, kind="stable")
-    found = [_guessed(order, included, share) for share in SHARES]
     bounds = [epsilon_bound(count, guesses, right, delta, each) for guesses, right in found]
     best = max(range(len(SHARES)), key=lambda at: (bounds[at], found[at][1]))
     return LowerBound(
@@ -168,10 +163,31 @@ def bound_from_scores(
     )
 
 
-def _guessed(order: npt.NDArray[np.intp], included: npt.NDArray[np.bool_], share: float) -> tuple[int, int]:
-    half = max(1, int(len(order) * share / 2))
-    right = int(included[order[-half:]].sum()) + int((~included[order[:half]]).sum())
-    return 2 * half, right
+def claim_p_value(
+    scores: npt.NDArray[np.float64], included: npt.NDArray[np.bool_], epsilon: float, delta: float
+) -> float:
+    """At most the chance of guesses so good, or better, if the mechanism is (epsilon, delta)-DP; all `SHARES` together.
+
+    Raises:
+        ConfigError: as `bound_from_scores`.
+    """
+    found = _guesses(scores, included)
+    values = [p_value(len(scores), guesses, right, epsilon, delta) for guesses, right in found]
+    return min(1.0, len(SHARES) * min(values))
+
+
+def _guesses(scores: npt.NDArray[np.float64], included: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """For each share how many guesses were made and how many were right."""
+    import numpy as np
+
+    if len(scores) < _LEAST_CANARIES or included.shape != scores.shape or not np.isfinite(scores).all():
+        raise ConfigError("A bound takes at least two canaries, each with a finite score and a bit.", code="canaries")
+    order, found = np.argsort(scores, kind="stable"), []
+    for share in SHARES:
+        half = max(1, int(len(order) * share / 2))
+        right = int(included[order[-half:]].sum()) + int((~included[order[:half]]).sum())
+        found.append((2 * half, right))
+    return found
 
 
 def _gaussian_rejected(mu: float, canaries: int, guesses: int, right: int, level: float) -> bool:
