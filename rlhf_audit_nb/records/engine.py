@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     Progress = Callable[[int, int, str], None]
 
-__all__ = ["ENGINE", "AuditEngine", "AuditedClient", "kernel_transport"]
+__all__ = ["ENGINE", "AuditEngine", "AuditedClient"]
 
 ENGINE = "audit"
 
@@ -91,19 +91,15 @@ def _sockets_fit() -> bool:
     return os.name == "posix" and len(os.fsencode(jupyter_runtime_dir())) + _SOCKET_NAME <= _SOCKET_PATH
 
 
-def kernel_transport() -> dict[str, Any]:
-    """A client's settings that keep messages, which carry the notebook's data, on sockets that only this user opens."""
-    if _sockets_fit():
-        return {"config": Config({"ConnectionFileMixin": {"transport": "ipc"}})}
-    return {}
-
-
 class AuditedClient(PapermillNotebookClient):
     """Papermill's client, with an environment for the kernel and an eye on where the execution stops."""
 
     def __init__(self, nb_man: Any, *, environment: dict[str, str], watch: _Watch, **settings: Any) -> None:
         hooks = {"on_cell_execute": watch.execute, "on_cell_executed": watch.executed}
-        super().__init__(nb_man, **{**kernel_transport(), **settings}, **hooks)
+        if _sockets_fit():
+            # Messages carry the notebook's data: keep them on sockets that only this user can open, not on TCP.
+            settings.setdefault("config", Config({"ConnectionFileMixin": {"transport": "ipc"}}))
+        super().__init__(nb_man, **settings, **hooks)
         self._environment = environment
         self._watch = watch
 

@@ -51,6 +51,7 @@ __all__ = [
 _RECORD = "RLHF_AUDIT_RECORD"
 _FLAGS = ("PYTHONHASHSEED", "CUBLAS_WORKSPACE_CONFIG")
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_SOCKET_PATH = 103  # sun_path of the BSDs, less its final zero; Linux has 107
 
 
 class ReplayRefusedError(RecordError):
@@ -309,7 +310,7 @@ def replay_record(
             ENV_REPLAY: str(handed),
         }
         try:
-            notebook = _executed(opened, environment, work, progress)
+            notebook = _executed(opened, environment, location.parent, work, progress)
         finally:
             handed.unlink(missing_ok=True)
         if output is not None:
@@ -352,12 +353,14 @@ def _working_folder(scratch: Path, files: Sequence[Path | str]) -> Path:
 
 
 def _executed(
-    opened: OpenedRecord, environment: dict[str, str], work: Path, progress: Callable[[int, int, str], None] | None
+    opened: OpenedRecord,
+    environment: dict[str, str],
+    scratch: Path,
+    work: Path,
+    progress: Callable[[int, int, str], None] | None,
 ) -> Any:
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, DeadKernelError
-
-    from rlhf_audit_nb.records.engine import kernel_transport
 
     notebook = opened.notebook
     notebook.metadata.pop("rlhf_audit", None)
@@ -380,7 +383,7 @@ def _executed(
         kernel_name=kernel,
         resources={"metadata": {"path": str(work)}},
         on_cell_execute=tell("running"),
-        **kernel_transport(),
+        **_private_sockets(scratch),
     )
     try:
         client.execute(env=environment)
@@ -392,6 +395,16 @@ def _executed(
             next_step="Replay it where there is as much memory as there was.",
         ) from error
     return notebook
+
+
+def _private_sockets(scratch: Path) -> dict[str, Any]:
+    """Messages carry the notebook's data: keep them on sockets in the scratch folder, which only this user can open."""
+    from traitlets.config import Config
+
+    address = scratch / "socket"
+    if os.name != "posix" or len(os.fsencode(address)) + len("-5") > _SOCKET_PATH:
+        return {}
+    return {"config": Config({"ConnectionFileMixin": {"transport": "ipc", "ip": str(address)}})}
 
 
 def _refuse_new_failure(opened: OpenedRecord, notebook: Any, error: Any) -> None:
