@@ -14,6 +14,9 @@ it. Every draw has its own keystream, so that any part of a run can be recompute
                (pairs sampled one by one: once for all steps)                     purpose "keep", step 0
     normal     Box-Muller on (u_2j, u_2j+1) of a block of words:                  purpose "noise", index = the tensor
                r = sqrt(-2 ln(1 - u_2j)); z_2j = r cos(2 pi u_2j+1), z_2j+1 = r sin(2 pi u_2j+1), in float64
+    dropout    torch's generator is seeded with the word >> 1 for a unit          purpose "dropout", index = the unit
+
+``tests/vectors/privacy`` has golden values of each, made without this module.
 
 The normal variates reach 8.57 standard deviations. The noise is added in float64 and the sum is rounded to the
 parameters' own precision before anyone sees it, which blunts the known attacks on the low bits of floating-point
