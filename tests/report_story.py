@@ -82,6 +82,7 @@ PRIVACY = {"epsilon": 8.0, "delta": 1e-5, "unit": "annotator", "anonymize_annota
 def train(
     teller: Teller, run=RUN, experiment="safety_alignment", private=True, steps=40, unit="annotator", leave_out=(),
     settle=True, status="completed", before=0.0, spent=6.2041, record="rec-1", budget=8.0, delta=1e-5,
+    population=None, settled_steps=None,
 ):  # fmt: skip
     """One run, complete but for the event types in ``leave_out``."""
 
@@ -124,7 +125,7 @@ def train(
             sampling_rate=0.125, steps=steps, steps_asked=steps, max_pairs_per_unit=8, delta=delta,
             epsilon_budget=budget, epsilon_before=before, epsilon_planned=before + 6.2041,
             accountants={"PLD": before + 6.2041, "PRV": before + 6.2118, "RDP": before + 7.0402},
-            column="annotator_id" if unit == "annotator" else None,
+            column="annotator_id" if unit == "annotator" else None, population=population,
         ), ev.PrivacySealed(seed=PLANTED.encode().hex().ljust(64, "0")))  # fmt: skip
     for step in range(1, steps + 1):
         share = (step / steps) ** 0.5
@@ -143,7 +144,10 @@ def train(
     if private and settle:
         tell(
             ev.PrivacySettled(
-                reservation=f"res-{run[:4]}", steps=steps, epsilon_run=spent, epsilon_total=before + spent
+                reservation=f"res-{run[:4]}",
+                steps=steps if settled_steps is None else settled_steps,
+                epsilon_run=spent,
+                epsilon_total=before + spent,
             )
         )
     if status:

@@ -14,6 +14,7 @@ from rlhf_audit_nb.compliance.assess import State, assess
 from rlhf_audit_nb.compliance.evidence import Cite, cite
 from rlhf_audit_nb.compliance.facts import composed_privacy, run_facts
 from rlhf_audit_nb.compliance.framework import load_framework
+from rlhf_audit_nb.events import PrivacyPopulation
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.compliance.assess import Assessment
@@ -245,8 +246,10 @@ def _privacy(evidence: Evidence, runs: tuple[RunFacts, ...], run: RunFacts | Non
         return Section(title, (Field("Differential privacy", "asked for, but no bound can be stated", at),))
     if not evidence.trusted:
         return Section(title, (Field("Differential privacy", "recorded, but the trail does not verify", at),))
-    fields = list(_spend(run.spends[-1]))
-    composed = composed_privacy(runs)
+    composed = composed_privacy(runs, rosters=evidence.of(PrivacyPopulation))
+    fields = list(_spend(run.spends[-1], several=composed.populations > 1))
+    if composed.whose:
+        fields.append(Field("Populations", f"the trail's largest ε is that of {composed.whose}"))
     if composed.unbounded_runs:
         fields.append(
             Field("Other runs of this trail", f"{words.plural(composed.unbounded_runs, 'run')} {words.NO_BOUND}")
@@ -263,14 +266,15 @@ def _inherited(index: int, event: PrivacyInherited) -> Field:
     return Field("Differential privacy", value, cite([index]))
 
 
-def _spend(spend: Spend) -> tuple[Field, ...]:
+def _spend(spend: Spend, *, several: bool) -> tuple[Field, ...]:
     reserved = spend.reserved
     at = cite(spend.indices)
     state = "spent" if spend.settled else "reserved in full, not settled"
+    over = "all private runs of the same population so far" if several else "all private runs so far"
     bound = (
         f"ε = {words.epsilon_text(spend.total)} ({state}), δ = {words.delta_text(reserved.delta)}, budget "
         f"{words.number_text(reserved.epsilon_budget)}, per {reserved.unit}, {reserved.adjacency} adjacency, composed "
-        "over all private runs so far"
+        f"over {over}"
     )
     mechanism = (
         f"{reserved.mechanism}: noise multiplier {words.number_text(reserved.noise_multiplier)}, sampling rate "

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+from rlhf_audit_nb.errors import AuditError
 from rlhf_audit_nb.events import (
     BudgetSet,
     DataBound,
@@ -17,6 +18,7 @@ from rlhf_audit_nb.events import (
     Event,
     ModelBound,
     PrivacyInherited,
+    PrivacyPopulation,
     PrivacyReserved,
     PrivacySettled,
     RunFinished,
@@ -27,6 +29,7 @@ from rlhf_audit_nb.events import (
     TrainerAttached,
     WeightsSaved,
 )
+from rlhf_audit_nb.privacy.ledger import fold
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,12 +45,16 @@ Guarantee = Literal["bound", "inherited", "none", "asked", "untrained"]
 
 @dataclass(frozen=True)
 class Spend:
-    """One private training: its reservation, and what it really spent once that was settled."""
+    """One private training: its reservation, and what it really spent once that was settled.
+
+    ``doubt`` says why a settlement that stands in the trail is not believed; then it counts as not settled.
+    """
 
     item: Item
     reserved: PrivacyReserved
     settled_item: Item | None = None
     settled: PrivacySettled | None = None
+    doubt: str | None = None
 
     @property
     def total(self) -> Number:
@@ -133,7 +140,8 @@ class Composed:
 
     ``total`` is ``None`` where no run is private; ``unbounded_runs`` were trained without differential privacy (or
     without a recorded reservation) and are covered by no bound at all. ``set_budgets`` are those that somebody set,
-    in an entry of their own.
+    in an entry of their own. Where annotators of several populations were trained on, ``total`` and ``units`` are of
+    the one that spent most, and ``trainings_of_most`` of all ``trainings`` are its own.
     """
 
     total: Number | None
@@ -149,6 +157,20 @@ class Composed:
     unbounded_runs: int
     raises: tuple[Raise, ...] = ()
     set_budgets: tuple[tuple[Item, BudgetSet], ...] = ()
+    populations: int = 1
+    trainings_of_most: int = 0
+    trainings: int = 0
+
+    @property
+    def whose(self) -> str:
+        """Whose figure ``total`` is where there are several populations; else nothing."""
+        if self.populations <= 1:
+            return ""
+        size = f"{self.units} {self.unit}s" if self.units is not None else f"{self.unit}s"
+        return (
+            f"the population that spent most ({size}, {self.trainings_of_most} of {self.trainings} private trainings; "
+            f"by their recorded rosters the {self.populations} populations share nobody)"
+        )
 
 
 def run_facts(evidence: Evidence) -> tuple[RunFacts, ...]:
@@ -180,6 +202,7 @@ class _Grouped:
         self._reserved = _by_run(evidence.of(PrivacyReserved))
         self._inherited = _by_run(evidence.of(PrivacyInherited))
         self._settled = {event.reservation: (item, event) for item, event in evidence.of(PrivacySettled)}
+        self._doubts = _doubts(evidence)
         self._finished = _by_run(evidence.of(RunFinished))
 
     def facts(self, item: Item, started: RunStarted, gone: tuple[Item, RunInterrupted] | None) -> RunFacts:
@@ -204,9 +227,23 @@ class _Grouped:
 
     def _spend(self, item: Item, reserved: PrivacyReserved) -> Spend:
         settled = self._settled.get(reserved.reservation)
+        doubt = self._doubts.get(reserved.reservation)
+        if doubt is not None:
+            return Spend(item, reserved, doubt=doubt)
         if settled is None or settled[0].index < item.index:
             return Spend(item, reserved)
         return Spend(item, reserved, *settled)
+
+
+def _doubts(evidence: Evidence) -> dict[str, str]:
+    """Settlements that the ledger does not believe, by their reservation."""
+    if not evidence.of(PrivacySettled):
+        return {}
+    try:
+        ledger = fold(evidence.entries)
+    except AuditError:  # a part of a trail, as a record holds it, may not add up; the trail's own ledger is checked
+        return {}
+    return {spend.reservation: spend.doubt for spend in ledger.doubts() if spend.doubt is not None}
 
 
 def _by_run(pairs: tuple[tuple[Item, EventT], ...]) -> dict[str, tuple[tuple[Item, EventT], ...]]:
@@ -217,11 +254,16 @@ def _by_run(pairs: tuple[tuple[Item, EventT], ...]) -> dict[str, tuple[tuple[Ite
     return {run: tuple(events) for run, events in found.items()}
 
 
-def composed_privacy(runs: tuple[RunFacts, ...], set_budgets: tuple[tuple[Item, BudgetSet], ...] = ()) -> Composed:
-    """The population's composed privacy loss, from the totals that reservations and settlements recorded.
+def composed_privacy(
+    runs: tuple[RunFacts, ...],
+    set_budgets: tuple[tuple[Item, BudgetSet], ...] = (),
+    rosters: tuple[tuple[Item, PrivacyPopulation], ...] = (),
+) -> Composed:
+    """The composed privacy loss, from the totals that reservations and settlements recorded.
 
-    Each total already composes what came before it; an unsettled reservation counts in full. So the figure that
-    stands is the largest at the δ of the newest reservation.
+    Each total already composes what came before it for the same population; an unsettled reservation counts in full.
+    So the figure that stands is the largest at the δ of the newest reservation. Which populations share nobody is what
+    the entries of their ``rosters`` say.
     """
     spends = sorted((spend for run in runs for spend in run.spends), key=lambda spend: spend.item.index)
     unbounded = sum(run.guarantee in {"none", "asked"} for run in runs)
@@ -232,12 +274,15 @@ def composed_privacy(runs: tuple[RunFacts, ...], set_budgets: tuple[tuple[Item, 
     newest = spends[-1].reserved
     same = [spend for spend in spends if spend.reserved.delta == newest.delta]
     others = tuple(sorted({spend.reserved.delta for spend in spends} - {newest.delta}))
+    most = max(same, key=lambda spend: _size(spend.total))
+    groups = _groups(spends, [event for _, event in rosters])
+    whose = next(group for group in groups if most in group)
     return Composed(
-        total=max((spend.total for spend in same), key=_size),
+        total=most.total,
         unit=newest.unit,
         adjacency=newest.adjacency,
         delta=newest.delta,
-        units=newest.units,
+        units=most.reserved.units if len(groups) > 1 else newest.units,
         budget=newest.epsilon_budget,
         settled=all(spend.settled is not None for spend in spends),
         indices=tuple(
@@ -248,7 +293,27 @@ def composed_privacy(runs: tuple[RunFacts, ...], set_budgets: tuple[tuple[Item, 
         unbounded_runs=unbounded,
         raises=tuple(_raises(spends)),
         set_budgets=set_budgets,
+        populations=len(groups),
+        trainings_of_most=len(whose),
+        trainings=len(spends),
     )
+
+
+def _groups(spends: list[Spend], rosters: list[PrivacyPopulation]) -> list[list[Spend]]:
+    """The trainings by population; those of rosters that are not said to share nobody are together."""
+    apart = {(event.population, other) for event in rosters for other in event.disjoint_from}
+    groups: list[list[Spend]] = []
+    for spend in spends:
+        name = spend.reserved.population
+        near = [
+            group
+            for group in groups
+            if name is None
+            or any((name, one.reserved.population) not in apart and (one.reserved.population, name) not in apart
+                   for one in group)
+        ]  # fmt: skip
+        groups = [group for group in groups if group not in near] + [[*(one for group in near for one in group), spend]]
+    return groups
 
 
 def _raises(spends: list[Spend]) -> Iterator[Raise]:

@@ -16,7 +16,7 @@ from rlhf_audit_nb.compliance.evidence import Cite, cite
 from rlhf_audit_nb.compliance.facts import composed_privacy, run_facts
 from rlhf_audit_nb.compliance.framework import load_framework
 from rlhf_audit_nb.compliance.lineage import lineage
-from rlhf_audit_nb.events import BudgetSet, RecordSealed
+from rlhf_audit_nb.events import BudgetSet, PrivacyPopulation, RecordSealed
 from rlhf_audit_nb.reports import figures
 from rlhf_audit_nb.reports.cells import Cell, cells_of
 from rlhf_audit_nb.reports.integrity import integrity_facts
@@ -123,7 +123,7 @@ class _Builder:
         self.evidence = evidence
         self.assessment = assess(evidence, load_framework(mode))
         self.runs = run_facts(evidence)
-        self.composed = composed_privacy(self.runs, evidence.of(BudgetSet))
+        self.composed = composed_privacy(self.runs, evidence.of(BudgetSet), evidence.of(PrivacyPopulation))
         self.level = words.level_words(evidence.level)
         self.by_index = {item.index: item for item in evidence.items}
 
@@ -223,7 +223,8 @@ class _Builder:
             return Tile("no bound" if trained else "nothing trained",
                         words.NO_BOUND if trained else "no run trained a model", "warn" if trained else "")  # fmt: skip
         label = f"per {composed.unit} ({composed.adjacency}), δ {words.delta_text(composed.delta or 0)}, budget "
-        label += f"{words.number_text(composed.budget)}, all private runs composed"
+        label += f"{words.number_text(composed.budget)}, "
+        label += f"of {composed.whose}" if composed.whose else "all private runs composed"
         if composed.unbounded_runs:
             label += f"; {words.plural(composed.unbounded_runs, 'other run')} {words.NO_BOUND}"
         state = "warn" if composed.unbounded_runs else ""

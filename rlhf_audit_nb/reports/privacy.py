@@ -110,6 +110,8 @@ def composed_words(composed: Composed, *, trusted: bool) -> str:
         f"a budget of {words.number_text(composed.budget)}, "
         f"{words.plural(composed.private_runs, 'private run')} composed."
     )
+    if composed.whose:
+        text += f" This is the figure of {composed.whose}; that of every other population is no larger."
     for one in composed.raises:
         before, after = words.number_text(one.before), words.number_text(one.after)
         text += f" The budget was raised from {before} to {after} (#{one.before_index} → #{one.index})."
@@ -229,6 +231,8 @@ def _spend_words(spend: Spend) -> str:
         f"{drawn}, and Gaussian noise of standard deviation "
         f"{words.number_text(reserved.noise_multiplier * reserved.clipping_norm)} was added to the sum. "
     )
+    if spend.doubt is not None:
+        return text + spend.doubt
     if settled is None:
         return text + "The spend was reserved and never settled, so all of it counts."
     text += f"{words.plural(settled.steps, 'step')} ran"

@@ -8,9 +8,10 @@ import pikepdf
 import pytest
 import report_story as story
 
+from rlhf_audit_nb.cards import build_card
 from rlhf_audit_nb.compliance import Evidence
 from rlhf_audit_nb.errors import ReportError
-from rlhf_audit_nb.events import EVENTS, PrivacyReserved, Step
+from rlhf_audit_nb.events import EVENTS, PrivacyPopulation, PrivacyReserved, Step
 from rlhf_audit_nb.reports import FORMATS, build_compliance_report
 from rlhf_audit_nb.trail import Trail
 
@@ -126,3 +127,51 @@ def test_a_raised_budget_is_named_with_the_entries_that_raised_it():
     assert f"The budget was raised from 4 to 9 (#{reserved[0]} → #{reserved[1]})." in said
     assert said.count("raised") == 1
     assert "The budget was raised from 4 to 9" in build_compliance_report(evidence).html
+
+
+def populations(*rosters):
+    """A trail with one run for each of ``rosters``: its population, whether it is new, and with whom it is disjoint."""
+    teller = story.Teller()
+    story.created(teller)
+    for number, (name, disjoint, before) in enumerate(rosters, 1):
+        if disjoint is not None:
+            teller.tell(
+                PrivacyPopulation(population=name, units=124, key_id="k", disjoint_from=disjoint), None, None, 1.0
+            )
+        story.train(teller, run=str(number) * 32, steps=2, before=before, population=name)
+    return story.told(teller)
+
+
+def test_where_populations_share_nobody_the_figure_names_whose_it_is():
+    evidence = populations(("north", [], 0.0), ("south", ["north"], 0.0), ("north", None, 1.0))
+    report = build_compliance_report(evidence).to_dict()
+    said = report["privacy_words"]
+    assert "ε\u00a0=\u00a07.21" in said
+    assert "of the population that spent most (124 annotators, 2 of 3 private trainings" in said
+    assert "the 2 populations share nobody" in said
+    assert "population" in build_compliance_report(evidence).html
+    assert "2 of 3 private trainings" in str(build_card(evidence, "eu_standard").text)
+
+
+@pytest.mark.parametrize(
+    "rosters",
+    [
+        (("north", [], 0.0), ("south", [], 1.0)),
+        ((None, None, 0.0), (None, None, 1.0)),
+        (("north", [], 0.0), (None, None, 1.0)),
+        (("north", [], 0.0), ("south", ["north"], 0.0), ("both", [], 1.0)),
+    ],
+)
+def test_one_population_is_not_spoken_of(rosters):
+    assert "population that spent most" not in build_compliance_report(populations(*rosters)).to_dict()["privacy_words"]
+
+
+def test_a_settlement_that_is_not_believed_counts_in_full_and_is_said():
+    teller = story.Teller()
+    story.created(teller)
+    story.train(teller, steps=4, settled_steps=1, spent=0.5)
+    report = build_compliance_report(story.told(teller))
+    said = report.to_dict()["privacy_words"]
+    assert "ε\u00a0=\u00a06.21" in said
+    assert "spent or reserved" in said
+    assert "is not believed, and all 4 steps" in report.html
