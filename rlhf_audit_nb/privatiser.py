@@ -113,6 +113,7 @@ class PlannedTraining:
             sampling_rate=plan.sampling_rate,
             clipping_norm=plan.clipping_norm,
             curve=list(plan.curve),
+            sampled=plan.config.sampled,
         )
 
     @property

@@ -46,6 +46,7 @@ class PrivacyView:
     sampling_rate: float
     clipping_norm: float
     curve: list[float]
+    sampled: str = "units"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values."""

@@ -196,7 +196,7 @@ def _do_budget_show(args: argparse.Namespace) -> int:
         whose = f", population {one.population}" if several else ""
         words.append(
             f"  run {short(one.run or '')}{whose}: {state} {plural(one.steps, 'step')}, noise "
-            f"multiplier {one.noise_multiplier:.10g}, sampling rate {one.sampling_rate:g}; alone ε "
+            f"multiplier {one.noise_multiplier:.10g}, sampling rate {one.rate}; alone ε "
             f"{epsilon_text(one.epsilon, 4)}"
         )
     if len(budgets) > 1:

@@ -30,6 +30,7 @@ MOST_NOISE = 10_000
 class BudgetRun:
     """One private training in the budget: ``steps`` that it took, or that it reserved while ``settled`` is false.
 
+    ``pairs`` is how many pairs of a unit were sampled one by one (1: units were sampled, ``sampling_rate`` is theirs).
     ``epsilon`` is what the training costs alone; these do not add up to the total, which is composed. ``population``
     is the number of the population that it counts for, from 1.
     """
@@ -44,11 +45,17 @@ class BudgetRun:
     population: int = 1
     experiment: str | None = None
     units: int | None = None
+    pairs: int = 1
+
+    @property
+    def rate(self) -> str:
+        """The sampling rate, and of what."""
+        return f"{self.sampling_rate:.5g}" + (f" of each of {self.pairs} pairs" if self.pairs > 1 else "")
 
     def cells(self) -> tuple[str, ...]:
         """The fields as a table shows them."""
         state = "spent" if self.settled else "reserved"
-        noise, rate = f"{self.noise_multiplier:.5g}", f"{self.sampling_rate:.5g}"
+        noise, rate = f"{self.noise_multiplier:.5g}", self.rate
         return (
             short(self.run or ""),
             self.experiment or "",
@@ -490,6 +497,7 @@ def _budget_run(spend: Spend, delta: float, population: int) -> BudgetRun:
         settled=spend.settled,
         noise_multiplier=spend.mechanism.noise_multiplier,
         sampling_rate=spend.mechanism.sampling_rate,
+        pairs=spend.mechanism.pairs,
         steps=spend.steps,
         epsilon=composed_epsilon([spend.mechanism], delta),
         population=population,

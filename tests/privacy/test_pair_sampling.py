@@ -14,7 +14,8 @@ from support.tiny import dpo_trainer, kto_trainer, preferences, reward_model, re
 from torch.nn import functional
 from transformers import TrainerCallback
 
-from rlhf_audit_nb.config import PrivacyConfig
+from rlhf_audit_nb.auditor import AuditableRLHF
+from rlhf_audit_nb.config import AuditConfig, PrivacyConfig
 from rlhf_audit_nb.errors import ConfigError, PrivacyError, UnsupportedTrainerError
 from rlhf_audit_nb.events import PrivacyReserved, decode_body, encode_body
 from rlhf_audit_nb.privacy import SealedRandom, plan_training, private_training, reserve_event
@@ -238,6 +239,29 @@ def test_a_reservation_of_an_earlier_version_sampled_units_and_an_unknown_way_is
     assert fold([Line(old)]).spends[0].mechanism.pairs == 1
     with pytest.raises(PrivacyError, match="cannot account for"):
         fold([Line(body.replace(b'"sampled":"units"', b'"sampled":"shuffled"'))])
+
+
+def test_a_run_says_everywhere_that_pairs_were_sampled_one_by_one(tmp_path: Path) -> None:
+    auditor = AuditableRLHF(
+        privacy_config=PrivacyConfig(
+            epsilon=50.0, delta=1e-3, noise_multiplier=3.0, sampled="pairs", max_pairs_per_unit=3, sampling_rate=0.1
+        ),
+        audit_config=AuditConfig(trail=str(tmp_path / "audit")),
+    )
+    trainer = dpo_trainer(synthetic_pairs(12, 4), tmp_path / "model", max_steps=2)
+    with auditor.track_training("pairs"):
+        trainer.train()
+    budget = auditor.budget()
+    assert budget.total == composed_epsilon([Mechanism(3.0, 0.1, 2, 3)], 1e-3)
+    assert budget.runs[0].rate == "0.1 of each of 3 pairs"
+    assert "0.1 of each of 3 pairs" in budget.runs[0].cells()
+    report = auditor.generate_compliance_report(format="json")
+    report.save(tmp_path / "report.json")
+    said = (tmp_path / "report.json").read_text(encoding="utf-8")
+    assert "Of every annotator at most 3 pairs were kept for the whole training" in said
+    assert "accounted for are all pairs of one annotator together" in said
+    card = auditor.generate_model_card().text
+    assert "at most 3 pairs of a unit kept, sampled one by one" in card
 
 
 def test_kto_rows_are_no_pairs(tmp_path: Path) -> None:

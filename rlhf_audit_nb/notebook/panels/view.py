@@ -231,9 +231,10 @@ def _training_view(state: StateLike) -> View:
     ]
     facts = []
     if privacy is not None:
+        of_what = " of each pair" if privacy.sampled == "pairs" else ""
         facts = [
             {"term": "noise σ", "text": say_number(privacy.noise_multiplier)},
-            {"term": "sampling q", "text": say_number(privacy.sampling_rate)},
+            {"term": "sampling q", "text": say_number(privacy.sampling_rate) + of_what},
             {"term": "clipping C", "text": say_number(privacy.clipping_norm)},
         ]
     if state.private:
