@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.capture.run import Run
     from rlhf_audit_nb.labelling import LabelRelease
     from rlhf_audit_nb.privacy.self_audit import SelfAudit
+    from rlhf_audit_nb.privatiser import TrailPrivatiser
     from rlhf_audit_nb.replaying import Replay
     from rlhf_audit_nb.reports.budget import Budget, BudgetLeft
     from rlhf_audit_nb.reports.lineage import LineageView
@@ -107,15 +108,12 @@ class AuditableRLHF:
     ) -> Run:
         """`track_training`, with what a notebook's cell has to add."""
         from rlhf_audit_nb.capture.run import Run
-        from rlhf_audit_nb.privatiser import TrailPrivatiser
 
         privacy = self.privacy_config
-        if privacy is not None and privacy.unit == "label":
-            raise ConfigError("Training on released labels is not wired in yet.", code="unit")
         return Run(
             self.trail,
             experiment,
-            privatiser=TrailPrivatiser(privacy, self.trail) if privacy is not None else None,
+            privatiser=_privatiser(privacy, self.trail) if privacy is not None else None,
             privacy=privacy.to_dict() if privacy is not None else None,
             audit=self.audit_config,
             declared_model=self.model_name,
@@ -728,6 +726,16 @@ class AuditableRLHF:
 
 def _cannot_declare(why: str, instead: str) -> ConfigError:
     return ConfigError(f"This cannot be declared public. {why}", next_step=instead, code="declare-public")
+
+
+def _privatiser(config: PrivacyConfig, trail: Trail) -> TrailPrivatiser:
+    if config.unit == "label":
+        from rlhf_audit_nb.labelling import LabelPrivatiser
+
+        return LabelPrivatiser(config, trail)
+    from rlhf_audit_nb.privatiser import TrailPrivatiser
+
+    return TrailPrivatiser(config, trail)
 
 
 def _refuse_lists(lists: dict[str, Any], annotator_ids: Any) -> None:

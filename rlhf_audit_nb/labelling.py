@@ -3,6 +3,9 @@
 `rlhf_audit_nb.capture` reads sources and `rlhf_audit_nb.privacy` knows mechanisms; neither knows the other. This is
 where they meet. The order is: everything that can be refused is refused; the release is charged; the noisy rows are on
 the disk, read back and compared; the original is destroyed, where that was asked for; the trail says so.
+
+A run with unit ``label`` then trains on what was released (`LabelPrivatiser`): every row is shown to come out of a
+release, the loss is debiased while it trains, and nothing is charged.
 """
 
 from __future__ import annotations
@@ -10,22 +13,38 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
 from rlhf_audit_nb.config import PrivacyConfig
-from rlhf_audit_nb.errors import ConfigError, StoreError
-from rlhf_audit_nb.events import AnnotationsImported, LabelsReleased, encode_body
+from rlhf_audit_nb.errors import ConfigError, PrivacyError, StoreError
+from rlhf_audit_nb.events import AnnotationsImported, LabelsReleased, LabelsWritten, decode_body, encode_body
+from rlhf_audit_nb.privatiser import InheritedTraining, TrailPrivatiser, model_shown
 
 if TYPE_CHECKING:
+    from rlhf_audit_nb.privacy.label_binding import BoundLabels
     from rlhf_audit_nb.privacy.label_release import Drawn
     from rlhf_audit_nb.privacy.labels import LabelRows
+    from rlhf_audit_nb.privacy.post_processing import Inheritance
     from rlhf_audit_nb.trail import Trail
 
-__all__ = ["LabelRelease", "PreparedRelease", "prepare_release"]
+__all__ = [
+    "LabelPrivatiser",
+    "LabelRelease",
+    "LabelTraining",
+    "PreparedRelease",
+    "plan_label_training",
+    "prepare_release",
+]
+
+UNPROTECTED = (
+    "This bounds what is known of each single label (which response was preferred); the texts, who annotated, and "
+    "several labels of one annotator together are not protected."
+)
 
 _SUFFIXES = (".jsonl", ".ndjson")
 _encoder = msgspec.json.Encoder()
@@ -332,3 +351,124 @@ def _warnings(trail: Trail, rows: LabelRows, doomed: Path | None) -> tuple[str, 
             "still there, until their annotators are erased."
         )
     return tuple(said)
+
+
+# --- training on what was released -----------------------------------------------------------------------------------
+
+
+class LabelPrivatiser(TrailPrivatiser):
+    """Lets trainers train on released labels; see `rlhf_audit_nb.capture.run.Privatiser`.
+
+    Nothing is clipped and no noise is added: what is made of released labels is as private as they are. So all that
+    such a training measures stands in the open.
+    """
+
+    def quiet(self) -> AbstractContextManager[Any]:
+        """Nothing has to be kept quiet: what libraries print of released rows is public for this unit."""
+        return nullcontext()
+
+    def inherit(self, trainer: Any) -> InheritedTraining:
+        """What a training on released labels inherits, or GRPO and RLOO from a reward model that was trained on them.
+
+        Raises:
+            UnsupportedTrainerError: its loss cannot be debiased, or its weights come from a training without a bound.
+            PrivacyError: its rows did not come out of a release of this trail, or cost more than was asked for.
+            DataError: its data is no data set of `datasets`.
+        """
+        from rlhf_audit_nb.privacy.post_processing import is_post_processing
+
+        if is_post_processing(trainer):
+            inherited = super().inherit(trainer)
+            assert inherited is not None  # for the type checker; it is one of those
+            return inherited
+        return LabelTraining(*plan_label_training(trainer, self.config, self.trail))
+
+    def plan(self, trainer: Any, *, done: int = 0) -> NoReturn:
+        """Never asked for: every training on labels inherits, or is refused."""
+        del trainer, done
+        raise PrivacyError("A training on released labels charges nothing and has no plan.", code="label-plan")
+
+
+class LabelTraining(InheritedTraining):
+    """One training on released labels: what `rlhf_audit_nb.capture.run.InheritedPlan` asks for."""
+
+    def __init__(self, inheritance: Inheritance, bound: BoundLabels, settings: dict[str, Any]) -> None:
+        super().__init__(inheritance)
+        self._bound = bound
+        self._settings = settings
+
+    @property
+    def units(self) -> int | None:
+        """How many labels it reads."""
+        return self._bound.rows
+
+    @property
+    def trained_as(self) -> dict[str, Any]:
+        """The debiased loss in place of the trainer's own."""
+        return self._settings
+
+    def training(self, trainer: Any) -> AbstractContextManager[None]:
+        """The debiased loss, for as long as it trains."""
+        from rlhf_audit_nb.privacy.label_losses import debiased
+
+        return debiased(trainer, self._bound.flip_probability)
+
+
+def plan_label_training(
+    trainer: Any, config: PrivacyConfig, trail: Trail
+) -> tuple[Inheritance, BoundLabels, dict[str, Any]]:
+    """What a training on released labels inherits, the rows that it reads, and the settings that it runs with.
+
+    Raises:
+        UnsupportedTrainerError: its loss cannot be debiased, or its weights come from a training without a bound.
+        PrivacyError: its rows did not come out of a release of this trail, or cost more than was asked for.
+        DataError: its data is no data set of `datasets`.
+    """
+    from rlhf_audit_nb.privacy.descent import read_descent
+    from rlhf_audit_nb.privacy.label_binding import bind_labels
+    from rlhf_audit_nb.privacy.label_losses import check_flip_probability, check_label_trainer, trained_as
+    from rlhf_audit_nb.privacy.label_release import open_releases
+    from rlhf_audit_nb.privacy.post_processing import Inheritance, begun_from
+
+    check_label_trainer(trainer)
+    ledger, opened = open_releases(trail)
+    ledger.check_unit("label")
+    ledger.check(config)
+    bound = bind_labels(trainer, ledger.releases, opened)
+    check_flip_probability(trainer, bound.flip_probability)
+    unwrap, reference = trainer.accelerator.unwrap_model, getattr(trainer, "ref_model", None)
+    begun, exposure, note = begun_from(
+        model_shown(unwrap(trainer.model), "policy"),
+        None if reference is None else model_shown(unwrap(reference), "reference"),
+        read_descent(trail.reader()),
+    )
+    used = exposure.spends | {release.index for release in bound.releases}
+    # Each total covers the releases before it too.
+    epsilon = max(release.total for release in ledger.releases if release.index in used)
+    _check_inherited(epsilon, config)
+    digests = _written_digests(trail)
+    rows = [
+        {"entry": one.index, "run": None, "digest": digests.get(one.release), "role": "data"} for one in bound.releases
+    ]
+    said = f"{UNPROTECTED} {note}" if note else UNPROTECTED
+    inheritance = Inheritance("label", epsilon, 0.0, (*rows, *begun), said, kind="released-labels", prompts=None)
+    return inheritance, bound, trained_as(trainer, bound.flip_probability)
+
+
+def _check_inherited(epsilon: float, config: PrivacyConfig) -> None:
+    if epsilon > config.epsilon * (1 + 1e-12):
+        raise PrivacyError(
+            f"This run asks for epsilon {config.epsilon:g} for each label, and these labels were released with "
+            f"{epsilon:g} altogether: what is known of them cannot be taken back.",
+            next_step=f"Write epsilon={epsilon:g} or more; training on released labels charges nothing.",
+            code="inherits-too-much",
+        )
+
+
+def _written_digests(trail: Trail) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for entry in trail.reader().entries(type=LabelsWritten.TYPE):
+        event = decode_body(entry.type, entry.body)
+        if isinstance(event, LabelsWritten):
+            found[event.release] = event.digest
+    return found

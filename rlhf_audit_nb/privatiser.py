@@ -9,7 +9,7 @@ from __future__ import annotations
 import uuid
 from base64 import b64decode
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from rlhf_audit_nb.errors import UnsupportedTrainerError, VaultError
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.privacy.replay import ReplaySeeds
     from rlhf_audit_nb.trail import Trail
 
-__all__ = ["InheritedTraining", "PlannedTraining", "TrailPrivatiser", "private_halves"]
+__all__ = ["InheritedTraining", "PlannedTraining", "TrailPrivatiser", "model_shown", "private_halves"]
 
 
 class TrailPrivatiser:
@@ -184,9 +184,24 @@ class InheritedTraining:
         runs = sorted({source["run"] for source in found.sources if source["run"] is not None})
         return InheritedView(unit=found.unit, epsilon=found.epsilon, delta=found.delta, runs=runs)
 
+    @property
+    def units(self) -> int | None:
+        """Nothing that is protected is read."""
+        return None
+
+    @property
+    def trained_as(self) -> dict[str, Any]:
+        """The trainer's own settings run."""
+        return {}
+
     def event(self) -> PrivacyInherited:
         """The entry that says so."""
         return self._inheritance.event()
+
+    def training(self, trainer: Any) -> AbstractContextManager[None]:
+        """Nothing is changed on the trainer."""
+        del trainer
+        return nullcontext()
 
 
 def _inputs_of(trainer: Any) -> Inputs:
@@ -201,21 +216,22 @@ def _inputs_of(trainer: Any) -> Inputs:
 
     def reward(one: Any, name: str) -> ModelShown | FunctionShown:
         if hasattr(one, "state_dict"):
-            return _model_shown(trainer.accelerator.unwrap_model(one), name)
+            return model_shown(trainer.accelerator.unwrap_model(one), name)
         return FunctionShown(name, digest_function(one))
 
     held_out = trainer.eval_dataset
     sets = [("evaluation", one) for one in (held_out.values() if isinstance(held_out, dict) else [held_out])]
     return Inputs(
-        policy=_model_shown(trainer.accelerator.unwrap_model(trainer.model), "policy"),
+        policy=model_shown(trainer.accelerator.unwrap_model(trainer.model), "policy"),
         rewards=tuple(map(reward, trainer.reward_funcs, trainer.reward_func_names)),
         data=tuple(data(one, role) for role, one in [("training", trainer.train_dataset), *sets] if one is not None),
         reference=None if trainer.ref_model is None
-        else _model_shown(trainer.accelerator.unwrap_model(trainer.ref_model), "reference"),
+        else model_shown(trainer.accelerator.unwrap_model(trainer.ref_model), "reference"),
     )  # fmt: skip
 
 
-def _model_shown(model: Any, name: str) -> ModelShown:
+def model_shown(model: Any, name: str) -> ModelShown:
+    """A model in memory, known by the digests of its weights."""
     from rlhf_audit_nb.capture.weights import base_tensors, digest_tensors, final_tensors, has_one_adapter, loaded_from
     from rlhf_audit_nb.privacy.post_processing import ModelShown
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -279,7 +279,7 @@ def _record_training(run: Run, trainer: Any, train: Callable[[], Any], checkpoin
         else:  # what a private step measures is the engine's to tell, and only to the recorder
             stack.enter_context(_without_bars(run, trainer))
         try:
-            with plan.training(run, trainer, recorder) if plan is not None else nullcontext():
+            with _around(run, trainer, recorder, plan, inherited):
                 if plan is not None:
                     _show_plan(run, plan)
                 result = train()
@@ -289,12 +289,21 @@ def _record_training(run: Run, trainer: Any, train: Callable[[], Any], checkpoin
     return result
 
 
+def _around(
+    run: Run, trainer: Any, recorder: Any, plan: PrivatePlan | None, inherited: InheritedPlan | None
+) -> AbstractContextManager[Any]:
+    if plan is not None:
+        return plan.training(run, trainer, recorder)
+    return inherited.training(trainer) if inherited is not None else nullcontext()
+
+
 class _Opening:
     """The entries that say what is about to be trained; each is written once."""
 
     def __init__(self, run: Run, trainer: Any) -> None:
         self._run = run
         self._trainer = trainer
+        self._kind = type(trainer).__name__  # while it trains, its class may be another one
         self._trainer_recorded = False
         self._data_recorded = False
         self._recorded = False
@@ -307,13 +316,14 @@ class _Opening:
             return
         self._trainer_recorded = True
         args = self._trainer.args
+        instead = self.inherited.trained_as if self.inherited is not None else {}
         self._run.record(
             TrainerAttached(
-                trainer=type(self._trainer).__name__,
-                loss=_loss_name(args),
+                trainer=self._kind,
+                loss=_loss_name(instead.get("loss_type", getattr(args, "loss_type", None))),
                 max_steps=max_steps,
                 seed=getattr(args, "seed", None),
-                hyperparameters=hyperparameters(args),
+                hyperparameters={**hyperparameters(args), **instead},
             )
         )
         if self.resumed is not None:
@@ -349,7 +359,7 @@ class _Opening:
             return
         self._data_recorded = True
         for dataset, role in self._datasets():
-            self._run.record(*_bind(dataset, role, plan))
+            self._run.record(*_bind(dataset, role, plan, self.inherited))
 
     def _datasets(self) -> Iterator[tuple[Any, str]]:
         if self._trainer.train_dataset is not None:
@@ -360,7 +370,10 @@ class _Opening:
                 yield dataset, "evaluation"
 
 
-def _bind(dataset: Any, role: str, plan: PrivatePlan | None) -> tuple[Any, Any]:
+def _bind(dataset: Any, role: str, plan: PrivatePlan | None, inherited: InheritedPlan | None = None) -> tuple[Any, Any]:
+    if inherited is not None and inherited.units is not None:
+        # Of released rows the texts are not protected, and are nobody's business either.
+        return bind_data(dataset, role, private=True, unit=inherited.view.unit, units=inherited.units)
     if plan is None:
         return bind_data(dataset, role)
     is_train = role == "train"
@@ -390,8 +403,8 @@ def _refuse_resuming(trainer: Any, asked: Any) -> None:
     """A checkpoint's weights are not the ones whose descent was looked at."""
     if asked or trainer.args.resume_from_checkpoint:
         raise UnsupportedTrainerError(
-            "A training that inherits its models' privacy cannot be resumed: where a checkpoint's weights come from "
-            "is not checked.",
+            "A training that inherits its privacy cannot be resumed: where a checkpoint's weights come from is not "
+            "checked.",
             next_step="Start it anew; it charges nothing.",
             code="not-post-processing",
         )
@@ -462,8 +475,7 @@ def _remember_private_training(trainer: Any, before: Any) -> None:
         _private_states[trainer] = trainer.state
 
 
-def _loss_name(args: Any) -> str | None:
-    loss = getattr(args, "loss_type", None)
+def _loss_name(loss: Any) -> str | None:
     if isinstance(loss, list | tuple):
         return ",".join(str(item) for item in loss)
     return str(loss) if loss is not None else None

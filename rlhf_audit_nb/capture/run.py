@@ -114,8 +114,19 @@ class InheritedPlan(Protocol):
     def view(self) -> InheritedView:
         """What it inherits, for people."""
 
+    @property
+    def units(self) -> int | None:
+        """How many protected units it reads as they were released; ``None`` where it reads nothing protected."""
+
+    @property
+    def trained_as(self) -> dict[str, Any]:
+        """Settings that run in place of the trainer's own, for the record."""
+
     def event(self) -> Event:
         """The entry that says so."""
+
+    def training(self, trainer: Any) -> AbstractContextManager[Any]:
+        """What holds on ``trainer`` while it trains; all is as it was afterwards."""
 
 
 class Privatiser(Protocol):

@@ -263,6 +263,8 @@ def _inherited(index: int, event: PrivacyInherited) -> Field:
         f"inherits ε = {words.epsilon_text(event.epsilon)}, δ = {words.delta_text(event.delta)}, per {event.unit}"
         f"{f', from run {runs}' if runs else ''}; nothing was charged"
     )
+    if event.kind == "released-labels" and event.note:
+        value += f". {event.note}"
     return Field("Differential privacy", value, cite([index]))
 
 

@@ -39,6 +39,7 @@ __all__ = [
     "Inheritance",
     "Inputs",
     "ModelShown",
+    "begun_from",
     "check_data",
     "check_trainer",
     "declare_public",
@@ -133,16 +134,18 @@ class Inheritance:
     delta: float
     sources: tuple[dict[str, Any], ...]
     note: str | None = None
+    kind: str = KIND
+    prompts: str | None = PROMPTS
 
     def event(self) -> PrivacyInherited:
         """The entry that says so."""
         return PrivacyInherited(
-            kind=KIND,
+            kind=self.kind,
             sources=list(self.sources),
             unit=self.unit,
             epsilon=number(self.epsilon),
             delta=self.delta,
-            prompts=PROMPTS,
+            prompts=self.prompts,
             note=self.note,
         )
 
@@ -256,17 +259,31 @@ def plan_inheritance(
         source, found = _reward(reward, descent)
         sources.append(source)
         exposure |= found
-    notes = []
-    for role, model in (("base", inputs.policy), ("reference", inputs.reference)):
+    begun, found, note = begun_from(inputs.policy, inputs.reference, descent)
+    sources += begun
+    epsilon, unit = _composed(exposure | found, config, ledger)
+    return Inheritance(unit, epsilon, config.delta, tuple(sources), note)
+
+
+def begun_from(
+    policy: ModelShown, reference: ModelShown | None, descent: Descent
+) -> tuple[list[dict[str, Any]], Exposure, str | None]:
+    """Where the weights come from that a training begins from: sources, what they descend from, and a note.
+
+    Raises:
+        UnsupportedTrainerError: a training without a bound left them, or they descend from one.
+    """
+    sources: list[dict[str, Any]] = []
+    exposure, note = Exposure(), None
+    for role, model in (("base", policy), ("reference", reference)):
         if model is None:
             continue
         begun, found = _beginning(role, model, descent)
         sources += begun
         exposure |= found
         if not begun and role == "base":
-            notes.append("The policy began from weights that this trail does not know; they are taken for public.")
-    epsilon, unit = _composed(exposure, config, ledger)
-    return Inheritance(unit, epsilon, config.delta, tuple(sources), " ".join(notes) or None)
+            note = "The policy began from weights that this trail does not know; they are taken for public."
+    return sources, exposure, note
 
 
 def _check_data(data: DataShown, config: PrivacyConfig, protected: frozenset[str]) -> None:

@@ -182,7 +182,11 @@ def inherited_words(event: PrivacyInherited) -> str:
     if runs:
         source = f"from run {', '.join(runs)}" if len(runs) == 1 else f"from the runs {', '.join(runs)}"
     else:
-        source = "from labels that had been released" if event.kind == "released-labels" else "from nothing protected"
+        source = (
+            "from labels that had been flipped at random when they were released"
+            if event.kind == "released-labels"
+            else "from nothing protected"
+        )
     prompts = f" Its prompts were {event.prompts}." if event.prompts else ""
     note = f" {event.note}" if event.note else ""
     return (

@@ -125,13 +125,15 @@ def _privacy_view(state: StateLike) -> View:
 def _inherited_view(inherited: InheritedLike) -> View:
     bound = f"ε {say_bound(inherited.epsilon)}"
     runs = ", ".join(run[:8] for run in inherited.runs)
+    said = f"It comes with the models that this run learns from{f' (run {runs})' if runs else ''}."
+    if inherited.unit == "label" and not runs:
+        said = "It comes with the labels, which were flipped at random. Texts and who annotated are not protected."
     return {
         "heading": "Privacy inherited",
         "bounded": True,
         "big": bound,
         "of": f"at δ {say_delta(inherited.delta)}, for each {inherited.unit}",
-        "note": f"It comes with the models that this run learns from{f' (run {runs})' if runs else ''}. "
-        "Nothing is charged here.",
+        "note": f"{said} Nothing is charged here.",
         "label": f"Inherits {bound} at δ {say_delta(inherited.delta)} for each {inherited.unit}; nothing is charged.",
     }
 
