@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.capture.annotations import AnnotationImport, Headers, ImportSummary, OpenedAnnotation
     from rlhf_audit_nb.capture.run import Run
     from rlhf_audit_nb.labelling import LabelRelease
+    from rlhf_audit_nb.privacy.pseudonyms import AnnotatorTable
     from rlhf_audit_nb.privacy.self_audit import SelfAudit
     from rlhf_audit_nb.privatiser import TrailPrivatiser
     from rlhf_audit_nb.replaying import Replay
@@ -337,6 +338,42 @@ class AuditableRLHF:
             config=self.privacy_config,
         )
         return prepared.release(self.trail)
+
+    def annotator_statistics(self, import_id: str | None = None) -> AnnotatorTable:
+        """How each annotator works, under tokens that mean something in this table alone; for the vault's holder.
+
+        ``.rows`` holds one row a person; ``.release(k)`` gives what may be passed on: no figure is about fewer than k
+        annotators, and under a privacy budget there is none. That a table was made is written into the trail.
+
+        Args:
+            import_id: only annotations of this import.
+
+        Raises:
+            ConfigError: there is no such import.
+            VaultError: the vault does not open with this trail's key.
+            StoreError: the entry could not be appended.
+        """
+        from rlhf_audit_nb.privacy.pseudonyms import tabulate_annotators
+
+        table = tabulate_annotators(self.trail, import_id=import_id)
+        return replace(table, budgeted=table.budgeted or self.privacy_config is not None)
+
+    def reidentify(self, token: str, *, reason: str, by: str) -> str:
+        """Whose a token of a table is; the trail says who asked and why before the answer is given.
+
+        Args:
+            token: from `annotator_statistics`.
+            reason: why, in one line that stands in the open.
+            by: who asks, as they are to be named in the open.
+
+        Raises:
+            ConfigError: no reason or no name.
+            VaultError: ``unknown-token``: no such token, or the annotator was erased.
+            StoreError: the entry could not be appended; nothing is told.
+        """
+        from rlhf_audit_nb.privacy.pseudonyms import reidentify
+
+        return reidentify(self.trail, token, reason=reason, by=by)
 
     # --- the vault ---------------------------------------------------------------------------------------------------
 

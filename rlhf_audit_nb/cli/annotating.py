@@ -1,21 +1,37 @@
-"""Record what people said: ``annotations import`` and ``annotations show``. Floor 6."""
+"""Record what people said and how they work: ``annotations import|show|statistics|reidentify``. Floor 6."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_audit_nb.cli.shared import PROGRAM, WIDTH, Command, Parser, add_json, add_trail, finish, note, trail_folder
+from rlhf_audit_nb.cli.shared import (
+    PROGRAM,
+    WIDTH,
+    Command,
+    Parser,
+    add_json,
+    add_trail,
+    finish,
+    note,
+    output,
+    trail_folder,
+)
 from rlhf_audit_nb.errors import ConfigError
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.capture.annotations import ImportSummary, OpenedAnnotation
+    from rlhf_audit_nb.privacy.pseudonyms import AnnotatorRow
 
 __all__ = ["COMMANDS"]
 
 SHOWN = 20
+LEAST_K = 5
 GROUPS = ("recorded", "stated", "unknown")
 
 
@@ -149,9 +165,56 @@ def _named(name: str, value: object) -> str | None:
     return None if value is None else f"{name} {value}"
 
 
+def _do_statistics(args: argparse.Namespace) -> int:
+    from rlhf_audit_nb.privacy.k_anonymity import check_k
+    from rlhf_audit_nb.privacy.pseudonyms import NOT_FOR_RELEASE, tabulate_annotators
+    from rlhf_audit_nb.trail import Trail
+
+    check_k(args.k)
+    with Trail.open(trail_folder(args), create=False) as trail:
+        table = tabulate_annotators(trail, import_id=args.only)
+    result: dict[str, Any] = {"table": table.table, "entry": table.entry, "k": args.k}
+    words = []
+    if args.open:
+        note("The rows are about single persons: for whoever holds the vault, and not for release.")
+        result["rows"] = [asdict(row) for row in table.rows]
+        words += [_row_words(row) for row in table.rows]
+    if table.budgeted and args.open and args.out is None:
+        note(NOT_FOR_RELEASE)
+        return finish(args, result, words)
+    released = table.release(args.k)
+    result["released"] = released.to_dict()
+    words += ["", *released.words()] if words else list(released.words())
+    if args.out is not None:
+        path = output(args, Path(args.out))
+        path.write_text(json.dumps(released.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        words.append(f"written   {path}")
+    return finish(args, result, words)
+
+
+def _row_words(row: AnnotatorRow) -> str:
+    figures = {name: getattr(row, name) for name in ("agreement", "first_shown", "ties", "undecided", "rating")}
+    known = [f"{name} {value:.2f}" for name, value in figures.items() if value is not None]
+    return f"{row.token}  {row.annotations:>6}  {'  '.join(known)}".rstrip()
+
+
+def _do_reidentify(args: argparse.Namespace) -> int:
+    from rlhf_audit_nb.privacy.pseudonyms import reidentify
+    from rlhf_audit_nb.trail import Trail
+
+    with Trail.open(trail_folder(args), create=False) as trail:
+        found = reidentify(trail, args.token, reason=args.reason, by=args.by)
+    note("The trail says that this was asked, by whom and why.")
+    return finish(args, {"annotator": found}, [found])
+
+
 def _add_annotations(parser: Parser) -> None:
     parts = parser.add_subparsers(
-        dest="part", prog=f"{PROGRAM} annotations", required=True, metavar="import|show", parser_class=Parser
+        dest="part",
+        prog=f"{PROGRAM} annotations",
+        required=True,
+        metavar="import|show|statistics|reidentify",
+        parser_class=Parser,
     )
     bring = parts.add_parser("import", help="record a file of annotations in the trail", allow_abbrev=False)
     bring.set_defaults(do=_do_import)
@@ -181,15 +244,33 @@ def _add_annotations(parser: Parser) -> None:
     show.add_argument("--open", action="store_true", help="with what they say, for who holds the vault's key")
     show.add_argument("--limit", type=int, default=SHOWN, metavar="N", help=f"open at most N ({SHOWN}; 0: all)")
     add_trail(show)
-    for part in (bring, show):
+    parts_of_people = _add_people(parts)
+    for part in (bring, show, *parts_of_people):
         add_json(part)
+
+
+def _add_people(parts: Any) -> tuple[Parser, Parser]:
+    table: Parser = parts.add_parser("statistics", help="how annotators work, under tokens", allow_abbrev=False)
+    table.set_defaults(do=_do_statistics)
+    table.add_argument("--import", dest="only", metavar="ID", help="only this import")
+    table.add_argument("-k", type=int, default=LEAST_K, metavar="K", help=f"fewest people in a figure ({LEAST_K})")
+    table.add_argument("--open", action="store_true", help="with a row a person under fresh tokens; not for release")
+    table.add_argument("-o", "--out", metavar="FILE", help="write what may be passed on as JSON")
+    add_trail(table)
+    whose: Parser = parts.add_parser("reidentify", help="tell whose a token is, and record that", allow_abbrev=False)
+    whose.set_defaults(do=_do_reidentify)
+    whose.add_argument("token", metavar="TOKEN", help="from a table of this trail")
+    whose.add_argument("--reason", required=True, metavar="TEXT", help="why; stands in the open")
+    whose.add_argument("--by", required=True, metavar="NAME", help="who asks; stands in the open")
+    add_trail(whose)
+    return table, whose
 
 
 COMMANDS = (
     Command(
         "train and record",
         "annotations",
-        "record what people said of responses (import), list it (show)",
+        "what people said of responses: import, show, statistics; reidentify",
         _add_annotations,
     ),
 )

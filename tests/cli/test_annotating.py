@@ -126,3 +126,58 @@ def test_a_trail_without_annotations_says_so(run, tmp_path):
     code, out, _ = run("annotations", "show", "--trail", tmp_path / "new")
     assert (code, out.strip()) == (0, "No annotations are recorded in this trail.")
     assert run("annotations", "show", "--trail", tmp_path / "none")[0] == 2
+
+
+MANY = "prompt,first,second,choice,annotator_id\n" + "".join(
+    f"q{question},a,b,{'first' if person % 3 else 'second'},rare-worker-{person}\n"
+    for person in range(6)
+    for question in range(2)
+)
+
+
+@pytest.fixture
+def many(tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "many.csv").write_text(MANY)
+    assert run("annotations", "import", "many.csv")[0] == 0
+
+
+def test_statistics_tell_groups_and_nobody(run, many):
+    code, out, err = run("annotations", "statistics")
+    assert code == 0
+    assert "No figure is about fewer than 5 annotators" in out
+    assert "rare-worker" not in out + err
+    code, out, _ = run("annotations", "statistics", "-k", "7", "--json")
+    assert (code, json.loads(out)["released"]["groups"]) == (0, [])
+    assert run("annotations", "statistics", "-k", "1")[0] == 2
+
+
+def test_rows_stand_under_tokens_and_whose_one_is_is_told_on_the_record(run, many, tmp_path):
+    code, out, err = run("annotations", "statistics", "--open", "--json", "-o", "out.json")
+    assert code == 0
+    assert "not for release" in err
+    rows = json.loads(out)["rows"]
+    assert len(rows) == 6
+    written = (tmp_path / "out.json").read_text()
+    assert "rare-worker" not in out + err + written
+    assert not [row for row in rows if row["token"] in written]
+    code, out, _ = run("annotations", "reidentify", rows[0]["token"], "--reason", "a complaint", "--by", "A. Keeper")
+    assert code == 0
+    assert out.strip().startswith("rare-worker-")
+    (entry,) = TrailReader.open("audit").entries(type="vault.reidentified")
+    assert b"A. Keeper" in entry.body
+    assert b"rare-worker" not in entry.body
+    code, out, err = run("annotations", "reidentify", "x", "--reason", "r", "--by", "b")
+    assert (code, out) == (2, "")
+    assert "No annotator in the vault has this token" in err
+
+
+def test_under_a_budget_statistics_are_for_the_vault_s_holder_alone(run, many, tmp_path):
+    assert run("budget", "set", "--epsilon", "1.0", "--reason", "a study", "--by", "A. Keeper")[0] == 0
+    code, out, err = run("annotations", "statistics", "-o", "out.json")
+    assert (code, out) == (3, "")
+    assert "keeps a privacy budget" in err
+    assert not (tmp_path / "out.json").exists()
+    code, out, err = run("annotations", "statistics", "--open")
+    assert (code, len(out.splitlines())) == (0, 6)
+    assert "not for release" in err

@@ -25,6 +25,7 @@ from rlhf_audit_nb.events import (
     RunStarted,
     Step,
 )
+from rlhf_audit_nb.trail import TrailReader
 
 TRAIN = "trainer = dpo_trainer(pairs, out, max_steps=2)\ntrainer.train()"
 PRIVATE = "--epsilon 50 --delta 1e-3 --noise-multiplier 1.0 --sampling-rate 0.3"
@@ -483,3 +484,22 @@ def test_in_a_kernel_a_private_cell_tells_nothing_private_and_an_interrupt_settl
     assert [item.status for item in events(held, RunFinished)] == ["completed", "interrupted"]
     digests = [item.cell_digest for item in events(held, RunStarted)]
     assert digests == [hashlib.sha256(cell.source.encode()).hexdigest() for cell in (trained, interrupted)]
+
+
+def test_the_mechanism_is_checked_in_a_notebook_and_a_broken_one_fails_the_cell(shell, capsys, monkeypatch):
+    import numpy as np
+
+    from rlhf_audit_nb.privacy import self_audit
+    from rlhf_audit_nb.privacy.sampling import SealedRandom
+
+    monkeypatch.setitem(self_audit._SIZES, "full", self_audit._SIZES["small"])
+    found = shell.run_line_magic("audit", "privacy-check --record --trail there")
+    assert found.passed
+    assert "A low bound is no proof of privacy." in found._repr_html_()
+    (entry,) = TrailReader.open("there").entries(type="privacy.checked")
+    assert b'"outcome":"passed"' in entry.body
+    monkeypatch.setattr(SealedRandom, "normals", lambda self, step, tensor, count: np.zeros(count))
+    error = failure(shell, "%audit privacy-check")
+    assert isinstance(error, AuditError)
+    assert error.reason == "privacy-check"
+    assert "noise-level" in capsys.readouterr().out
