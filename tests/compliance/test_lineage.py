@@ -15,9 +15,11 @@ from support.trails import events, without_cross_checks
 from rlhf_audit_nb import AuditableRLHF, PrivacyConfig
 from rlhf_audit_nb import events as ev
 from rlhf_audit_nb.compliance import Evidence
+from rlhf_audit_nb.compliance.facts import run_facts
 from rlhf_audit_nb.compliance.lineage import lineage
 from rlhf_audit_nb.errors import ReportError
 from rlhf_audit_nb.reports.lineage import LineageView, draw, drawable, lineage_figure
+from rlhf_audit_nb.reports.privacy import inherited_words, privacy_part
 
 PAIRS = synthetic_pairs(8)
 SVG = "{http://www.w3.org/2000/svg}"
@@ -240,3 +242,41 @@ def test_a_name_that_would_deceive_is_made_visible_in_the_picture():
     assert "\u202e" not in picture
     assert "[U+202E]" in picture
     assert "<x>" not in picture
+
+
+def guarantee(*more):
+    """What can be said of a run that asked for privacy and trained a policy, with ``more`` entries in it."""
+    teller = Teller()
+    created(teller)
+    run = "b" * 32
+    trained = ev.TrainerAttached(trainer="GRPOTrainer", loss=None, max_steps=1, seed=1, hyperparameters={})
+    for event in (
+        ev.RunStarted(experiment="p", entry_point="cell", tool="t", privacy={"epsilon": 8.0}),
+        trained,
+        *more,
+    ):
+        teller.tell(event, run)
+    return run_facts(Evidence(verdict(teller.entries), tuple(teller.entries)))[0]
+
+
+def inherited(**changes):
+    given = {"kind": "private-model", "sources": [], "unit": "annotator", "epsilon": 4.0, "delta": 1e-5, **changes}
+    return ev.PrivacyInherited(**given)
+
+
+def test_a_run_inherits_only_where_an_entry_says_so_for_each_of_its_trainings():
+    second = ev.TrainerAttached(trainer="GRPOTrainer", loss=None, max_steps=1, seed=1, hyperparameters={})
+    assert guarantee().guarantee == "asked"
+    assert guarantee(inherited()).guarantee == "inherited"
+    assert guarantee(inherited(), second).guarantee == "asked"
+    assert guarantee(inherited(), second, inherited()).guarantee == "inherited"
+
+
+def test_the_words_of_what_is_inherited_name_its_source():
+    run = {"entry": 3, "run": "c" * 32, "digest": "d", "role": "reward"}
+    assert "from run cccccc" in inherited_words(inherited(sources=[run]))
+    assert "from nothing protected" in inherited_words(inherited(epsilon=0.0))
+    assert "labels that had been released" in inherited_words(inherited(kind="released-labels", unit="label"))
+    assert "declared public" in inherited_words(inherited(prompts="declared public"))
+    part = privacy_part(guarantee(inherited(sources=[run])), trusted=False)
+    assert (part.state, part.headline) == ("bad", "not verified")
