@@ -10,7 +10,8 @@ than the trail does, and a difference is named by its path.
 ``buildDefinition.buildType``      `BUILD_TYPE`: a notebook executed by papermill with the engine ``audit``
 ``externalParameters``             ``parameters``, as they were injected
 ``internalParameters``             record id, the trail's origin, the normal form's name, the kernel specification
-``resolvedDependencies``           the notebook's source; per run: data (role), models (base, reference), git commit
+``resolvedDependencies``           the notebook's source; per run: data (role), models (base, reference), the checkpoint
+                                   that a training was resumed from, git commit
 ``runDetails.builder``             `BUILDER_ID` and the tool's version
 ``runDetails.metadata``            record id; times of ``record.started`` and ``record.sealed``
 ``runDetails.byproducts``          the checkpoint (SHA-256 of the note; origin, size, root), all entries of the record
@@ -37,6 +38,7 @@ from rlhf_audit_nb.events import (
     ModelBound,
     RecordSealed,
     RecordStarted,
+    RunResumed,
     TrailCreated,
     WeightsSaved,
     decode_body,
@@ -134,6 +136,13 @@ def _model(entry: Entry, event: ModelBound) -> dict[str, Any]:
     return _resource(f"model:{event.role}", event.weights_digest, **notes)
 
 
+def _checkpoint(entry: Entry, event: RunResumed) -> list[dict[str, Any]]:
+    if event.checkpoint is None:
+        return []
+    notes = {"run": entry.run, "entry": entry.index, "step": event.step, "fromRun": event.from_run}
+    return [_resource("checkpoint", event.checkpoint, **notes)]
+
+
 def _inputs(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     found = []
     for entry in entries:
@@ -141,6 +150,8 @@ def _inputs(entries: Sequence[Entry]) -> list[dict[str, Any]]:
             found.append(_data(entry, event_of(entry, DataBound)))
         elif entry.type == ModelBound.TYPE and event_of(entry, ModelBound).role != "final":
             found.append(_model(entry, event_of(entry, ModelBound)))
+        elif entry.type == RunResumed.TYPE:
+            found += _checkpoint(entry, event_of(entry, RunResumed))
         elif entry.type == EnvironmentCaptured.TYPE:
             code = event_of(entry, EnvironmentCaptured)
             if code.git_commit:

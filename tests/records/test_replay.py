@@ -16,7 +16,7 @@ from support.tiny import synthetic_pairs
 from rlhf_audit_nb import cli
 from rlhf_audit_nb.errors import VaultError
 from rlhf_audit_nb.events import PrivacyReserved, RunResumed, decode_body
-from rlhf_audit_nb.records import run_notebook
+from rlhf_audit_nb.records import open_record, run_notebook
 from rlhf_audit_nb.records.replay import ReplayFailedError, ReplayRefusedError, replay_record
 from rlhf_audit_nb.trail import Trail, TrailReader, TrustPolicy
 from rlhf_audit_nb.trail.disclosure import disclose
@@ -175,6 +175,10 @@ def test_the_record_names_the_checkpoint_that_its_second_training_came_from(reco
     assert isinstance(said, RunResumed)
     assert said.step == 2
     assert said.entry is not None
+    claimed = open_record(recorded.record, policy=recorded.policy).statement["predicate"]["buildDefinition"]
+    (named,) = [item for item in claimed["resolvedDependencies"] if item["name"] == "checkpoint"]
+    assert named["digest"] == {"sha256": said.checkpoint}
+    assert named["annotations"]["step"] == 2
 
 
 # --- refused before anything runs ------------------------------------------------------------------------------------
@@ -257,17 +261,6 @@ def test_the_key_holders_own_vault_says_that_a_seed_was_erased(
         with pytest.raises(VaultError, match="was erased") as refused:
             recorded.again(openings=recorded.openings[1:], trail=trail)
     assert refused.value.reason == "erased"
-
-
-@pytest.mark.usefixtures("never_runs")
-def test_the_command_asks_for_an_opening_and_for_one_place_to_run(
-    recorded: Recorded, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["replay", str(recorded.record)]) == 2
-    assert "--opening" in capsys.readouterr().err
-    named = ["replay", str(recorded.record), "--opening", str(recorded.openings[0])]
-    assert cli.main([*named, "--cwd", ".", "--files", "votes.jsonl"]) == 2
-    assert "one of the two" in capsys.readouterr().err
 
 
 def test_seeds_stand_in_no_command_line_and_no_environment(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
