@@ -19,7 +19,7 @@ QUIET = 0.02
 
 
 def _figures(folder: Path, only: str | None, *, quick: bool) -> list[Figure]:
-    from benchmarks import annotations, planning, startup, trails, training, verifying
+    from benchmarks import annotations, labels, planning, startup, trails, training, verifying
 
     rooms: dict[str, Callable[[], Iterable[Figure]]] = {
         "startup": startup.measure,
@@ -28,6 +28,7 @@ def _figures(folder: Path, only: str | None, *, quick: bool) -> list[Figure]:
         "annotations": lambda: annotations.measure(folder, quick=quick),
         "planning": lambda: planning.measure(quick=quick),
         "training": lambda: training.measure(folder, quick=quick),
+        "labels": lambda: labels.measure(folder / "labels", quick=quick),
     }
     found = []
     for name, measure in rooms.items():
@@ -53,7 +54,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer repeats: shows that it runs, not what it costs")
     parser.add_argument("--json", metavar="FILE", help="also write the figures as JSON")
-    parser.add_argument("--only", choices=("startup", "trail", "verifying", "annotations", "planning", "training"))
+    parser.add_argument(
+        "--only", choices=("startup", "trail", "verifying", "annotations", "planning", "training", "labels")
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="rlhf-audit-bench-") as name:
         os.environ["RLHF_AUDIT_HOME"] = str(Path(name) / "home")

@@ -2,6 +2,8 @@
 
     load_preferences("votes.jsonl.gz", columns={"prompt": "question", "annotator_id": "worker"})
 
+What a release of labels wrote keeps the two columns that say so.
+
 A source is a file (JSON lines or a JSON array, CSV, parquet; the first three also with ``.gz``), a folder written by
 ``Dataset.save_to_disk``, a name on the Hugging Face hub, or `SIMULATED`. Every complaint names the file, the row and
 the column, and nothing is dropped or mended in silence: a vote that cannot be used is an error.
@@ -34,6 +36,7 @@ SIMULATED_FILE = Path(__file__).with_name("simulated_preferences.jsonl")
 COLUMNS = ("prompt", "chosen", "rejected", "annotator_id")
 
 _TEXTS = COLUMNS[:3]
+_RELEASED = ("label_release", "label_check")  # what `release_labels` puts beside its noisy rows
 _FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 
 
@@ -44,6 +47,8 @@ def load_preferences(
     split: str = "train",
 ) -> Dataset:
     """The votes of ``source`` as a `datasets.Dataset` with the columns ``prompt, chosen, rejected, annotator_id``.
+
+    Rows that a release of labels wrote have no annotators, and keep its two columns ``label_release, label_check``.
 
     Args:
         source: a file, a folder of ``save_to_disk``, a hub name, or ``"simulated"``.
@@ -60,8 +65,12 @@ def load_preferences(
         raise DataError(
             f"{source} has no rows.", next_step="Name a file or a split with at least one vote.", code="empty-data"
         )
+    released = _RELEASED if all(name in row for row in rows for name in _RELEASED) else ()
+    if released and not any("annotator_id" in row for row in rows):
+        names["annotator_id"] = None
     _check_columns(rows, names, source)
     table = {ours: _column(rows, ours, theirs, source) for ours, theirs in names.items() if theirs is not None}
+    table |= {name: _column(rows, name, name, source) for name in released}
     from datasets import Dataset
 
     return Dataset.from_dict(table)

@@ -159,3 +159,18 @@ def test_a_renaming_without_an_equals_sign_is_refused():
 def test_real_human_votes_are_read(llmfao):
     loaded = load_preferences(llmfao / "mini.jsonl.gz")
     assert (loaded.num_rows, len(set(loaded["annotator_id"]))) == (200, 8)
+
+
+def test_rows_of_a_release_of_labels_keep_what_says_so(tmp_path):
+    path = tmp_path / "noisy.jsonl"
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "label_release": "r", "label_check": "c", "other": 1}
+    path.write_text(json.dumps(row) + "\n")
+    loaded = load_preferences(path)
+    assert loaded.column_names == ["prompt", "chosen", "rejected", "label_release", "label_check"]
+    assert loaded[0]["label_check"] == "c"
+    path.write_text(json.dumps({**row, "annotator_id": "w1"}) + "\n")
+    assert load_preferences(path)[0]["annotator_id"] == "w1"
+    del row["label_check"]
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match="annotator_id"):
+        load_preferences(path)

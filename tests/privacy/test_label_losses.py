@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.tiny import dpo_trainer, kto_trainer, perturb, reward_trainer, sft_trainer, synthetic_pairs
 
+from benchmarks.labels import held_out
 from rlhf_audit_nb.errors import PrivacyError, UnsupportedTrainerError
 from rlhf_audit_nb.privacy.label_losses import (
     DEBIASED_BRADLEY_TERRY,
@@ -202,3 +203,13 @@ def test_another_smoothing_than_the_flips_is_refused(tmp_path):
     with pytest.raises(UnsupportedTrainerError, match=r"label_smoothing is 0\.1, and these labels were flipped with"):
         check_flip_probability(trainer, CHANCE)
     check_flip_probability(trainer, 0.1)
+
+
+@pytest.mark.slow
+def test_debiasing_is_worth_something_at_epsilon_one(tmp_path):
+    """The figure of docs/privacy/labels.md on one seed; the flips, the model and the batches are all seeded."""
+    accuracy, loss = held_out(tmp_path / "debiased", 1, debias=True)
+    _, undebiased = held_out(tmp_path / "not", 1, debias=False)
+    assert accuracy > 0.9
+    assert loss < 0.6 * undebiased
+    assert undebiased > 0.27  # it learns how often labels were flipped: log(1 + 1/e) = 0.313 is where it would end
