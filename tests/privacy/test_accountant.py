@@ -153,6 +153,19 @@ def test_the_order_and_the_splitting_of_a_spend_do_not_matter() -> None:
     assert whole == split
 
 
+def test_the_budget_of_many_runs_is_what_dp_accounting_composes_and_is_planned_upon_quickly() -> None:
+    runs = [Mechanism(2.0 + 0.1 * number, 0.05, 30 + number) for number in range(6)]
+    assert composed_epsilon(runs, 1e-5) == pytest.approx(direct(runs, 1e-5), rel=1e-8)
+    changed = [*runs[:3], Mechanism(2.35, 0.05, 100), *runs[4:]]
+    assert composed_epsilon(changed, 1e-5) == pytest.approx(direct(changed, 1e-5), rel=1e-8)
+    prior = [Mechanism(3 + 0.01 * number, 0.05, 100) for number in range(30)]
+    before = composed_epsilon(prior, 1e-5)
+    begun = time.process_time()
+    sigma = calibrate(before + 1, 1e-5, 0.05, 100, prior)
+    assert 0.997 * (before + 1) <= composed_epsilon([*prior, Mechanism(sigma, 0.05, 100)], 1e-5) <= before + 1
+    assert time.process_time() - begun < 6
+
+
 def test_nothing_costs_nothing() -> None:
     assert compose([], 1e-5).epsilon == 0
     assert compose([Mechanism(1.0, 0.1, 0)], 1e-5).epsilon == 0
