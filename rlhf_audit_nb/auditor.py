@@ -689,7 +689,7 @@ class AuditableRLHF:
         from rlhf_audit_nb.reports.lineage import LineageView
 
         evidence = self._evidence(None)
-        digests = {index: half.digest for index, half in private_halves(self.trail) if half.digest} if join else None
+        digests = {index: half.digest for index, _, half in private_halves(self.trail) if half.digest} if join else None
         return LineageView(lineage(evidence, digests), evidence.level)
 
     def _record_saves(self, made: Any, kind: type[ReportCreated | CardCreated], verdict: Verdict) -> None:

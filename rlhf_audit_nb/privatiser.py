@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.capture.run import Run, RunObserver
     from rlhf_audit_nb.capture.state import InheritedView, PrivacyView
     from rlhf_audit_nb.config import PrivacyConfig
-    from rlhf_audit_nb.events import DataPrivate, PrivacyInherited
+    from rlhf_audit_nb.events import DataBound, DataPrivate, PrivacyInherited
     from rlhf_audit_nb.privacy.accountant import Mechanism
     from rlhf_audit_nb.privacy.ledger import Ledger
     from rlhf_audit_nb.privacy.plan import Plan
@@ -246,19 +246,27 @@ def model_shown(model: Any, name: str) -> ModelShown:
 
 
 def _protected_digests(trail: Trail) -> set[str]:
-    """Digests of rows and of prompts that private trainings of the trail read, as far as the vault still has them."""
-    return {digest for _, half in private_halves(trail) for digest in (half.digest, half.prompts) if digest}
+    """Digests of rows and of prompts that private trainings of the trail read, as far as the vault still has them.
+
+    Those of released labels are left out: there the label alone is protected, and no prompt.
+    """
+    return {
+        digest
+        for _, bound, half in private_halves(trail)
+        for digest in (half.digest, half.prompts)
+        if digest and bound.unit != "label"
+    }
 
 
-def private_halves(trail: Trail) -> Iterator[tuple[int, DataPrivate]]:
-    """What the vault holds of the data sets that private trainings read, each with the index of its entry.
+def private_halves(trail: Trail) -> Iterator[tuple[int, DataBound, DataPrivate]]:
+    """What the vault holds of the data sets that private trainings read: the index of the entry, and both halves.
 
     What was erased, or is lost, is left out.
 
     Raises:
         VaultError: the vault does not open with this trail's key, or an opening is not its commitment's.
     """
-    from rlhf_audit_nb.events import DataBound, DataPrivate, decode_private
+    from rlhf_audit_nb.events import DataBound, DataPrivate, decode_body, decode_private
     from rlhf_audit_nb.trail import Vault
 
     # A vault of its own: the trail's is the writer's, which may be sealing on another thread meanwhile.
@@ -272,9 +280,9 @@ def private_halves(trail: Trail) -> Iterator[tuple[int, DataPrivate]]:
                 if error.reason in ("erased", "opening-missing"):
                     continue
                 raise
-            half = decode_private(entry.type, payload)
-            if isinstance(half, DataPrivate):
-                yield entry.index, half
+            bound, half = decode_body(entry.type, entry.body), decode_private(entry.type, payload)
+            if isinstance(bound, DataBound) and isinstance(half, DataPrivate):
+                yield entry.index, bound, half
 
 
 def _raised(ledger: Ledger, config: PrivacyConfig) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from support.tiny import dpo_trainer, preferences, reward_trainer, sft_trainer
+from support.tiny import dpo_trainer, grpo_trainer, preferences, reward_trainer, sft_trainer
 from support.trails import events, kinds
 
 from rlhf_audit_nb.auditor import AuditableRLHF
@@ -98,6 +98,21 @@ def test_a_reward_model_trains_on_the_noisy_file_with_the_debiased_loss(auditor,
     assert attached.hyperparameters["label_smoothing"] == flip_chance(EPSILON)
     (inherited,) = events(auditor.trail, PrivacyInherited)
     assert inherited.epsilon == EPSILON
+
+
+def test_a_policy_rewarded_by_a_model_of_released_labels_inherits_their_epsilon_on_the_same_prompts(tmp_path, votes):
+    auditor = holder(tmp_path, public_prompts=True)
+    noisy = auditor.release_labels(votes, epsilon=EPSILON, out=tmp_path / "noisy.jsonl")
+    reward = reward_trainer(rows_of(noisy), tmp_path / "reward")
+    train(auditor, reward)
+    before = auditor.budget().to_dict()
+    prompts = [{"prompt": row["prompt"]} for row in votes]
+    run = train(auditor, grpo_trainer([reward.model], tmp_path / "policy", prompts=prompts))
+    _, inherited = events(auditor.trail, PrivacyInherited)
+    assert (inherited.kind, inherited.unit, inherited.epsilon) == ("private-model", "label", EPSILON)
+    assert auditor.budget().to_dict() == before
+    assert "inherits ε 1.50" in run.summary()
+    assert "δ 0, per label" in str(auditor.lineage())  # the reward model's own bound is pure
 
 
 def test_a_part_of_the_rows_in_another_order_and_more_than_once_is_still_the_release(auditor, tmp_path):

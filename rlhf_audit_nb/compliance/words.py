@@ -171,7 +171,9 @@ def epsilon_text(value: Any, digits: int = 2) -> str:
 
 
 def delta_text(value: float) -> str:
-    """``1e-05`` as ``10⁻⁵``."""
+    """``1e-05`` as ``10⁻⁵``; 0, of a pure bound, as ``0``."""
+    if not value:
+        return "0"
     return _power(value, 2) if value < _SCIENTIFIC_BELOW else number_text(value)
 
 

@@ -45,6 +45,7 @@ def test_characters_that_hide_or_turn_text_are_made_visible():
 
 def test_sizes_times_and_powers_read_as_people_write_them():
     assert words.delta_text(1e-5) == "10⁻⁵"
+    assert words.delta_text(0.0) == "0"
     assert words.number_text(2.5e-5) == "2.5×10⁻⁵"
     assert words.size_text(5_012_345) == "5.0 MB"
     assert words.duration_text(3_725_000_000) == "1\u00a0h 2\u00a0min"

@@ -52,7 +52,9 @@ def say_number(value: float, *, full: bool = False) -> str:
 
 
 def say_delta(delta: float) -> str:
-    """δ as a power of ten: ``10⁻⁵``, ``2·10⁻⁶``."""
+    """δ as a power of ten: ``10⁻⁵``, ``2·10⁻⁶``; 0 where the bound is pure."""
+    if not delta:
+        return "0"
     mantissa, exponent = f"{delta:.2e}".split("e")
     power = "10" + str(int(exponent)).translate(_SUPERSCRIPT)
     mantissa = mantissa.rstrip("0").rstrip(".")

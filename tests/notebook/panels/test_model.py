@@ -361,6 +361,7 @@ def test_numbers_are_said_with_three_digits(value, said):
 
 def test_small_words():
     assert say_delta(1e-5) == "10⁻⁵"
+    assert say_delta(0.0) == "0"
     assert say_delta(2.5e-6) == "2.5·10⁻⁶"
     assert say_seconds(134) == "2 min 14 s"
     assert say_seconds(3 * 3600 + 120) == "3 h 2 min"
