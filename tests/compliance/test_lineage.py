@@ -276,7 +276,7 @@ def test_the_words_of_what_is_inherited_name_its_source():
     run = {"entry": 3, "run": "c" * 32, "digest": "d", "role": "reward"}
     assert "from run cccccc" in inherited_words(inherited(sources=[run]))
     assert "from nothing protected" in inherited_words(inherited(epsilon=0.0))
-    assert "labels that had been released" in inherited_words(inherited(kind="released-labels", unit="label"))
+    assert "labels that had been flipped at random" in inherited_words(inherited(kind="released-labels", unit="label"))
     assert "declared public" in inherited_words(inherited(prompts="declared public"))
     part = privacy_part(guarantee(inherited(sources=[run])), trusted=False)
     assert (part.state, part.headline) == ("bad", "not verified")
