@@ -137,6 +137,7 @@ class PlannedTraining:
     @contextmanager
     def training(self, run: Run, trainer: Any, observer: RunObserver) -> Iterator[None]:
         """Reserves the plan, makes ``trainer`` private while it lasts, and settles at the end, however it comes."""
+        from rlhf_audit_nb.events import PrivacyEngine
         from rlhf_audit_nb.privacy.engine import private_training
         from rlhf_audit_nb.privacy.plan import settle_event
         from rlhf_audit_nb.privacy.reservation import reserve
@@ -153,8 +154,16 @@ class PlannedTraining:
             resolution_us=run.resolution_us,
         )
         steps, stopped = 0, False
+
+        def fell_back(engine: str, reason: str) -> None:
+            run.record(PrivacyEngine(reservation=reservation, engine=engine, reason=reason))
+            run.warn(
+                f"The gradient engine that was planned ({self._plan.engine.engine}) is not used: {reason}. "
+                f"This training uses the {engine}, with the same guarantee; it may take longer."
+            )
+
         try:
-            with private_training(trainer, self._plan, randomness, observer) as engine:
+            with private_training(trainer, self._plan, randomness, observer, fell_back=fell_back) as engine:
                 try:
                     yield
                 finally:

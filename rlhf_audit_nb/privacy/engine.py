@@ -39,6 +39,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback
 
 from rlhf_audit_nb.errors import AuditError, PrivacyError, UnsupportedTrainerError
+from rlhf_audit_nb.privacy.engine_check import CheckedRows, FellBack
+from rlhf_audit_nb.privacy.engine_choice import ROWS
 from rlhf_audit_nb.privacy.plan import data_fingerprint
 from rlhf_audit_nb.privacy.quiet import quiet_preparation, unheard
 from rlhf_audit_nb.privacy.quiet_training import (
@@ -90,10 +92,16 @@ class PrivateTraining:
     """
 
     def __init__(
-        self, plan: Plan, randomness: SealedRandom, observer: PrivacyObserver | None, tokens: int | None = None
+        self,
+        plan: Plan,
+        randomness: SealedRandom,
+        observer: PrivacyObserver | None,
+        tokens: int | None = None,
+        fell_back: FellBack | None = None,
     ) -> None:
         self.plan = plan
         self._tokens = tokens
+        self._fell_back = fell_back
         self.steps = 0
         self.stopped_by_budget = False
         self._random = randomness
@@ -132,7 +140,11 @@ class PrivateTraining:
         self._started = True
         rows = trainer._remove_unused_columns(trainer.train_dataset)  # noqa: SLF001 - as Trainer does itself
         self._rows = rows
-        self._gradients = LoopEngine(rows, self._tokens)
+        micro_batch = self.plan.config.micro_batch or max(1, trainer.args.per_device_train_batch_size)
+        if self.plan.engine.engine == ROWS:
+            self._gradients = CheckedRows(rows, self._tokens, micro_batch, self._fell_back)
+        else:
+            self._gradients = LoopEngine(rows, self._tokens, micro_batch)
 
     def cover(self, model: torch.nn.Module) -> Sums:
         """Take all trainable parameters of the model under the mechanism."""
@@ -147,6 +159,9 @@ class PrivateTraining:
         sums = self.cover(model)
         with own_generators():
             probe(trainer, model, self._rows, self._tokens)
+            if isinstance(self._gradients, CheckedRows):
+                self._gradients.prepare(trainer, model, sums)
+                model.zero_grad(set_to_none=True)
         refuse_moved_buffers(self._buffers)
         clear_metrics(trainer)
         return sums
@@ -254,7 +269,12 @@ class PrivateTraining:
 
 @contextlib.contextmanager
 def private_training(
-    trainer: Any, plan: Plan, randomness: SealedRandom, observer: PrivacyObserver | None = None
+    trainer: Any,
+    plan: Plan,
+    randomness: SealedRandom,
+    observer: PrivacyObserver | None = None,
+    *,
+    fell_back: FellBack | None = None,
 ) -> Iterator[PrivateTraining]:
     """While inside, one ``train()`` of ``trainer`` is private as ``plan`` says; afterwards all is as it was.
 
@@ -269,6 +289,7 @@ def private_training(
         plan: what `plan_training` made for this trainer.
         randomness: a sealed seed that has served no other training.
         observer: is given each step's private metrics.
+        fell_back: is told, before the first step, that another engine runs than the plan names: which, and why.
 
     Raises:
         PrivacyError: the trainer changed since the plan was made, or the seed has been used.
@@ -276,7 +297,7 @@ def private_training(
     check_supported(trainer)
     check_unit(trainer, "pair" if plan.config.sampled == "pairs" else plan.config.unit)
     randomness.claim()
-    engine = PrivateTraining(plan, randomness, observer, token_normaliser(trainer))
+    engine = PrivateTraining(plan, randomness, observer, token_normaliser(trainer), fell_back)
     with contextlib.ExitStack() as stack:
         stack.callback(engine.close)
         stack.enter_context(_swapped_class(trainer, engine))

@@ -24,6 +24,7 @@ from rlhf_audit_nb.privacy.accountant import (
     max_steps,
 )
 from rlhf_audit_nb.privacy.draws import Draws
+from rlhf_audit_nb.privacy.engine_choice import LOOP, Choice, choose_engine
 from rlhf_audit_nb.privacy.populations import Roster
 from rlhf_audit_nb.privacy.sampling import GENERATOR
 from rlhf_audit_nb.privacy.supported import check_supported, check_unit
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.privacy.sampling import SealedRandom
 
 __all__ = [
-    "ENGINE",
     "MECHANISM",
     "PAIR_MECHANISM",
     "Plan",
@@ -48,7 +48,7 @@ __all__ = [
 
 MECHANISM = "Poisson-subsampled Gaussian"
 PAIR_MECHANISM = "Gaussian over Poisson-sampled pairs, accounted for all pairs of a unit together"
-ENGINE = "loop over units"
+_NOT_CHOSEN = Choice(LOOP, "the trainer was not looked at")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,7 @@ class Plan:
         warnings: what a person should know about these settings, as sentences.
         fingerprint: of the prepared data set, to notice that it was changed between plan and training.
         roster: whom the units are; ``None`` where that is not known, as of pairs.
+        engine: which gradient engine computes it, and why.
     """
 
     config: PrivacyConfig
@@ -84,6 +85,7 @@ class Plan:
     warnings: tuple[str, ...]
     fingerprint: str
     roster: Roster | None = None
+    engine: Choice = _NOT_CHOSEN
 
     @property
     def steps(self) -> int:
@@ -155,7 +157,7 @@ class Plan:
         plan = plan_units(
             self.config, self.units, self.sampling_rate, self.steps_asked, self.steps_per_epoch, prior, self.fingerprint
         )
-        return replace(plan, roster=self.roster)
+        return replace(plan, roster=self.roster, engine=self.engine)
 
 
 def plan_training(
@@ -187,6 +189,7 @@ def plan_training(
     check_unit(trainer, config.unit)
     if config.sampled == "pairs":
         check_unit(trainer, "pair")
+    engine = choose_engine(trainer, config)
     if composed_epsilon(prior, config.delta) >= config.epsilon:  # said before even the roster is read
         raise _exhausted(config, composed_epsilon(prior, config.delta))
     dataset = _dataset(trainer)
@@ -205,7 +208,7 @@ def plan_training(
             code="no-steps-left",
         )
     plan = plan_units(config, units, rate, asked - done, per_epoch, prior, data_fingerprint(dataset))
-    return replace(plan, roster=roster)
+    return replace(plan, roster=roster, engine=engine)
 
 
 def plan_units(
@@ -263,7 +266,7 @@ def reserve_event(
         unit=plan.units.unit,
         adjacency=plan.config.adjacency,
         mechanism=PAIR_MECHANISM if plan.config.sampled == "pairs" else MECHANISM,
-        engine=ENGINE,
+        engine=plan.engine.engine,
         generator=generator,
         units=len(plan.units),
         clipping_norm=plan.clipping_norm,

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from rlhf_audit_nb.errors import AuditError, UnsupportedTrainerError
+from rlhf_audit_nb.privacy.engine_choice import LOOP
 
 __all__ = [
     "Buffer",
@@ -32,6 +33,7 @@ __all__ = [
     "Seen",
     "Sums",
     "clip_into",
+    "clip_units_into",
     "own_generators",
     "probe",
     "refuse_gradient_hooks",
@@ -51,16 +53,14 @@ class Sampled:
 
 
 class GradientEngine(Protocol):
-    """Computes the gradients of what a step sampled; it neither samples nor adds noise.
+    """Computes the gradients of what a step sampled; it neither samples nor adds noise."""
 
-    Attributes:
-        name: how the reservation and the report call it.
-    """
-
-    name: str
+    @property
+    def name(self) -> str:
+        """How the reservation and the report call it."""
 
     def add(self, trainer: Any, model: torch.nn.Module, sampled: Sequence[Sampled], sums: Sums, seen: Seen) -> None:
-        """Add to ``sums`` the clipped gradient of each of ``sampled``, and tell ``seen`` of it.
+        """Add to ``sums``, which are zero, the clipped gradient of each of ``sampled``, and tell ``seen`` of it.
 
         It runs inside `own_generators`, and may use ``.grad`` as it likes; the caller clears it.
         """
@@ -93,6 +93,11 @@ class Seen:
     """What a step saw of its units: private, every number of it."""
 
     def __init__(self) -> None:
+        self.notes: dict[str, float | int | str] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the units, not the notes: they are computed again."""
         self.pairs: list[int] = []
         self.losses: list[float] = []
         self.norms: list[float] = []
@@ -127,6 +132,7 @@ class Seen:
             "units": len(self.pairs),
             "pairs": sum(self.pairs),
             "non_finite_units": len(self.pairs) - finite - self.failed,
+            **self.notes,
         }
         if self.first_error is not None:
             out |= {"failed_units": self.failed, "unit_error": self.first_error}
@@ -146,13 +152,15 @@ class LoopEngine:
     Args:
         data: the prepared rows, by number.
         tokens: what a loss that sums over tokens is divided by; ``None`` for one that is a mean over rows.
+        micro_batch: rows of the data that go through the model at once.
     """
 
-    name = "loop over units"
+    name = LOOP
 
-    def __init__(self, data: Any, tokens: int | None) -> None:
+    def __init__(self, data: Any, tokens: int | None, micro_batch: int) -> None:
         self._data = data
         self._tokens = tokens
+        self._micro_batch = micro_batch
 
     def add(self, trainer: Any, model: torch.nn.Module, sampled: Sequence[Sampled], sums: Sums, seen: Seen) -> None:
         """See `GradientEngine.add`."""
@@ -161,12 +169,26 @@ class LoopEngine:
                 parameter.grad = None
             torch.manual_seed(item.seed)
             try:
-                loss = _unit_gradient(trainer, model, self._data, item.rows, self._tokens)
+                loss = self.gradient(trainer, model, item.rows)
             except Exception as error:
                 seen.fail(len(item.rows), error)
                 continue
             norm = sums.add_grad() if math.isfinite(loss) else math.nan
             seen.add(len(item.rows), loss, norm, sums.bound)
+
+    def gradient(self, trainer: Any, model: torch.nn.Module, rows: Sequence[int]) -> float:
+        """Leave the gradient of the mean loss over ``rows`` in ``.grad``; returns that loss (private)."""
+        public = {} if self._tokens is None else {"num_items_in_batch": self._tokens}
+        mean = 0.0
+        for start in range(0, len(rows), self._micro_batch):
+            part = rows[start : start + self._micro_batch]
+            inputs = trainer._prepare_inputs(trainer.data_collator([self._data[row] for row in part]))  # noqa: SLF001
+            with trainer.compute_loss_context_manager():
+                loss = trainer.compute_loss(model, inputs, **public)
+            share = loss * ((len(part) if self._tokens is None else 1) / len(rows))
+            share.backward()
+            mean += float(share.detach())
+        return mean
 
 
 def clip_into(parameters: list[torch.nn.Parameter], sums: list[torch.Tensor], bound: float) -> float:
@@ -190,23 +212,30 @@ def clip_into(parameters: list[torch.nn.Parameter], sums: list[torch.Tensor], bo
     return norm
 
 
-def _unit_gradient(trainer: Any, model: torch.nn.Module, data: Any, rows: Sequence[int], tokens: int | None) -> float:
-    """Leave the gradient of the mean loss over ``rows`` in ``.grad``; returns that loss (private).
+def clip_units_into(gradients: Mapping[int, torch.Tensor], sums: Sums, finite: Sequence[bool]) -> list[float]:
+    """As `clip_into`, for many units at once.
 
-    ``tokens`` is what a loss that sums over tokens is divided by, ``None`` for one that is a mean over rows.
+    Args:
+        gradients: by the parameter's place among ``sums.parameters``: (units, *shape); a place may be absent.
+        sums: where they are added.
+        finite: for each unit, whether its loss is; the others add nothing.
+
+    Returns:
+        Each unit's norm before clipping, in order.
     """
-    public = {} if tokens is None else {"num_items_in_batch": tokens}
-    chunk = max(1, trainer.args.per_device_train_batch_size)
-    mean = 0.0
-    for start in range(0, len(rows), chunk):
-        part = rows[start : start + chunk]
-        inputs = trainer._prepare_inputs(trainer.data_collator([data[row] for row in part]))  # noqa: SLF001
-        with trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(model, inputs, **public)
-        share = loss * ((len(part) if tokens is None else 1) / len(rows))
-        share.backward()
-        mean += float(share.detach())
-    return mean
+    device = sums.tensors[0].device
+    squares = torch.zeros(len(finite), dtype=torch.float64, device=device)
+    for gradient in gradients.values():
+        squares += torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=torch.float64).to(device).square()
+    norms = [norm if good else math.nan for norm, good in zip(squares.sqrt().tolist(), finite, strict=True)]
+    limit = sums.bound * _MARGIN
+    kept = [unit for unit, norm in enumerate(norms) if math.isfinite(norm)]
+    factors = torch.tensor([min(1.0, limit / max(norms[unit], limit)) for unit in kept], dtype=torch.float64)
+    for place, gradient in gradients.items():
+        total = sums.tensors[place]
+        part = (gradient if len(kept) == len(norms) else gradient[kept]).flatten(1).to(total.device)
+        total.view(-1).addmv_(part.double().t(), factors.to(total.device))
+    return norms
 
 
 def probe(trainer: Any, model: torch.nn.Module, data: Any, tokens: int | None) -> None:
@@ -221,7 +250,7 @@ def probe(trainer: Any, model: torch.nn.Module, data: Any, tokens: int | None) -
     last = len(trainer.processing_class) - 1
     row = {name: _made_up(name, feature, last) for name, feature in data.features.items()}
     try:
-        _unit_gradient(trainer, model, [row], [0], tokens)
+        LoopEngine([row], tokens, 1).gradient(trainer, model, [0])
     except (AuditError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:

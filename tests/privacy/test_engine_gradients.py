@@ -1,14 +1,7 @@
-"""What one unit contributes, against a float64 computation that shares no code with the engine.
-
-The engine is driven through ``trainer.train()`` on real TRL trainers. A sealed generator that gives no noise and
-samples one unit per step (learning rate 0, so that weights stay) lets the private gradient of a step be read as one
-unit's clipped gradient. The truth is computed pair by pair, without padding, in float64, from the written formula of
-the loss and a fresh copy of the model.
-"""
+"""What one unit contributes, by either engine, against a float64 computation that shares no code with them."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +9,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.gradients import (
+    DPO_FORMULAS,
+    SIZES,
+    STILL,
+    TOLERANCE,
+    Keeps,
+    OneUnitPerStep,
+    clip,
+    clipped_by_engine,
+    copied,
+    dpo_truth,
+    dpo_truths,
+    dpo_with_units,
+    error,
+    kto_truth,
+    norm_of,
+    reward_truth,
+    rows_by_annotator,
+    rows_of_units,
+    sft_truth,
+    unit_rows,
+)
 from support.tiny import (
     causal_model,
     dpo_trainer,
@@ -27,196 +42,34 @@ from support.tiny import (
     reward_trainer,
     sft_trainer,
 )
-from torch.nn import functional
-from transformers import TrainerCallback
 
 from rlhf_audit_nb.config import PrivacyConfig
-from rlhf_audit_nb.privacy import SealedRandom, plan_training, private_training
+from rlhf_audit_nb.privacy import plan_training, private_training
 from rlhf_audit_nb.privacy.supported import DPO_LOSSES
 from rlhf_audit_nb.privacy.unit_gradients import clip_into
 
-SIZES = (1, 2, 5)
-TOLERANCE = 1e-5
+ENGINES = pytest.mark.parametrize("engine", ["loop", "rows"])
 
 
-class OneUnitPerStep(SealedRandom):
-    """Step t samples unit t alone, takes all its pairs, and adds no noise."""
-
-    def bernoulli_mask(self, step: int, rate: float, count: int) -> Any:
-        return np.arange(count) == step
-
-    def normals(self, step: int, tensor: int, count: int) -> Any:
-        return np.zeros(count)
-
-
-class Keeps(TrainerCallback):
-    """Keeps the gradients that the optimizer is about to see."""
-
-    def __init__(self) -> None:
-        self.gradients: list[dict[str, torch.Tensor]] = []
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self.gradients.append(
-            {name: p.grad.double().clone() for name, p in model.named_parameters() if p.requires_grad}
-        )
-
-
-def rows_of_units() -> list[dict[str, str]]:
-    """Real pairs, the annotators of which have 1, 2 and 5 of them."""
-    owners = [f"unit-{unit}" for unit, size in enumerate(SIZES) for _ in range(size)]
-    rows = preferences(len(owners) * 3)[::3]
-    return [{**row, "annotator_id": owner} for row, owner in zip(rows, owners, strict=True)]
-
-
-def clipped_by_engine(trainer: Any, bound: float, **config: Any) -> list[dict[str, torch.Tensor]]:
-    """Each unit's contribution as it stands in ``.grad``, times the expected number of units."""
-    settings = {"epsilon": 1e6, "noise_multiplier": 1.0, "sampling_rate": 1.0, "clipping_norm": bound, **config}
-    plan = plan_training(trainer, PrivacyConfig(**settings))
-    keeps = Keeps()
-    trainer.add_callback(keeps)
-    with private_training(trainer, plan, OneUnitPerStep(bytes(32))):
-        trainer.train()
-    assert len(keeps.gradients) == len(plan.units)
-    return [{name: grad * plan.expected_units for name, grad in gradients.items()} for gradients in keeps.gradients]
-
-
-def clip(gradient: dict[str, torch.Tensor], bound: float) -> dict[str, torch.Tensor]:
-    norm = math.sqrt(sum(float(grad.square().sum()) for grad in gradient.values()))
-    return {name: grad * min(1.0, bound / norm) for name, grad in gradient.items()}
-
-
-def norm_of(gradient: dict[str, torch.Tensor]) -> float:
-    return math.sqrt(sum(float(grad.square().sum()) for grad in gradient.values()))
-
-
-def error(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> float:
-    """Relative L2 distance; NaN, an absent tensor or an all-zero truth is a failure and never a zero."""
-    assert found.keys() == truth.keys()
-    assert all(torch.isfinite(grad).all() for grad in [*found.values(), *truth.values()])
-    assert norm_of(truth) > 1e-6
-    return norm_of({name: found[name] - truth[name] for name in truth}) / norm_of(truth)
-
-
-def log_probability(model: Any, prompt: list[int], completion: list[int]) -> torch.Tensor:
-    tokens = torch.tensor([prompt + completion])
-    logits = model(input_ids=tokens).logits[0, :-1].log_softmax(-1)
-    picked = logits.gather(-1, tokens[0, 1:, None])[:, 0]
-    return picked[len(prompt) - 1 :].sum()
-
-
-def dpo_truth(model: Any, reference: Any, rows: list[Any], beta: float, length: int) -> dict[str, torch.Tensor]:
-    """The gradient of the mean sigmoid DPO loss over ``rows``, from the formula."""
-    model.zero_grad()
-    for row in rows:
-        prompt = row["prompt_ids"]
-        chosen, rejected = (row[key][: length - len(prompt)] for key in ("chosen_ids", "rejected_ids"))
-        margin = log_probability(model, prompt, chosen) - log_probability(model, prompt, rejected)
-        with torch.no_grad():
-            base = log_probability(reference, prompt, chosen) - log_probability(reference, prompt, rejected)
-        (-functional.logsigmoid(beta * (margin - base)) / len(rows)).backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def reward_truth(model: Any, rows: list[Any]) -> dict[str, torch.Tensor]:
-    """The gradient of the mean Bradley-Terry loss over ``rows``, from the formula."""
-    model.zero_grad()
-    for row in rows:
-        chosen, rejected = (
-            model(input_ids=torch.tensor([row[key]])).logits[0, 0] for key in ("chosen_ids", "rejected_ids")
-        )
-        (-functional.logsigmoid(chosen - rejected) / len(rows)).backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def sft_truth(model: Any, rows: list[Any], tokens: int, *, dft: bool = False) -> dict[str, torch.Tensor]:
-    """The gradient of the mean over ``rows`` of (sum of the completion's token losses) / ``tokens``."""
-    model.zero_grad()
-    for row in rows:
-        labels = torch.tensor(row["labels"])[1:]
-        found = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].log_softmax(-1)
-        kept = labels != -100
-        picked = found[kept].gather(-1, labels[kept][:, None])[:, 0]
-        losses = -picked * picked.exp().detach() if dft else -picked
-        (losses.sum() / tokens / len(rows)).backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def kto_truth(model: Any, reference: Any, rows: list[Any], beta: float, length: int) -> dict[str, torch.Tensor]:
-    """The gradient of the mean unpaired APO-zero loss over ``rows``, from the formula."""
-    model.zero_grad()
-    for row in rows:
-        prompt = row["prompt_ids"]
-        completion = row["completion_ids"][: length - len(prompt)]
-        with torch.no_grad():
-            base = log_probability(reference, prompt, completion)
-        chance = torch.sigmoid(beta * (log_probability(model, prompt, completion) - base))
-        ((1 - chance if row["label"] else chance) / len(rows)).backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def rows_by_annotator(trainer: Any, rotate: int = 0) -> list[list[Any]]:
-    """The prepared rows of each unit; with ``rotate``, every row under its neighbour's annotator."""
-    rows = list(trainer.train_dataset)
-    owners = [row["annotator_id"] for row in rows]
-    units: dict[str, list[Any]] = {owner: [] for owner in owners}
-    for owner, row in zip(owners, rows[rotate:] + rows[:rotate], strict=True):
-        units[owner].append(row)
-    return list(units.values())
-
-
-def copied(model: Any, trainer: Any) -> Any:
-    """A fresh model in float64 with the trainer's weights, without what TRL patched into it."""
-    if hasattr(trainer.model, "peft_config"):
-        from peft import get_peft_model
-
-        model = get_peft_model(model, lora(task_type=trainer.model.peft_config["default"].task_type))
-    model.load_state_dict(trainer.model.state_dict())
-    frozen = {name for name, p in trainer.model.named_parameters() if not p.requires_grad}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in frozen)
-    return model.double().eval()
-
-
-def unit_rows(trainer: Any, rotate: int = 0) -> list[list[Any]]:
-    rows = list(trainer.train_dataset)
-    rows = rows[rotate:] + rows[:rotate]
-    bounds = np.cumsum((0, *SIZES))
-    return [rows[start:stop] for start, stop in itertools.pairwise(bounds)]
-
-
-STILL = {"learning_rate": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0, "max_steps": 3}
-
-
-def dpo_with_units(folder: Path, **changes: Any) -> Any:
-    trainer = dpo_trainer(rows_of_units(), folder, **{**STILL, **changes})
-    perturb(trainer.model)
-    return trainer
-
-
-def dpo_truths(trainer: Any, rotate: int = 0) -> list[dict[str, torch.Tensor]]:
-    model = copied(causal_model(), trainer)
-    reference = causal_model().double().eval()
-    length = trainer.args.max_length
-    return [dpo_truth(model, reference, rows, trainer.beta, length) for rows in unit_rows(trainer, rotate)]
-
-
-def test_dpo_unit_gradients_equal_float64_brute_force(tmp_path: Path) -> None:
+@ENGINES
+def test_dpo_unit_gradients_equal_float64_brute_force(tmp_path: Path, engine: str) -> None:
     trainer = dpo_with_units(tmp_path)
     assert trainer.args.gradient_checkpointing
     truths = dpo_truths(trainer)
     norms = [norm_of(truth) for truth in truths]
     bound = sorted(norms)[1] * 0.9  # one unit stays below the bound, two are clipped
-    found = clipped_by_engine(trainer, bound)
+    found = clipped_by_engine(trainer, bound, engine)
     for unit, truth in enumerate(truths):
         assert error(found[unit], clip(truth, bound)) <= TOLERANCE, f"unit of {SIZES[unit]} pairs"
         assert norm_of(found[unit]) <= bound * (1 + 1e-6)
     assert norm_of(found[int(np.argmin(norms))]) < bound * 0.999
 
 
-def test_the_comparison_notices_rows_of_the_wrong_unit(tmp_path: Path) -> None:
+@ENGINES
+def test_the_comparison_notices_rows_of_the_wrong_unit(tmp_path: Path, engine: str) -> None:
     trainer = dpo_with_units(tmp_path)
     rotated = dpo_truths(trainer, rotate=1)
-    found = clipped_by_engine(trainer, 1e6)
+    found = clipped_by_engine(trainer, 1e6, engine)
     for unit, truth in enumerate(rotated):
         assert error(found[unit], truth) > 0.05, unit
 
@@ -240,23 +93,24 @@ def test_a_unit_computed_in_chunks_has_the_same_gradient(tmp_path: Path, chunk: 
         assert error(found[unit], truth) <= TOLERANCE
 
 
-def test_reward_unit_gradients_equal_float64_brute_force(tmp_path: Path) -> None:
-    trainer = reward_trainer(rows_of_units(), tmp_path, **STILL)
+@pytest.mark.parametrize(("engine", "peft"), [("loop", None), ("rows", "lora"), ("loop", "lora")])
+def test_reward_unit_gradients_equal_float64_brute_force(tmp_path: Path, engine: str, peft: Any) -> None:
+    trainer = reward_trainer(rows_of_units(), tmp_path, peft=peft, **STILL)
     perturb(trainer.model)
     model = copied(reward_model(), trainer)
     truths = [reward_truth(model, rows) for rows in unit_rows(trainer)]
     rotated = [reward_truth(model, rows) for rows in unit_rows(trainer, rotate=1)]
     bound = sorted(norm_of(truth) for truth in truths)[1] * 0.9
-    found = clipped_by_engine(trainer, bound)
+    found = clipped_by_engine(trainer, bound, engine)
     for unit, truth in enumerate(truths):
         assert error(found[unit], clip(truth, bound)) <= TOLERANCE
         assert error(found[unit], clip(rotated[unit], bound)) > 0.05
         assert norm_of(found[unit]) <= bound * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("chunk", [2, 8])
+@pytest.mark.parametrize(("engine", "chunk"), [("loop", 2), ("loop", 8), ("rows", 8)])
 @pytest.mark.parametrize("loss", ["nll", "dft"])
-def test_sft_unit_gradients_equal_float64_brute_force(tmp_path: Path, chunk: int, loss: str) -> None:
+def test_sft_unit_gradients_equal_float64_brute_force(tmp_path: Path, engine: str, chunk: int, loss: str) -> None:
     settings = {**STILL, "loss_type": loss, "per_device_train_batch_size": chunk, "max_length": 256}
     rows = [{**row, "chosen": row["chosen"][: 40 + 9 * at]} for at, row in enumerate(rows_of_units())]
     trainer = sft_trainer(rows, tmp_path, **settings)
@@ -265,15 +119,15 @@ def test_sft_unit_gradients_equal_float64_brute_force(tmp_path: Path, chunk: int
     truths = [sft_truth(model, rows, tokens, dft=loss == "dft") for rows in rows_by_annotator(trainer)]
     rotated = [sft_truth(model, rows, tokens, dft=loss == "dft") for rows in rows_by_annotator(trainer, rotate=1)]
     bound = sorted(norm_of(truth) for truth in truths)[1] * 0.9
-    found = clipped_by_engine(trainer, bound)
+    found = clipped_by_engine(trainer, bound, engine)
     for unit, truth in enumerate(truths):
         assert error(found[unit], clip(truth, bound)) <= TOLERANCE
         assert error(found[unit], clip(rotated[unit], bound)) > 0.05
         assert norm_of(found[unit]) <= bound * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("chunk", [3, 16])
-def test_kto_unit_gradients_equal_float64_brute_force(tmp_path: Path, chunk: int) -> None:
+@pytest.mark.parametrize(("engine", "chunk"), [("loop", 3), ("loop", 16), ("rows", 16)])
+def test_kto_unit_gradients_equal_float64_brute_force(tmp_path: Path, engine: str, chunk: int) -> None:
     trainer = kto_trainer(rows_of_units(), tmp_path, **STILL, per_device_train_batch_size=chunk)
     perturb(trainer.model)
     model, reference = copied(causal_model(), trainer), causal_model().double().eval()
@@ -281,11 +135,28 @@ def test_kto_unit_gradients_equal_float64_brute_force(tmp_path: Path, chunk: int
     truths = [kto_truth(model, reference, rows, *settings) for rows in rows_by_annotator(trainer)]
     rotated = [kto_truth(model, reference, rows, *settings) for rows in rows_by_annotator(trainer, rotate=1)]
     bound = sorted(norm_of(truth) for truth in truths)[1] * 0.9
-    found = clipped_by_engine(trainer, bound, max_pairs_per_unit=2 * max(SIZES))
+    found = clipped_by_engine(trainer, bound, engine, max_pairs_per_unit=2 * max(SIZES))
     for unit, truth in enumerate(truths):
         assert error(found[unit], clip(truth, bound)) <= TOLERANCE
         assert error(found[unit], clip(rotated[unit], bound)) > 0.05
         assert norm_of(found[unit]) <= bound * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("loss", sorted(DPO_LOSSES))
+@ENGINES
+def test_every_dpo_loss_has_the_gradient_of_its_formula(tmp_path: Path, engine: str, loss: str) -> None:
+    smoothing = {"label_smoothing": 0.1} if loss in ("robust", "exo_pair") else {}
+    trainer = dpo_with_units(tmp_path, loss_type=[loss], gradient_checkpointing=False, **smoothing)
+    truths = dpo_truths(trainer, loss=loss, flips=0.1)
+    bound = sorted(norm_of(truth) for truth in truths)[1] * 0.9
+    found = clipped_by_engine(trainer, bound, engine)
+    for unit, truth in enumerate(truths):
+        assert error(found[unit], clip(truth, bound)) <= 10 * TOLERANCE, f"unit of {SIZES[unit]} pairs"
+        assert norm_of(found[unit]) <= bound * (1 + 1e-6)
+
+
+def test_there_is_a_formula_for_every_dpo_loss_that_is_accepted() -> None:
+    assert set(DPO_FORMULAS) == DPO_LOSSES
 
 
 def test_full_fine_tuning_with_tied_weights_keeps_the_bound_and_the_gradient(tmp_path: Path) -> None:
@@ -301,20 +172,23 @@ def test_full_fine_tuning_with_tied_weights_keeps_the_bound_and_the_gradient(tmp
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("engine", "changes"),
     [
-        {"bf16": True},
-        {"peft": lora(use_dora=True)},
-        {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
-        {"gradient_checkpointing": False},
-        {"loss_type": ["robust"], "label_smoothing": 0.1},
-        {"peft": lora(lora_dropout=0.3), "disable_dropout": False},
+        ("loop", {"bf16": True}),
+        ("loop", {"peft": lora(use_dora=True)}),
+        ("loop", {"gradient_checkpointing_kwargs": {"use_reentrant": True}}),
+        ("loop", {"gradient_checkpointing": False}),
+        ("loop", {"loss_type": ["robust"], "label_smoothing": 0.1}),
+        ("loop", {"peft": lora(lora_dropout=0.3), "disable_dropout": False}),
+        ("rows", {"gradient_checkpointing_kwargs": {"use_reentrant": True}}),
+        ("rows", {"gradient_checkpointing": False}),
+        ("rows", {"peft": lora(use_rslora=True, lora_bias=True)}),
     ],
-    ids=["bf16", "dora", "reentrant", "no-checkpointing", "robust", "dropout"],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
-def test_a_contribution_never_exceeds_the_bound(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_a_contribution_never_exceeds_the_bound(tmp_path: Path, engine: str, changes: dict[str, Any]) -> None:
     trainer = dpo_with_units(tmp_path, **changes)
-    found = clipped_by_engine(trainer, 1e-3)
+    found = clipped_by_engine(trainer, 1e-3, engine)
     for gradient in found:
         assert norm_of(gradient) == pytest.approx(1e-3, rel=1e-6)
         assert norm_of(gradient) <= 1e-3 * (1 + 1e-6)
@@ -359,23 +233,26 @@ def test_at_most_k_pairs_of_a_unit_enter_and_they_change_from_step_to_step(tmp_p
     assert len({round(norm_of(gradient), 9) for gradient in keeps.gradients}) > 1
 
 
-def test_half_of_the_data_weighs_no_more_than_one_pair(tmp_path: Path) -> None:
+@ENGINES
+def test_half_of_the_data_weighs_no_more_than_one_pair(tmp_path: Path, engine: str) -> None:
     rows = preferences(36)[::3]
     owners = ["big"] * 6 + [f"small-{number}" for number in range(6)]
     rows = [{**row, "annotator_id": owner} for row, owner in zip(rows, owners, strict=True)]
     trainer = dpo_trainer(rows, tmp_path, **{**STILL, "max_steps": 7})
     perturb(trainer.model)
-    found = clipped_by_engine(trainer, 1e-4)
+    found = clipped_by_engine(trainer, 1e-4, engine, micro_batch=6)
     assert len(found) == 7
     assert all(norm_of(gradient) <= 1e-4 * (1 + 1e-6) for gradient in found)
 
 
-def test_the_same_pair_many_times_weighs_no_more_than_once(tmp_path: Path) -> None:
+@ENGINES
+def test_the_same_pair_many_times_weighs_no_more_than_once(tmp_path: Path, engine: str) -> None:
     pair = preferences(1)[0]
     rows = [{**pair, "annotator_id": "copies"} for _ in range(6)] + [{**pair, "annotator_id": "single"}]
-    trainer = dpo_trainer(rows, tmp_path, **{**STILL, "max_steps": 2})
+    rows += [{**row, "annotator_id": "another"} for row in preferences(3)[2:]]
+    trainer = dpo_trainer(rows, tmp_path, **STILL)
     perturb(trainer.model)
-    copies, single = clipped_by_engine(trainer, 1e6)
+    copies, single, _ = clipped_by_engine(trainer, 1e6, engine)
     assert error(copies, single) <= TOLERANCE
 
 
