@@ -14,7 +14,7 @@ from rlhf_audit_nb.compliance.assess import State, assess
 from rlhf_audit_nb.compliance.evidence import Cite, cite
 from rlhf_audit_nb.compliance.facts import composed_privacy, run_facts
 from rlhf_audit_nb.compliance.framework import load_framework
-from rlhf_audit_nb.events import PrivacyPopulation
+from rlhf_audit_nb.events import PrivacyChecked, PrivacyPopulation
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.compliance.assess import Assessment
@@ -254,7 +254,19 @@ def _privacy(evidence: Evidence, runs: tuple[RunFacts, ...], run: RunFacts | Non
         fields.append(
             Field("Other runs of this trail", f"{words.plural(composed.unbounded_runs, 'run')} {words.NO_BOUND}")
         )
+    fields += [_checked(item.index, event) for item, event in evidence.of(PrivacyChecked)[-1:]]
     return Section(title, tuple(fields))
+
+
+def _checked(index: int, event: PrivacyChecked) -> Field:
+    """The mechanism's last check of itself, with what it cannot show."""
+    lower, claimed = words.number_text(event.epsilon_lower), words.epsilon_text(event.epsilon_claimed)
+    shown = (
+        f"; an attack showed at least ε {lower} of the {claimed} claimed for what was attacked "
+        f"({100 * event.confidence:g} % of confidence), which is no proof of privacy"
+    )
+    said = "passed" if event.outcome == "passed" else "did not pass"
+    return Field("Check of the mechanism", f"{said}{shown if event.canaries else ''}", cite([index]))
 
 
 def _inherited(index: int, event: PrivacyInherited) -> Field:

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FALSE_ALARM", "LIMITS", "TESTED", "Hypothesis", "SelfAudit", "check_mechanism"]
 
-FALSE_ALARM = 1e-9
-"""The chance, over all hypotheses together, that a right mechanism fails."""
+FALSE_ALARM = 1e-7
+"""The chance, over all hypotheses together, that a right mechanism fails (for all but ``lower-bound`` it is 1e-9)."""
 
 TESTED = {
     "trains": "The phantoms could be trained on, under the engine's own guard.",
@@ -84,6 +84,9 @@ LIMITS = (
     "It is no defence against somebody who changes the check as well.",
 )
 
+_ALARMS = {"lower-bound": FALSE_ALARM - 1e-9}
+_OTHERS = 1e-9 / (len(TESTED) - len(_ALARMS))
+_TEST_DELTA = 2e-10  # the least p-value that guesses can reach is of the order of canaries times delta
 _READING_NOISE = 1 / 40
 _CONFIDENT = 3.0  # a fault this many deviations beyond the threshold is found with 99.9 %
 _PACKAGES = ("rlhf-audit-trail", "torch", "transformers", "trl", "numpy", "accelerate")
@@ -373,13 +376,14 @@ class _Audit:
         if not self.found["finite"][-1].p:
             return
         self._note(*examine_noise(reading))
-        self.claimed = composed_epsilon([Mechanism(self.noise_multiplier, self.sampling_rate, self.steps)], self.delta)
+        ran = [Mechanism(self.noise_multiplier, self.sampling_rate, self.steps)]
+        self.claimed = composed_epsilon(ran, self.delta)
         scores = reading.shares().sum(0)
         self.bound = bound_from_scores(scores, included, self.delta)
         self._note(
             Finding(
                 "lower-bound",
-                claim_p_value(scores, included, self.claimed, self.delta),
+                claim_p_value(scores, included, composed_epsilon(ran, _TEST_DELTA), _TEST_DELTA),
                 f"An attack tells more of canaries than an epsilon of {self.claimed:.4g} allows.",
             )
         )
@@ -435,7 +439,7 @@ class _Audit:
             return Hypothesis(name=name, outcome="not tested")
         worst = min(found, key=lambda item: item.p)
         p = min(1.0, worst.p * len(found))
-        if p > FALSE_ALARM / len(TESTED):
+        if p > _ALARMS.get(name, _OTHERS):
             return Hypothesis(name=name, outcome="passed", p=p)
         return Hypothesis(name=name, outcome="failed", p=p, wrong=worst.wrong)
 
@@ -504,7 +508,7 @@ def _threshold() -> float:
     """The score beyond which a hypothesis fails."""
     from scipy.special import ndtri
 
-    return float(-ndtri(FALSE_ALARM / len(TESTED) / 4))
+    return float(-ndtri(_OTHERS / 4))
 
 
 def _versions() -> dict[str, str]:

@@ -24,6 +24,7 @@ from rlhf_audit_nb.reports.lineage import lineage_figure
 from rlhf_audit_nb.reports.parts import Cites, EvidenceRow, Fact, Group, PrivacyPart, RunPart, Tile
 from rlhf_audit_nb.reports.privacy import THREATS, THREATS_WITHOUT, composed_state, composed_words, privacy_part
 from rlhf_audit_nb.reports.runs import lineage_group, run_part, run_sentence
+from rlhf_audit_nb.reports.self_check import check_part
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.compliance.evidence import Evidence, Item
@@ -131,7 +132,7 @@ class _Builder:
         evidence, verdict = self.evidence, self.evidence.verdict
         newest = max((item.time for item in evidence.items), default=0)
         framework = self.assessment.framework
-        privacy = tuple(privacy_part(run, trusted=evidence.trusted) for run in self.runs)
+        privacy = tuple(privacy_part(run, trusted=evidence.trusted) for run in self.runs) + check_part(evidence)
         runs = tuple(run_part(run, trusted=evidence.trusted) for run in self.runs)
         drawn = self._figures()
         cells = cells_of(evidence)
