@@ -196,3 +196,18 @@ def test_a_seed_that_was_erased_is_said_to_be(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(VaultError, match="was erased") as refused, held.replay(run.id):
         pass
     assert refused.value.reason == "erased"
+
+
+@pytest.mark.parametrize(
+    "config", [{"sampled": "pairs", "max_pairs_per_unit": 2}, {"unit": "pair"}, {"noise_multiplier": 2.0}], ids=str
+)
+def test_every_way_to_sample_can_be_replayed(tmp_path: Path, config: dict[str, Any]) -> None:
+    held = AuditableRLHF(
+        privacy_config=PrivacyConfig(**{**NOISY, "epsilon": 2.0, "sampling_rate": 0.3, **config}),
+        audit_config=AuditConfig(trail=str(tmp_path / "audit")),
+    )
+    with held.track_training("first") as run:
+        build(tmp_path, max_steps=2).train()
+    with held.replay(run.id) as replay:
+        build(tmp_path, max_steps=2).train()
+    assert replay.result.equal, str(replay.result)

@@ -234,7 +234,7 @@ def plan_replay(
     mechanism = plan.mechanism.with_steps(steps)
     return replace(
         plan,
-        config=replace(config, noise_multiplier=noise),
+        config=replace(plan.config, epsilon=config.epsilon, run_epsilon=config.run_epsilon),
         mechanism=mechanism,
         limit=config.epsilon,
         accounted=compose([*plan.prior, mechanism], config.delta),

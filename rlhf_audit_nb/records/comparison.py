@@ -2,8 +2,9 @@
 
 Pure: entries go in, a `Comparison` comes out. Compared is what must be equal where code, data, parameters and software
 are: the trainer and its settings, the shape of the data, the model that training began from, the plan (sigma, q, T, C,
-N), of every recorded step its number, learning rate, norms of the privatised gradient and of the update and the
-weights' digest, the digest of the final weights, and the outcome. Floating-point numbers are compared bit for bit.
+N), of every recorded step its number, learning rate, norms of the privatised gradient and of the update, what was
+released of it and the weights' digest, the digest of the final weights, and the outcome. Floating-point numbers are
+compared bit for bit.
 
 Not compared: epsilon (it follows from what the ledger held before), times, identifiers, commitments, and the digests
 of saved folders, which hold times and paths. Of steps and final weights a difference names the place and no value:
@@ -55,7 +56,7 @@ _COMPARED: dict[type[Event], tuple[str, ...] | None] = {  # fields that are left
         "population",
     ),
     PrivacyEngine: (),
-    Step: ("epsilon", "metrics"),
+    Step: ("epsilon",),
     PrivacySettled: ("reservation", "epsilon_run", "epsilon_total"),
     RunFinished: (),
 }

@@ -73,7 +73,7 @@ NOT_COMPARED = {
         "accountants",
         "population",
     },
-    "Step": {"epsilon", "metrics"},
+    "Step": {"epsilon"},
     "PrivacySettled": {"reservation", "epsilon_run", "epsilon_total"},
     "WeightsSaved": {"step", "name", "digest", "files", "bytes", "signature_digest"},
 }
