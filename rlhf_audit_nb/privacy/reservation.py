@@ -48,7 +48,7 @@ def read_ledger(
     """
     found = [entry for kind in KINDS for entry in reader.entries(type=kind)]
     runs = {entry.run for entry in found if entry.run is not None and entry.type != BudgetSet.TYPE}
-    found += [entry for run in runs for kind in EVIDENCE for entry in reader.entries(type=kind, run=run)]
+    found += [entry for run in runs for entry in reader.entries(run=run) if entry.type in EVIDENCE]
     if registry is None:
         registry = read_registry(reader, vault if isinstance(vault, VaultAt | None) else VaultAt.of(vault))
     return fold(sorted(found, key=lambda entry: entry.index), registry)

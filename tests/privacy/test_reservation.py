@@ -88,6 +88,21 @@ def test_of_eight_processes_exactly_as_many_reserve_as_fit_and_a_check_outside_o
         assert caught, "the race does not find a check that is made outside of the append"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_of_eight_processes_with_disjoint_annotators_as_many_of_each_population_reserve_as_fit(tmp_path: Path) -> None:
+    with racers(RACERS) as race:
+        for number in range(25):
+            folder = fresh(tmp_path / f"round-{number}")
+            said = race(folder, BUDGET, rosters=("north", "south"))
+            for population in (said[::2], said[1::2]):
+                assert sorted(population) == ["got it"] * FIT + ["refused"] * (RACERS // 2 - FIT), (number, said)
+            with Trail.open(folder) as trail:
+                groups = read_ledger(trail.reader(), trail).groups
+                assert [len(group.spends) for group in groups] == [FIT, FIT]
+                assert all(group.spent(DELTA)[1] <= BUDGET for group in groups)
+
+
 def test_what_is_reserved_is_the_plan_and_its_seed_is_sealed(tmp_path: Path) -> None:
     with Trail.open(tmp_path / "audit") as trail:
         plan = planned(trail)
