@@ -400,6 +400,12 @@ def what_is_left(
             code="usage",
         )
     _check_left(noise_multiplier, sampling_rate, steps, epsilon, pairs)
+    if pairs > 1 and budget.unit not in (None, "annotator"):
+        raise ConfigError(
+            f"This trail keeps the privacy budget of {budget.unit}s; pairs are sampled one by one of annotators only.",
+            next_step="Leave out --sampled pairs.",
+            code="sampled",
+        )
     if epsilon is None and budget.budget is None:
         raise ConfigError(
             "The trail has no budget yet: no run named one, and none was set.",

@@ -15,6 +15,7 @@ from rlhf_audit_nb import cli
 from rlhf_audit_nb.cli import budget
 from rlhf_audit_nb.cli.shared import beside
 from rlhf_audit_nb.events import PrivacyReserved, PrivacySettled, encode_body
+from rlhf_audit_nb.privacy.accountant import Mechanism, composed_epsilon
 from rlhf_audit_nb.trail import Trail, TrailReader
 
 
@@ -370,6 +371,24 @@ def test_the_steps_that_are_left_fit_and_one_more_does_not(run, spent_trail):
     words = run("budget", "left", "--noise-multiplier", "0.3", "--sampling-rate", "0.9", "--trail", spent_trail)[1]
     assert words.startswith("0 steps fit")
     assert "budget set" in words
+
+
+def test_the_steps_that_are_left_for_sampled_pairs_are_fewer(run, tmp_path, monkeypatch, spent_trail):
+    monkeypatch.setenv("RLHF_AUDIT_HOME", str(tmp_path / "home"))
+    with Trail.open(tmp_path / "other"):
+        pass
+    set_it = ("--epsilon", 3, "--reason", "agreed", "--by", "A. Keeper", "--unit", "annotator")
+    assert run("budget", "set", *set_it, "--trail", tmp_path / "other")[0] == 0
+    asked = ("budget", "left", "--noise-multiplier", 4, "--sampling-rate", 0.02, "--json", "--trail")
+    one = json.loads(run(*asked, tmp_path / "other")[1])["steps"]
+    several = ("--sampled", "pairs", "--pairs-per-unit", 4)
+    four = json.loads(run(*asked, tmp_path / "other", *several)[1])["steps"]
+    assert 0 < four < one / 10
+    assert composed_epsilon([Mechanism(4.0, 0.02, four, 4)], 1e-5) <= 3.0
+    assert composed_epsilon([Mechanism(4.0, 0.02, four + 1, 4)], 1e-5) > 3.0
+    code, _, err = run(*asked, spent_trail, *several)
+    assert code == 2
+    assert "of annotators only" in err
 
 
 def test_a_budget_is_set_and_shown_with_its_reason(run, spent_trail):

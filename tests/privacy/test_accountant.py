@@ -86,6 +86,7 @@ def test_all_three_accountants_give_the_published_figures(
         assert accounted.prv == pytest.approx(prv_says, abs=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sigma", "rate", "steps", "delta"), [row[:4] for row in PUBLISHED if row[2] <= 15000])
 def test_no_figure_is_below_what_another_library_proves_to_be_too_little(
     sigma: float, rate: float, steps: int, delta: float
@@ -326,6 +327,7 @@ def test_very_many_steps_of_next_to_no_loss_are_counted_on_the_fine_grid() -> No
     assert accounted.epsilon < 0.99 * direct([mechanism], 1e-5, loss_distributions.GRID)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epsilon", [0.5, 1.0, 8.0])
 @pytest.mark.parametrize(
     ("rate", "steps"), [(0.001, 1000), (0.01, 100_000), (0.05, 10_000), (0.2, 100), (0.2, 100_000)]
