@@ -207,13 +207,13 @@ def composed(ran: tuple[Mechanism, ...], grid: float, *, quick: bool = False) ->
     """
     from dp_accounting.pld import privacy_loss_distribution
 
+    nothing = privacy_loss_distribution.identity(value_discretization_interval=grid)
     if not ran:
-        return privacy_loss_distribution.identity(value_discretization_interval=grid)
+        return nothing
     if len(ran) == 1:
         (item,) = ran
-        return self_composed(
-            one_step(item.noise_multiplier, item.sampling_rate, item.pairs, grid, quick=quick), item.steps
-        )
+        base = one_step(item.noise_multiplier, item.sampling_rate, item.pairs, grid, quick=quick)
+        return nothing.compose(self_composed(base, item.steps))  # as dp-accounting's accountant does it
     middle = len(ran) // 2
     one, other = (composed(half, grid, quick=quick) for half in (ran[:middle], ran[middle:]))
     return one.compose(other)
