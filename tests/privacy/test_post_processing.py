@@ -152,6 +152,7 @@ def test_two_private_reward_models_are_composed_and_not_added(here):
     assert len(inherited.sources) == 2
 
 
+@pytest.mark.slow
 def test_only_the_runs_that_a_policy_descends_from_count(here):
     held = auditor(epsilon=20.0)
     private_reward(held, here, "unused")
@@ -175,6 +176,7 @@ def test_a_reward_model_trained_by_an_adapter_is_known_with_its_base_and_refused
     refused(held, grpo_trainer([other], here / "other"), "no private run of this trail left")
 
 
+@pytest.mark.slow
 def test_a_reward_model_from_a_saved_folder_is_known_and_so_is_a_checkpoint_on_the_way(here):
     from transformers import AutoModelForSequenceClassification
 
@@ -250,6 +252,7 @@ def test_a_policy_that_began_from_a_private_model_inherits_both(here):
     assert inherited.epsilon == pytest.approx(held.budget().total, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_a_policy_that_goes_on_from_an_inheriting_one_inherits_through_it(here):
     held = auditor(epsilon=20.0)
     model = private_reward(held, here)
