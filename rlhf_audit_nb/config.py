@@ -89,6 +89,11 @@ class PrivacyConfig:
         micro_batch: how many rows of the data go through the model at once, which bounds the memory (>= 1); ``None``
             takes the trainer's per-device batch size.
         adjacency: ``"zero-out"``: the roster of units is public, what each of them answered is not.
+        loss_noise: how many times the gradient's noise the live loss gets (>= 1): each step releases the clipped loss
+            of its sample, which is charged with the gradient (at 10, about 0.5 % more noise for the same epsilon);
+            ``None`` releases no loss.
+        loss_bound: B, what a unit's loss is clipped to for that (> 0); ``None`` takes twice the loss of a model that
+            has learnt nothing yet, which the trainer's settings tell.
         public_prompts: you declare that no protected person wrote the prompts that a GRPOTrainer or RLOOTrainer uses;
             such a trainer then inherits the epsilon of its private reward models and charges nothing.
 
@@ -110,6 +115,8 @@ class PrivacyConfig:
     adjacency: Adjacency = "zero-out"
     engine: GradientEngineName = "auto"
     micro_batch: int | None = None
+    loss_noise: float | None = 10.0
+    loss_bound: float | None = None
     public_prompts: bool = False
 
     def __post_init__(self) -> None:
@@ -168,6 +175,17 @@ class PrivacyConfig:
                     next_step="Leave it out, or write a rate such as 0.1.",
                     code="sampling_rate",
                 )
+        if self.loss_noise is not None:
+            hint = "Leave it out (10), write a larger one, or loss_noise=None for no live loss."
+            if _positive("loss_noise", self.loss_noise, hint) < 1:
+                raise ConfigError(
+                    f"loss_noise is {self.loss_noise!r}; with less noise on the loss than on the gradient most of the "
+                    "budget would go into a picture.",
+                    next_step=hint,
+                    code="loss_noise",
+                )
+        if self.loss_bound is not None:
+            _positive("loss_bound", self.loss_bound, "Leave it out to have it follow from the trainer.")
         _count("max_pairs_per_unit", self.max_pairs_per_unit, "Write max_pairs_per_unit=8.")
         if self.sampled == "pairs":
             self._check_pairs()

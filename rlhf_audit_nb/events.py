@@ -270,6 +270,9 @@ class PrivacyReserved(Event, frozen=True, kw_only=True):
     ``sampled`` is ``units`` or ``pairs``: in the second case at most ``max_pairs_per_unit`` pairs of a unit were kept
     for the training, each was drawn with chance ``sampling_rate`` and clipped alone, and what is composed is a mixture
     of Gaussians over all of them.
+    ``noise_multiplier`` is the gradient's, in units of the clipping norm. Where each step also releases a loss,
+    ``loss_bound`` is what a unit's loss is clipped to, and ``loss_noise_multiplier`` the noise in units of its half;
+    what is composed is then the noise multiplier of both together, (sigma_g^-2 + sigma_m^-2)^(-1/2).
     """
 
     TYPE: ClassVar[str] = "privacy.reserved"
@@ -296,6 +299,8 @@ class PrivacyReserved(Event, frozen=True, kw_only=True):
     column: str | None = None
     population: str | None = None
     sampled: str = "units"
+    loss_noise_multiplier: float | None = None
+    loss_bound: float | None = None
 
 
 class PrivacySettled(Event, frozen=True, kw_only=True):
@@ -523,7 +528,8 @@ class StepPrivate(Private, frozen=True, kw_only=True):
 class Step(Event, frozen=True, kw_only=True):
     """One optimizer step (or one of every n: the audit frequency).
 
-    ``epsilon`` is the composed total after this step. ``update_norm`` is the L2 norm of the parameter update.
+    ``epsilon`` is the composed total after this step. ``update_norm`` is the L2 norm of the parameter update. Under
+    privacy the public ``metrics`` hold the loss that was released for it (``private_loss``), if any, and nothing else.
     """
 
     TYPE: ClassVar[str] = "train.step"

@@ -114,6 +114,7 @@ class PlannedTraining:
             clipping_norm=plan.clipping_norm,
             curve=list(plan.curve),
             sampled=plan.config.sampled,
+            loss_deviation=plan.loss_deviation,
         )
 
     @property

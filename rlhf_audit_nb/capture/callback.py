@@ -3,7 +3,8 @@
 Without differential privacy a step's metrics are public: the loss, what TRL measured in the step, the norms. With it,
 what is a function of private data comes from the engine (`on_private_step`) and goes into the event's private half;
 public are epsilon, the learning rate, the norm of the update and of the privatised gradient, which follow from
-released weights.
+released weights, and the loss that was released through the mechanism (``private_loss``), if one is. A panel shows
+that loss smoothed (`Smoothed`), since one step's is mostly noise.
 
 The norm of the update needs a copy of the trainable parameters. It is taken at every step for up to `NORM_EVERY_STEP`
 of them, less often above (so that its share of the time stays the same), and never above `NORM_NEVER`, where the copy
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
+from rlhf_audit_nb.capture.state import PRIVATE_LOSS, Smoothed
 from rlhf_audit_nb.capture.weights import trainable_digest
 from rlhf_audit_nb.events import Number, Step, StepPrivate, number
 
@@ -91,6 +93,8 @@ class StepRecorder(TrainerCallback):
         self._epsilon: float | None = None
         self._marks: dict[str, int] = {}
         self._covered: list[dict[str, Number]] = []
+        self._released: list[float] = []
+        self._smoothed = Smoothed()
         self._last: _Scalars | None = None
         self._resumed_at = 0
 
@@ -116,6 +120,11 @@ class StepRecorder(TrainerCallback):
             return
         self._gradient_norm = _gradient_norm(self._trainer.model)
         self._covered.append(dict(metrics))
+
+    def on_private_loss(self, step: int, loss: float) -> None:  # noqa: ARG002 - the step that ends next
+        """The loss that the mechanism released for the step: public."""
+        self._released.append(loss)
+        self._smoothed.add(loss)
 
     # --- what transformers tells it ----------------------------------------------------------------------------------
 
@@ -181,10 +190,12 @@ class StepRecorder(TrainerCallback):
         covered, self._covered = self._covered, []
         metrics = _means(covered)
         notes = [] if self._private else self._anomalies(covered, last.step)
+        released, self._released = self._released, []
+        public = {PRIVATE_LOSS: number(sum(released) / len(released))} if released else {}
         every = self._run.audit.weights_every
         event = Step(
             step=last.step,
-            metrics={} if self._private else metrics,
+            metrics=public if self._private else metrics,
             learning_rate=last.learning_rate,
             epsilon=number(last.epsilon) if last.epsilon is not None else None,
             gradient_norm=number(last.gradient_norm) if last.gradient_norm is not None else None,
@@ -223,6 +234,7 @@ class StepRecorder(TrainerCallback):
         series = {
             **scalars.losses,
             "epsilon": scalars.epsilon,
+            PRIVATE_LOSS: self._smoothed.value,
             "learning_rate": scalars.learning_rate,
             "gradient_norm": scalars.gradient_norm,
             "update_norm": scalars.update_norm,

@@ -5,16 +5,32 @@ only appended, and the scalar fields are replaced whole, so a reader needs no lo
 value. No torch, no transformers: a panel imports this module in milliseconds.
 
 Only public values come here. Under differential privacy that leaves epsilon, the learning rate, the norm of the
-privatised gradient and the norm of the parameter update.
+privatised gradient, the norm of the parameter update, and the loss that was released through the mechanism.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
-__all__ = ["InheritedView", "Point", "PrivacyView", "RunState", "Status"]
+__all__ = [
+    "PRIVATE_LOSS",
+    "SMOOTHING",
+    "InheritedView",
+    "Point",
+    "PrivacyView",
+    "RunState",
+    "Smoothed",
+    "Status",
+    "smoothed_deviation",
+]
+
+PRIVATE_LOSS = "private_loss"
+"""The loss released under differential privacy: a step's metric in the trail, and smoothed a series of the state."""
+SMOOTHING = 20
+"""Over how many steps a smoothed series reaches, about: the newest weighs 2 / (steps + 1)."""
 
 Status = Literal["open", "training", "completed", "failed", "interrupted", "stopped-by-budget"]
 
@@ -27,12 +43,39 @@ class Point(NamedTuple):
     value: float
 
 
+class Smoothed:
+    """An exponentially weighted mean, its weights scaled to 1 from the first value on."""
+
+    def __init__(self, steps: int = SMOOTHING) -> None:
+        self._keep = 1 - 2 / (steps + 1)
+        self._sum = 0.0
+        self._weight = 0.0
+
+    def add(self, value: float) -> None:
+        """The next value."""
+        self._sum = self._keep * self._sum + value
+        self._weight = self._keep * self._weight + 1
+
+    @property
+    def value(self) -> float | None:
+        """The mean so far; ``None`` before the first value."""
+        return self._sum / self._weight if self._weight else None
+
+
+def smoothed_deviation(deviation: float, count: int, steps: int = SMOOTHING) -> float:
+    """The standard deviation of `Smoothed` after ``count`` values, each with noise of ``deviation`` of its own."""
+    keep = 1 - 2 / (steps + 1)
+    squares = (1 - keep ** (2 * count)) / (1 - keep**2)
+    return deviation * math.sqrt(squares) * (1 - keep) / (1 - keep**count)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrivacyView:
     """The guarantee of a private run, as a panel shows it.
 
     ``before`` is the composed epsilon of the population when the run reserved, ``planned`` the composed total at its
     planned end, ``budget`` what may not be crossed; ``curve[t]`` is the composed total after ``t`` steps.
+    ``loss_deviation`` is the standard deviation of the noise in one step's released loss, ``None`` where none is.
     """
 
     unit: str
@@ -47,6 +90,7 @@ class PrivacyView:
     clipping_norm: float
     curve: list[float]
     sampled: str = "units"
+    loss_deviation: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values."""

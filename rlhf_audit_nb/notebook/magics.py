@@ -70,6 +70,8 @@ _PRIVACY_OPTIONS = (
     "engine",
     "micro_batch",
     "public_prompts",
+    "loss_noise",
+    "loss_bound",
 )
 _AUDIT_OPTIONS = ("trail", "origin", "durability", "asynchronous", "every_steps", "weights_every")
 
@@ -108,6 +110,8 @@ class AuditMagics(Magics):
         const=True,
         help="no protected person wrote the prompts of GRPO or RLOO (you declare it)",
     )
+    @argument("--loss-noise", metavar="R", help="noise of the live loss, in the gradient's; off: none (default 10)")
+    @argument("--loss-bound", type=float, metavar="B", help="clip of a unit's live loss (default: by the trainer)")
     @argument("--model-name", metavar="NAME", help="the model's name, declared until a trainer shows it")
     @argument("--trail", metavar="FOLDER", help="where the trail lies (default: RLHF_AUDIT_TRAIL, else ./audit)")
     @argument("--origin", metavar="NAME", help="name of a new trail, such as example.com/alignment")
@@ -409,6 +413,8 @@ def _given(options: Any, names: Sequence[str]) -> dict[str, Any]:
 
 def _privacy(options: Any) -> PrivacyConfig | None:
     given = _given(options, _PRIVACY_OPTIONS)
+    if "loss_noise" in given:
+        given["loss_noise"] = _loss_noise(given["loss_noise"])
     if options.epsilon is not None:
         return PrivacyConfig(epsilon=options.epsilon, **given)
     if given:
@@ -424,6 +430,19 @@ def _privacy(options: Any) -> PrivacyConfig | None:
 
 def _plain_or_shown(result: Any, options: Any) -> Any:
     return result.to_dict() if options.json and options.out is None else result
+
+
+def _loss_noise(said: str) -> float | None:
+    if said == "off":
+        return None
+    try:
+        return float(said)
+    except ValueError as error:
+        raise ConfigError(
+            f"--loss-noise is {said!r}, which is neither a number nor off.",
+            next_step="Write --loss-noise 10, or --loss-noise off for no live loss.",
+            code="loss_noise",
+        ) from error
 
 
 def _suffix(out: str | None) -> str | None:

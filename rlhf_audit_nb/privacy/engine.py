@@ -9,7 +9,8 @@ everything back afterwards. One optimizer step is then
    sampled unit's pairs, over all trainable parameters, scaled as a whole to an L2 norm of at most C. A unit whose loss
    or gradient is not finite, or cannot be computed at all, contributes nothing;
 3. once: N(0, (sigma C)^2) is added to each coordinate of every trainable parameter, and the result is divided by the
-   *expected* number of units q N (of places q k N) and written to ``.grad``. An empty sample gives noise alone.
+   *expected* number of units q N (of places q k N) and written to ``.grad``. An empty sample gives noise alone. The
+   sample's loss is released beside it, clipped and noised as well (`live_loss`), unless that was turned off.
 
 Dropout (of LoRA, for instance) draws from torch's generator, which is seeded apart for every unit and step from the
 sealed seed, so that one unit's masks do not depend on which units came before it; torch's global generator is neither
@@ -41,6 +42,7 @@ from transformers import TrainerCallback
 from rlhf_audit_nb.errors import AuditError, PrivacyError, UnsupportedTrainerError
 from rlhf_audit_nb.privacy.engine_check import CheckedRows, FellBack
 from rlhf_audit_nb.privacy.engine_choice import ROWS
+from rlhf_audit_nb.privacy.live_loss import LossObserver
 from rlhf_audit_nb.privacy.plan import data_fingerprint
 from rlhf_audit_nb.privacy.quiet import quiet_preparation, unheard
 from rlhf_audit_nb.privacy.quiet_training import (
@@ -115,6 +117,7 @@ class PrivateTraining:
         self._noised = False
         self._started = False
         self._metrics: dict[str, float | int | str] = {}
+        self._loss_sum = 0.0
 
     @property
     def epsilon(self) -> float:
@@ -189,6 +192,7 @@ class PrivateTraining:
             self._add_gradients(trainer, model, self._sample(index), sums, seen)
         refuse_moved_buffers(self._buffers)
         model.zero_grad(set_to_none=True)
+        self._loss_sum = self.plan.live_loss.clipped_sum(seen.losses) if self.plan.live_loss is not None else 0.0
         self._metrics = {**seen.summary(), **trainer_metrics(trainer), "seconds": time.perf_counter() - started}
 
     def privatise(self) -> None:
@@ -203,9 +207,17 @@ class PrivateTraining:
             parameter.grad = total.to(device=parameter.device, dtype=parameter.dtype, copy=True)
             total.zero_()
         self._pending, self._noised = False, True
+        self._release_loss()
         if self._observer is not None:
             self._observer.on_private_step(self.steps, self.epsilon, self._metrics)
         self._metrics = {}
+
+    def _release_loss(self) -> None:
+        plan, observer = self.plan, cast("object", self._observer)
+        if plan.live_loss is not None and isinstance(observer, LossObserver):
+            loss = plan.live_loss.release(self._loss_sum, self._random, self.steps - 1, plan.expected_units)
+            observer.on_private_loss(self.steps, loss)
+        self._loss_sum = 0.0
 
     def guard(self, optimizer: Any, *_: Any) -> None:
         """In front of every optimizer step: abort unless what is about to be applied is private.
@@ -231,7 +243,7 @@ class PrivateTraining:
 
     def close(self) -> None:
         """Forget sums and gradients, so that nothing unprotected is left behind."""
-        self._metrics = {}
+        self._metrics, self._loss_sum = {}, 0.0
         for parameter in self._parameters():
             parameter.grad = None
         self._sums = self._gradients = self._rows = None

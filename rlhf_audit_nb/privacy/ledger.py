@@ -42,6 +42,7 @@ from rlhf_audit_nb.events import (
     decode_body,
 )
 from rlhf_audit_nb.privacy.accountant import Accounted, Mechanism, compose, composed_epsilon
+from rlhf_audit_nb.privacy.live_loss import effective_noise
 from rlhf_audit_nb.privacy.populations import NOTHING_KNOWN, Registry, Roster
 
 __all__ = ["EVIDENCE", "KINDS", "Group", "LabelSpend", "Ledger", "Limit", "Spend", "fold", "mechanism_of"]
@@ -337,7 +338,8 @@ def mechanism_of(event: PrivacyReserved) -> Mechanism:
             code="ledger",
         )
     pairs = event.max_pairs_per_unit if event.sampled == "pairs" else 1
-    return Mechanism(event.noise_multiplier, event.sampling_rate, event.steps, pairs)
+    noise = effective_noise(event.noise_multiplier, event.loss_noise_multiplier)
+    return Mechanism(noise, event.sampling_rate, event.steps, pairs)
 
 
 def fold(entries: Iterable[LedgerEntry], registry: Registry = NOTHING_KNOWN) -> Ledger:

@@ -25,6 +25,7 @@ from rlhf_audit_nb.privacy.accountant import (
 )
 from rlhf_audit_nb.privacy.draws import Draws
 from rlhf_audit_nb.privacy.engine_choice import LOOP, Choice, choose_engine
+from rlhf_audit_nb.privacy.live_loss import LiveLoss, effective_noise, live_loss, usual_bound
 from rlhf_audit_nb.privacy.populations import Roster
 from rlhf_audit_nb.privacy.sampling import GENERATOR
 from rlhf_audit_nb.privacy.supported import check_supported, check_unit
@@ -58,7 +59,7 @@ class Plan:
     Attributes:
         config: what was asked for.
         units: the roster (row numbers; not public).
-        mechanism: sigma, q and the steps that may be taken.
+        mechanism: what is accounted for: the effective noise multiplier, q and the steps that may be taken.
         steps_asked: the steps that the trainer was set up for; more than ``mechanism.steps`` where the budget is short.
         steps_per_epoch: ceil(1 / q): how often an epoch samples, so that each unit is expected once.
         prior: what the ledger held before.
@@ -70,6 +71,7 @@ class Plan:
         fingerprint: of the prepared data set, to notice that it was changed between plan and training.
         roster: whom the units are; ``None`` where that is not known, as of pairs.
         engine: which gradient engine computes it, and why.
+        live_loss: how each step's loss is released; ``None`` where none is.
     """
 
     config: PrivacyConfig
@@ -86,6 +88,7 @@ class Plan:
     fingerprint: str
     roster: Roster | None = None
     engine: Choice = _NOT_CHOSEN
+    live_loss: LiveLoss | None = None
 
     @property
     def steps(self) -> int:
@@ -94,8 +97,13 @@ class Plan:
 
     @property
     def noise_multiplier(self) -> float:
-        """Sigma: the noise's standard deviation in units of the clipping norm."""
-        return self.mechanism.noise_multiplier
+        """Sigma: the standard deviation of the gradient's noise in units of the clipping norm."""
+        return self.mechanism.noise_multiplier if self.live_loss is None else self.live_loss.gradient_noise
+
+    @property
+    def loss_deviation(self) -> float | None:
+        """The standard deviation of the noise in one released loss; ``None`` where none is released."""
+        return self.live_loss.deviation(self.expected_units) if self.live_loss is not None else None
 
     @property
     def sampling_rate(self) -> float:
@@ -207,6 +215,8 @@ def plan_training(
             next_step="Ask for more steps (max_steps, num_train_epochs), or take the checkpoint's model as it is.",
             code="no-steps-left",
         )
+    if config.loss_bound is None:
+        config = replace(config, loss_bound=usual_bound(trainer))
     plan = plan_units(config, units, rate, asked - done, per_epoch, prior, data_fingerprint(dataset))
     return replace(plan, roster=roster, engine=engine)
 
@@ -229,6 +239,11 @@ def plan_units(
     before = composed_epsilon(prior, config.delta)
     limit = config.epsilon if config.run_epsilon is None else min(config.epsilon, before + config.run_epsilon)
     mechanism = _mechanism(config, rate, asked, prior, before, limit)
+    loss = live_loss(
+        config.loss_noise, config.loss_bound, effective=mechanism.noise_multiplier, gradient=config.noise_multiplier
+    )
+    if loss is not None:
+        mechanism = replace(mechanism, noise_multiplier=loss.effective)
     accounted = compose([*prior, mechanism], config.delta)
     return Plan(
         config=config,
@@ -243,6 +258,7 @@ def plan_units(
         curve=tuple(epsilon_curve(mechanism, config.delta, prior)),
         warnings=(*_warnings(config, len(units), mechanism), *accounted.notes),
         fingerprint=fingerprint,
+        live_loss=loss,
     )
 
 
@@ -271,6 +287,8 @@ def reserve_event(
         units=len(plan.units),
         clipping_norm=plan.clipping_norm,
         noise_multiplier=plan.noise_multiplier,
+        loss_noise_multiplier=plan.live_loss.noise_multiplier if plan.live_loss is not None else None,
+        loss_bound=plan.live_loss.bound if plan.live_loss is not None else None,
         sampling_rate=plan.sampling_rate,
         steps=plan.steps,
         steps_asked=plan.steps_asked,
@@ -376,10 +394,12 @@ def _mechanism(
             if error.reason != "no-noise-fits":
                 raise
             raise _exhausted(config, before, asked) from error
-    steps = max_steps(limit, config.delta, config.noise_multiplier, rate, prior, at_most=asked, pairs=pairs)
+    ratio = config.loss_noise
+    noise = effective_noise(config.noise_multiplier, ratio and ratio * config.noise_multiplier)
+    steps = max_steps(limit, config.delta, noise, rate, prior, at_most=asked, pairs=pairs)
     if steps == 0:
         raise _exhausted(config, before, asked)
-    return Mechanism(config.noise_multiplier, rate, steps, pairs)
+    return Mechanism(noise, rate, steps, pairs)
 
 
 def _exhausted(config: PrivacyConfig, before: float, asked: int | None = None) -> BudgetExceededError:

@@ -8,10 +8,11 @@ it. Every draw has its own keystream, so that any part of a run can be recompute
 
     uniform    u = (word >> 11) * 2^-53, in [0, 1)
     Bernoulli  unit i is in the sample of a step when u_i < q                     purpose "sample", index 0
-    flip       label i of a release is flipped when u_i < p                       purpose "label", step and index 0
                (pairs sampled one by one: place p of the k places of unit i, when u_(ik+p) < q)
+    flip       label i of a release is flipped when u_i < p                       purpose "label", step and index 0
     choice     the k rows with the least words of a unit's n rows                 purpose "choice", index = the unit
                (pairs sampled one by one: once for all steps)                     purpose "keep", step 0
+    loss       the first normal variate of a stream of its own                    purpose "loss", index 0
     normal     Box-Muller on (u_2j, u_2j+1) of a block of words:                  purpose "noise", index = the tensor
                r = sqrt(-2 ln(1 - u_2j)); z_2j = r cos(2 pi u_2j+1), z_2j+1 = r sin(2 pi u_2j+1), in float64
     dropout    torch's generator is seeded with the word >> 1 for a unit          purpose "dropout", index = the unit
@@ -134,6 +135,10 @@ class SealedRandom:
             size = min(_BLOCK, count - start)
             out[start : start + size] = _box_muller(_next_words(stream, size + size % 2))[:size]
         return out
+
+    def loss_normal(self, step: int) -> float:
+        """A standard normal variate for the released loss of a step."""
+        return float(_box_muller(self._words("loss", step, 0, 2))[0])
 
     def torch_seed(self, step: int, unit: int) -> int:
         """A 63-bit seed for the dropout masks of one unit in one step, apart from everyone else's data."""

@@ -235,6 +235,12 @@ def _spend_words(spend: Spend) -> str:
         f"{drawn}, and Gaussian noise of standard deviation "
         f"{words.number_text(reserved.noise_multiplier * reserved.clipping_norm)} was added to the sum. "
     )
+    if reserved.loss_bound is not None and reserved.loss_noise_multiplier is not None:
+        noise = words.number_text(reserved.loss_noise_multiplier * reserved.loss_bound / 2)
+        text += (
+            f"The loss of the same draw, clipped to {words.number_text(reserved.loss_bound)}, was released with noise "
+            f"of standard deviation {noise} on its sum, and charged. "
+        )
     if spend.doubt is not None:
         return text + spend.doubt
     if settled is None:
@@ -260,6 +266,7 @@ def _spend_facts(spend: Spend, number: int, run: RunFacts) -> tuple[Fact, ...]:
         Fact("Roster", words.plural(reserved.units, reserved.unit), at),
         Fact("Mechanism", f"{reserved.mechanism}; engine {reserved.engine}", at),
         Fact("Noise multiplier σ", words.number_text(reserved.noise_multiplier), at),
+        *_loss_facts(reserved, at),
         Fact("Sampling rate q", words.number_text(reserved.sampling_rate), at),
         Fact("Steps T", f"{words.count(reserved.steps)} reserved of {words.count(reserved.steps_asked)} asked for"
              + (f"; {words.count(settled.steps)} ran" if settled else ""), cite(spend.indices)),
@@ -287,6 +294,16 @@ def _spend_facts(spend: Spend, number: int, run: RunFacts) -> tuple[Fact, ...]:
 
 def _pairs_label(sampled: str) -> str:
     return "Pairs of a unit kept, sampled one by one, k" if sampled == "pairs" else "Pairs of a unit in a step k"
+
+
+def _loss_facts(reserved: Any, at: Cites) -> list[Fact]:
+    """What was released beside the gradient."""
+    if reserved.loss_bound is None or reserved.loss_noise_multiplier is None:
+        return []
+    noise = words.number_text(reserved.loss_noise_multiplier)
+    return [
+        Fact("Live loss", f"clipped to {words.number_text(reserved.loss_bound)}, noise multiplier {noise}; in ε", at)
+    ]
 
 
 def _epsilon(value: Any) -> str:

@@ -259,6 +259,14 @@ def _cut(canary: int) -> None:
         nowhere = [total.clone() for total in sums] if now["seed"] in hers else sums
         return clip_into(parameters, nowhere, bound)
 
+    add = unit_gradients.Seen.add
+
+    def adding(self: Any, pairs: int, loss: float, norm: float, bound: float) -> None:
+        add(self, pairs, loss, norm, bound)
+        if now["seed"] in hers and self.losses:
+            self.losses.pop()
+
+    unit_gradients.Seen.add = adding  # type: ignore[method-assign]
     SealedRandom.torch_seed = noting  # type: ignore[method-assign]
     torch.manual_seed = seeding
     unit_gradients.clip_into = cutting

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlhf_audit_nb.capture.state import PRIVATE_LOSS, SMOOTHING, smoothed_deviation
 from rlhf_audit_nb.notebook.panels.words import (
     say_bound,
     say_count,
@@ -28,10 +29,15 @@ if TYPE_CHECKING:
 
 __all__ = ["NO_PRIVACY", "PUBLIC_SERIES", "SEALED_LOSS", "Check", "View", "build_view", "latest"]
 
-PUBLIC_SERIES = ("gradient_norm", "update_norm", "learning_rate")
-"""Series that may be shown of a private run: what follows from the privatised gradient, and the schedule."""
+PUBLIC_SERIES = (PRIVATE_LOSS, "gradient_norm", "update_norm", "learning_rate")
+"""Series that may be shown of a private run: the loss that was released through the mechanism, what follows from the
+privatised gradient, and the schedule."""
 
 NO_PRIVACY = "No differential privacy: this run gives no bound"
+RELEASED_LOSS = (
+    f"The private loss is clipped, noised and charged in ε at every step, and drawn as a mean over about {SMOOTHING} "
+    "steps; ± is twice its noise's standard deviation."
+)
 SEALED_LOSS = "The exact loss is sealed in the vault, because it is a function of private data."
 
 View = dict[str, Any]
@@ -69,6 +75,7 @@ _LEVELS: dict[str, tuple[str, str]] = {
 _UNITS: dict[str, str] = {"annotator": "all answers of one together", "pair": "one preference", "label": "one bit"}
 
 _LABELS: dict[str, str] = {
+    PRIVATE_LOSS: "private loss (clipped, noised, charged)",
     "gradient_norm": "gradient norm",
     "update_norm": "update norm",
     "learning_rate": "learning rate",
@@ -219,6 +226,13 @@ def _metric_label(name: str, *, private: bool) -> str:
     return _LABELS.get(name, name)
 
 
+def _metric_value(state: StateLike, name: str, value: float) -> str:
+    said = say_number(value, full=True)
+    if name != PRIVATE_LOSS or state.privacy is None or state.privacy.loss_deviation is None:
+        return said
+    return f"{said} ± {say_number(2 * smoothed_deviation(state.privacy.loss_deviation, len(state.series[name])))}"
+
+
 def _training_view(state: StateLike) -> View:
     shown = latest(state)
     most = state.max_steps or 0
@@ -228,7 +242,7 @@ def _training_view(state: StateLike) -> View:
     if state.step > most:  # several trainings in one run: the plan of the last one is no measure for all steps
         most = 0
     metrics = [
-        {"name": name, "label": _metric_label(name, private=state.private), "value": say_number(value, full=True)}
+        {"name": name, "label": _metric_label(name, private=state.private), "value": _metric_value(state, name, value)}
         for name, value in shown.items()
     ]
     facts = []
@@ -240,7 +254,7 @@ def _training_view(state: StateLike) -> View:
             {"term": "clipping C", "text": say_number(privacy.clipping_norm)},
         ]
     if state.private:
-        note = f"{SEALED_LOSS} Shown is what is public."
+        note = f"{RELEASED_LOSS} {SEALED_LOSS}" if PRIVATE_LOSS in shown else f"{SEALED_LOSS} Shown is what is public."
     elif state.inherited is not None:
         note = "Loss and metrics follow from private models and public prompts, so they are public."
     else:
