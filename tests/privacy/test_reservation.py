@@ -42,6 +42,7 @@ def planned(trail: Trail, epsilon: float = BUDGET) -> Plan:
         unit="pair",
         noise_multiplier=ONE.noise_multiplier,
         sampling_rate=ONE.sampling_rate,
+        loss_noise=None,
     )
     prior = read_ledger(trail.reader()).mechanisms("pair")
     return plan_units(config, UNITS, ONE.sampling_rate, ONE.steps, 5, prior)

@@ -49,6 +49,7 @@ def _reserved_once(folder: Path, epsilon: float, name: str | None = None) -> str
         unit="pair" if name is None else "annotator",
         noise_multiplier=ONE.noise_multiplier,
         sampling_rate=ONE.sampling_rate,
+        loss_noise=None,
     )
     with Trail.open(folder) as trail:
         try:
