@@ -122,7 +122,7 @@ def test_every_option_reaches_its_setting(shell, tmp_path):
     line = (
         "--experiment all --epsilon 9 --delta 1e-6 --unit pair --run-epsilon 2 --noise-multiplier 1.5 "
         "--clipping-norm 0.5 --sampling-rate 0.25 --max-pairs-per-unit 3 --sampled units --annotator-column worker "
-        "--engine loop --micro-batch 4 "
+        "--engine loop --micro-batch 4 --loss-noise 5 --loss-bound 1.5 "
         "--model-name example/m --trail elsewhere --origin example.com/t --durability always --every-steps 4 "
         "--asynchronous --weights-every 2 --compliance-mode eu_ai_act"
     )
@@ -146,10 +146,22 @@ def test_every_option_reaches_its_setting(shell, tmp_path):
         "annotator_column": "worker",
         "engine": "loop",
         "micro_batch": 4,
+        "loss_noise": 5.0,
+        "loss_bound": 1.5,
         "anonymize_annotators": True,
         "adjacency": "zero-out",
         "public_prompts": False,
     }
+
+
+@pytest.mark.parametrize(("said", "kept"), [("off", None), ("", 10.0)])
+def test_the_live_loss_can_be_turned_off(shell, trail, said, kept):
+    option = f"--loss-noise {said}" if said else ""
+    assert run(shell, f"%%audit_train --experiment quiet --epsilon 9 {option}\npass").success
+    (started,) = events(trail, RunStarted)
+    assert started.privacy["loss_noise"] == kept
+    error = failure(shell, "%%audit_train --experiment loud --epsilon 9 --loss-noise much\npass")
+    assert "neither a number nor off" in str(error)
 
 
 def test_the_cells_source_is_recorded_by_its_digest(shell, trail):
