@@ -25,7 +25,9 @@ def train(trail, prefix, *, settle=ONE.steps, experiment="study", budget=8.0):
     """One training over ten annotators of that name, with its steps, settled as is said."""
     run = uuid.uuid4().hex
     names = [f"{prefix}-{number}" for number in range(10)]
-    config = PrivacyConfig(epsilon=budget, delta=DELTA, noise_multiplier=ONE.noise_multiplier, sampling_rate=0.2)
+    config = PrivacyConfig(
+        epsilon=budget, delta=DELTA, noise_multiplier=ONE.noise_multiplier, sampling_rate=0.2, loss_noise=None
+    )
     roster = Roster.of(names, len(names))
     prior = read_ledger(trail.reader(), trail).mechanisms("annotator", "annotator_id", roster)
     plan = plan_units(config, build_units(names, len(names), "annotator"), 0.2, ONE.steps, 5, prior)

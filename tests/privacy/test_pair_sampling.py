@@ -244,7 +244,13 @@ def test_a_reservation_of_an_earlier_version_sampled_units_and_an_unknown_way_is
 def test_a_run_says_everywhere_that_pairs_were_sampled_one_by_one(tmp_path: Path) -> None:
     auditor = AuditableRLHF(
         privacy_config=PrivacyConfig(
-            epsilon=50.0, delta=1e-3, noise_multiplier=3.0, sampled="pairs", max_pairs_per_unit=3, sampling_rate=0.1
+            epsilon=50.0,
+            delta=1e-3,
+            noise_multiplier=3.0,
+            sampled="pairs",
+            max_pairs_per_unit=3,
+            sampling_rate=0.1,
+            loss_noise=None,
         ),
         audit_config=AuditConfig(trail=str(tmp_path / "audit")),
     )

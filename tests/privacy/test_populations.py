@@ -66,7 +66,11 @@ def shown(trail: Trail) -> Registry:
 
 def planned(trail: Trail, roster: Roster, epsilon: float = ONCE * 1.0001) -> Plan:
     config = PrivacyConfig(
-        epsilon=epsilon, delta=DELTA, noise_multiplier=ONE.noise_multiplier, sampling_rate=ONE.sampling_rate
+        epsilon=epsilon,
+        delta=DELTA,
+        noise_multiplier=ONE.noise_multiplier,
+        sampling_rate=ONE.sampling_rate,
+        loss_noise=None,
     )
     names = sorted(roster.names)
     prior = read_ledger(trail.reader(), trail).mechanisms("annotator", "annotator_id", roster)
