@@ -40,7 +40,7 @@ from rlhf_audit_nb.trail import TrailReader, verify_trail
 
 SEED = bytes(range(32))
 PAIRS = synthetic_pairs(20)
-NOISY = {"epsilon": 50.0, "delta": 1e-3, "noise_multiplier": 1.0, "sampling_rate": 0.3}
+NOISY = {"epsilon": 50.0, "delta": 1e-3, "noise_multiplier": 1.0, "sampling_rate": 0.3, "loss_noise": None}
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
 
 
