@@ -6,7 +6,8 @@ Nothing of that is private. Where the two differ, the loop computes the whole tr
 
 On the first batch of two units or more they are compared again. Should they differ there, or should the rows engine
 fail on a later batch, the loop takes over from that step on. This depends on private data: which engine ran is then
-said in the step's private metrics and nowhere else (both keep the same bound, so the guarantee is the same).
+said in the step's private metrics and nowhere else (both keep the same bound, so the guarantee is the same). A step in
+which somebody's rows cannot be computed with is the loop's as well: it leaves that unit out.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from rlhf_audit_nb.errors import AuditError
 from rlhf_audit_nb.privacy.engine_choice import ROWS
 from rlhf_audit_nb.privacy.quiet_training import clear_metrics
 from rlhf_audit_nb.privacy.row_gradients import RowsEngine
@@ -84,6 +86,11 @@ class CheckedRows:
             except RowsLostError as lost:
                 self._give_up(seen, str(lost))
                 sums.zero()
+            except (AuditError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception:
+                seen.reset()
+                sums.zero()
             else:
                 return
         self._loop.add(trainer, model, sampled, sums, seen)
@@ -112,6 +119,11 @@ class CheckedRows:
             distance = _distance(trainer, model, (self._rows, self._loop), few, sums)
         except RowsLostError as lost:
             self._give_up(seen, str(lost))
+            return
+        except (AuditError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:
+            self._compared = False
             return
         finally:
             clear_metrics(trainer)

@@ -384,7 +384,10 @@ def test_a_unit_whose_loss_is_not_finite_contributes_nothing_and_nothing_public_
     assert poisoned.state.log_history == without.state.log_history
 
 
-def test_a_unit_whose_loss_cannot_be_computed_contributes_nothing_and_only_the_vault_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["loop", "rows"])
+def test_a_unit_whose_loss_cannot_be_computed_contributes_nothing_and_only_the_vault_is_told(
+    tmp_path: Path, kind: Any
+) -> None:
     class Skips(SealedRandom):
         def bernoulli_mask(self, step: int, rate: float, count: int) -> Any:
             return np.arange(count) != 2
@@ -396,15 +399,17 @@ def test_a_unit_whose_loss_cannot_be_computed_contributes_nothing_and_only_the_v
                 lambda row: {"chosen_ids": [91234] * (row["annotator_id"] == "person-2") + row["chosen_ids"]}
             )
         observer = Observer()
-        plan = plan_training(trainer, PrivacyConfig(epsilon=200, noise_multiplier=1.0, sampling_rate=1.0))
-        with private_training(trainer, plan, make(SEED), observer):
+        config = PrivacyConfig(epsilon=200, noise_multiplier=1.0, sampling_rate=1.0, engine=kind)
+        with private_training(trainer, plan_training(trainer, config), make(SEED), observer):
             trainer.train()
         return trainer, observer
 
     failing, observer = run(SealedRandom, spoilt=True)
     without, _ = run(Skips)
-    assert torch.equal(weights(failing), weights(without))
-    assert failing.state.log_history == without.state.log_history
+    if kind == "loop":  # in one pass rows are padded to the longest, which moves the last bits
+        assert torch.equal(weights(failing), weights(without))
+        assert failing.state.log_history == without.state.log_history
+    assert torch.allclose(weights(failing), weights(without), atol=1e-5)
     assert [metrics["failed_units"] for _, _, metrics in observer.seen] == [1, 1, 1]
     assert [metrics["non_finite_units"] for _, _, metrics in observer.seen] == [0, 0, 0]
     assert "index out of range" in observer.seen[0][2]["unit_error"]
