@@ -126,6 +126,9 @@ def test_the_report_and_the_card_say_what_is_and_what_is_not_protected(auditor, 
     report = auditor.generate_compliance_report(format="html").save(tmp_path / "report.html").read_text()
     assert "who annotated, and several labels of one annotator together are not protected" in report
     assert "labels that had been flipped at random" in report
+    assert f"{ROWS} preference labels were flipped at random when they were released, 1 release in all" in report
+    assert "Nothing was trained here" not in report
+    assert "0×10" not in report
     card = str(auditor.generate_model_card().save(tmp_path / "card.md").read_text())
     assert "inherits ε = 1.50" in card
     assert "per label" in card

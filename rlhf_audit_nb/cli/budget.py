@@ -23,7 +23,7 @@ from rlhf_audit_nb.errors import ConfigError
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.privacy.accountant import Mechanism
-    from rlhf_audit_nb.privacy.ledger import Ledger
+    from rlhf_audit_nb.privacy.ledger import LabelSpend, Ledger
 
 __all__ = ["COMMANDS"]
 
@@ -184,6 +184,11 @@ def _do_budget_show(args: argparse.Namespace) -> int:
     reach = f"unit {budget.unit}, zero-out adjacency; all runs composed, not added"
     several = len(budget.populations) > 1
     words = [f"ε {epsilon_text(budget.total, 4)} at δ {delta_text(budget.delta)}, {reach}"]
+    if ledger.unit == "label":
+        answer |= {"adjacency": "replace one label", "releases": [_release(one) for one in ledger.releases]}
+        words = [
+            f"ε {epsilon_text(budget.total, 4)} of each label (pure: at any δ); what one label's releases cost adds up"
+        ]
     if several:
         words.append(f"  of the population that spent most; {len(budget.populations)} populations share nobody")
     words.append(f"  spent     {epsilon_text(budget.spent, 4)}")
@@ -199,6 +204,11 @@ def _do_budget_show(args: argparse.Namespace) -> int:
             f"multiplier {one.noise_multiplier:.10g}, sampling rate {one.rate}; alone ε "
             f"{epsilon_text(one.epsilon, 4)}"
         )
+    for release in ledger.releases:
+        words.append(
+            f"  release {short(release.release)} (#{release.index}): {plural(release.labels, 'label')}, ε "
+            f"{epsilon_text(release.epsilon, 4)} each"
+        )
     if len(budgets) > 1:
         words.append("  budget over time: " + ", ".join(f"{b['epsilon']:g} (#{b['entry']})" for b in budgets))
     words += [f"  #{b['entry']}: {b['by']} set {b['epsilon']:g}: {b['reason']}" for b in budgets if "by" in b]
@@ -209,6 +219,10 @@ def _do_budget_show(args: argparse.Namespace) -> int:
         answer["figure"] = str(path)
         words.append(f"figure   {path}")
     return finish(args, answer, words)
+
+
+def _release(one: LabelSpend) -> dict[str, Any]:
+    return {"release": one.release, "entry": one.index, "labels": one.labels, "epsilon": one.epsilon}
 
 
 def _refuse_empty_figure(args: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from rlhf_audit_nb.events import (
     DataBound,
     EnvironmentCaptured,
     Event,
+    LabelsReleased,
     ModelBound,
     PrivacyInherited,
     PrivacyPopulation,
@@ -141,7 +142,8 @@ class Composed:
     ``total`` is ``None`` where no run is private; ``unbounded_runs`` were trained without differential privacy (or
     without a recorded reservation) and are covered by no bound at all. ``set_budgets`` are those that somebody set,
     in an entry of their own. Where annotators of several populations were trained on, ``total`` and ``units`` are of
-    the one that spent most, and ``trainings_of_most`` of all ``trainings`` are its own.
+    the one that spent most, and ``trainings_of_most`` of all ``trainings`` are its own. ``releases`` are those of
+    labels, on a trail that counts labels: there nothing is spent by trainings.
     """
 
     total: Number | None
@@ -160,6 +162,7 @@ class Composed:
     populations: int = 1
     trainings_of_most: int = 0
     trainings: int = 0
+    releases: tuple[tuple[Item, LabelsReleased], ...] = ()
 
     @property
     def whose(self) -> str:
@@ -258,6 +261,7 @@ def composed_privacy(
     runs: tuple[RunFacts, ...],
     set_budgets: tuple[tuple[Item, BudgetSet], ...] = (),
     rosters: tuple[tuple[Item, PrivacyPopulation], ...] = (),
+    releases: tuple[tuple[Item, LabelsReleased], ...] = (),
 ) -> Composed:
     """The composed privacy loss, from the totals that reservations and settlements recorded.
 
@@ -269,8 +273,10 @@ def composed_privacy(
     unbounded = sum(run.guarantee in {"none", "asked"} for run in runs)
     private = sum(run.guarantee == "bound" for run in runs)
     if not spends:
-        return Composed(None, None, None, None, None, None, settled=True, indices=(), other_deltas=(),
-                        private_runs=private, unbounded_runs=unbounded, set_budgets=set_budgets)  # fmt: skip
+        indices = sorted(item.index for item, _ in (*releases, *(set_budgets if releases else ())))
+        return Composed(None, None, None, None, None, None, settled=True, indices=tuple(indices), other_deltas=(),
+                        private_runs=private, unbounded_runs=unbounded, set_budgets=set_budgets,
+                        releases=releases)  # fmt: skip
     newest = spends[-1].reserved
     same = [spend for spend in spends if spend.reserved.delta == newest.delta]
     others = tuple(sorted({spend.reserved.delta for spend in spends} - {newest.delta}))

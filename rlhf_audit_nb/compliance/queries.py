@@ -18,6 +18,7 @@ from rlhf_audit_nb.events import (
     AnnotationsImported,
     CardCreated,
     DataBound,
+    LabelsReleased,
     RecordSealed,
     ReportCreated,
 )
@@ -271,6 +272,11 @@ def base_model(evidence: Evidence) -> Finding | None:
 def privacy_bound(evidence: Evidence) -> Finding | None:
     """Differential privacy of training."""
     entries = sorted(i for run in run_facts(evidence) for spend in run.spends for i in spend.indices)
+    released = sorted(item.index for item, _ in evidence.of(LabelsReleased))
+    if not entries and released:
+        return Finding(
+            tuple(released), "A bound on what can be told of one preference label; texts are not bounded.", ""
+        )
     if not entries:
         return None
     return Finding(tuple(entries), "A bound on what the model can reveal of one annotator or pair.", "")

@@ -400,6 +400,12 @@ def what_is_left(
             code="usage",
         )
     _check_left(noise_multiplier, sampling_rate, steps, epsilon, pairs)
+    if budget.unit == "label":
+        raise ConfigError(
+            "This trail counts labels: releasing them is charged, and no step of a training on them is.",
+            next_step="See what a label has cost: rlhf-audit labels show.",
+            code="label-budget",
+        )
     if pairs > 1 and budget.unit not in (None, "annotator"):
         raise ConfigError(
             f"This trail keeps the privacy budget of {budget.unit}s; pairs are sampled one by one of annotators only.",

@@ -16,7 +16,7 @@ from rlhf_audit_nb.compliance.evidence import Cite, cite
 from rlhf_audit_nb.compliance.facts import composed_privacy, run_facts
 from rlhf_audit_nb.compliance.framework import load_framework
 from rlhf_audit_nb.compliance.lineage import lineage
-from rlhf_audit_nb.events import BudgetSet, PrivacyPopulation, RecordSealed
+from rlhf_audit_nb.events import BudgetSet, LabelsReleased, PrivacyPopulation, RecordSealed
 from rlhf_audit_nb.reports import figures
 from rlhf_audit_nb.reports.cells import Cell, cells_of
 from rlhf_audit_nb.reports.integrity import integrity_facts
@@ -124,7 +124,9 @@ class _Builder:
         self.evidence = evidence
         self.assessment = assess(evidence, load_framework(mode))
         self.runs = run_facts(evidence)
-        self.composed = composed_privacy(self.runs, evidence.of(BudgetSet), evidence.of(PrivacyPopulation))
+        self.composed = composed_privacy(
+            self.runs, evidence.of(BudgetSet), evidence.of(PrivacyPopulation), evidence.of(LabelsReleased)
+        )
         self.level = words.level_words(evidence.level)
         self.by_index = {item.index: item for item in evidence.items}
 

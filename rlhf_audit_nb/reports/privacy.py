@@ -86,13 +86,16 @@ def composed_state(composed: Composed, *, trusted: bool) -> str:
     """The state of the composed guarantee, for colour and icon."""
     if not trusted:
         return "bad"
-    return "warn" if composed.total is None or composed.unbounded_runs else "ok"
+    bounded = composed.total is not None or bool(composed.releases)
+    return "ok" if bounded and not composed.unbounded_runs else "warn"
 
 
 def composed_words(composed: Composed, *, trusted: bool) -> str:
     """The guarantee of all runs composed, in words."""
     if not trusted:
         return "The trail does not verify. The figures below are what it says, and none of them can be relied on."
+    if composed.releases:
+        return _released_words(composed)
     if composed.total is None:
         said = "Nothing was trained here, so nothing was spent."
         if composed.unbounded_runs:
@@ -125,6 +128,25 @@ def composed_words(composed: Composed, *, trusted: bool) -> str:
         deltas = ", ".join(map(words.delta_text, composed.other_deltas))
         text += f" Earlier reservations at δ = {deltas} are composed into it; their own figures are not comparable."
     return text
+
+
+def _released_words(composed: Composed) -> str:
+    """What releases of labels cost; trainings on them charge nothing."""
+    _, last = composed.releases[-1]
+    labels = sum(event.labels for _, event in composed.releases)
+    text = (
+        f"{words.plural(labels, 'preference label')} were flipped at random when they were released, "
+        f"{words.plural(len(composed.releases), 'release')} in all. What can be told of any one label, from the "
+        f"released rows and from all that is made of them, is bounded by ε\u00a0=\u00a0"
+        f"{words.epsilon_text(last.epsilon_total)} (pure, δ\u00a0=\u00a00), of a budget of "
+        f"{words.number_text(last.epsilon_budget)}. Not protected are {'; '.join(last.not_protected)}."
+    )
+    if composed.unbounded_runs:
+        text += (
+            f" This bound does not reach {words.plural(composed.unbounded_runs, 'run')} of this trail, "
+            f"{words.NO_BOUND}: where the same labels were used there, they are not protected by it."
+        )
+    return text + _set_budgets(composed)
 
 
 def _set_budgets(composed: Composed) -> str:

@@ -141,6 +141,21 @@ def test_erasing_the_opening_of_a_release_is_possible_later(run, votes):
     assert "would cost a label 3 altogether" in err
 
 
+def test_the_budget_shows_releases_and_knows_that_steps_cost_none_of_it(run, votes):
+    assert release(run, votes)[0] == 0
+    code, out, _ = run("budget", "show")
+    assert code == 0
+    assert out.startswith("ε 2.0000 of each label (pure: at any δ); what one label's releases cost adds up\n")
+    assert "left      0.0000 of 2" in out
+    assert "(#1): 3 labels, ε 2.0000 each" in out
+    shown = json.loads(run("budget", "show", "--json")[1])
+    assert (shown["unit"], shown["epsilon"], shown["adjacency"]) == ("label", 2.0, "replace one label")
+    assert [one["labels"] for one in shown["releases"]] == [3]
+    code, out, err = run("budget", "left", "--noise-multiplier", "1", "--sampling-rate", "0.1")
+    assert (code, out) == (2, "")
+    assert "This trail counts labels" in err
+
+
 def test_nothing_released_is_said(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Trail.open("audit").close()
