@@ -121,6 +121,30 @@ def test_a_part_of_the_rows_in_another_order_and_more_than_once_is_still_the_rel
     assert len(events(auditor.trail, PrivacyInherited)) == 1
 
 
+def test_a_policy_that_is_rewarded_by_a_model_of_released_labels_inherits_their_epsilon(auditor, tmp_path):
+    reward = reward_trainer(rows_of(auditor.noisy), tmp_path / "reward", max_steps=1)
+    train(auditor, reward)
+    held = holder(tmp_path, public_prompts=True)
+    run = train(held, grpo_trainer([reward.model], tmp_path / "policy", max_steps=1))
+    first, second = events(auditor.trail, PrivacyInherited)
+    assert (first.kind, second.kind) == ("released-labels", "private-model")
+    assert (second.unit, second.epsilon) == ("label", EPSILON)
+    assert second.sources[0]["role"] == "reward"
+    assert "inherits ε 1.50" in run.summary()
+    refused_policy = grpo_trainer([reward.model], tmp_path / "other", max_steps=1)
+    with pytest.raises(UnsupportedTrainerError, match="were not declared public"):
+        train(auditor, refused_policy)
+
+
+def test_a_training_on_labels_is_not_resumed(auditor, tmp_path):
+    trainer = reward_trainer(rows_of(auditor.noisy), tmp_path / "out", max_steps=1)
+    with (
+        auditor.track_training("labels"),
+        pytest.raises(UnsupportedTrainerError, match="where a checkpoint's weights come from"),
+    ):
+        trainer.train(resume_from_checkpoint=str(tmp_path))
+
+
 def test_the_report_and_the_card_say_what_is_and_what_is_not_protected(auditor, tmp_path):
     train(auditor, dpo_trainer(rows_of(auditor.noisy), tmp_path / "out", max_steps=1))
     report = auditor.generate_compliance_report(format="html").save(tmp_path / "report.html").read_text()

@@ -14,10 +14,11 @@ from support.tiny import dpo_trainer, synthetic_pairs
 from support.trails import events, without_cross_checks
 
 from rlhf_audit_nb.auditor import AuditableRLHF
-from rlhf_audit_nb.config import AuditConfig
+from rlhf_audit_nb.config import AuditConfig, PrivacyConfig
 from rlhf_audit_nb.errors import AuditError, ConfigError, TrailError
 from rlhf_audit_nb.events import (
     CardCreated,
+    PrivacyInherited,
     PrivacyReserved,
     PrivacySettled,
     ReportCreated,
@@ -515,3 +516,19 @@ def test_the_mechanism_is_checked_in_a_notebook_and_a_broken_one_fails_the_cell(
     assert isinstance(error, AuditError)
     assert error.reason == "privacy-check"
     assert "noise-level" in capsys.readouterr().out
+
+
+def test_a_cell_trains_on_released_labels_and_shows_what_it_inherits(shell, trail, capfd):
+    held = AuditableRLHF(
+        privacy_config=PrivacyConfig(epsilon=2.0, unit="label"), audit_config=AuditConfig(trail=str(trail.location))
+    )
+    shell.user_ns["votes"] = shell.user_ns["pairs"]
+    shell.user_ns["pairs"] = list(held.release_labels(shell.user_ns["pairs"], epsilon=2.0).dataset)
+    assert run(shell, f"%%audit_train --experiment labels --epsilon 2 --unit label\n{TRAIN}").success
+    said = capfd.readouterr().out
+    assert "inherits ε 2.00 (δ 0, unit label); nothing was charged" in said
+    (inherited,) = events(trail, PrivacyInherited)
+    assert (inherited.kind, inherited.epsilon) == ("released-labels", 2.0)
+    assert all("loss" in step.metrics for step in events(trail, Step))
+    error = failure(shell, f"%%audit_train --experiment raw --epsilon 2 --unit label\npairs = votes\n{TRAIN}")
+    assert "auditor.release_labels" in str(error)
