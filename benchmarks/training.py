@@ -6,7 +6,13 @@ does hits both alike.
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import resource
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -153,7 +159,7 @@ def _compare(what: str, target: float | None, folder: Path, steps: int, treated:
 
 
 def measure(folder: Path, *, quick: bool) -> Iterator[Figure]:
-    """Both ratios and, as a control, plain against plain; new trails under ``folder``."""
+    """The ratios and, as a control, plain against plain; new trails under ``folder``."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -162,12 +168,68 @@ def measure(folder: Path, *, quick: bool) -> Iterator[Figure]:
     audited = AuditableRLHF(audit_config=AuditConfig(trail=str(folder / "audited")))
     context = lambda: audited.track_training("audited")  # noqa: E731
     yield _compare("audited without DP / plain step", 1.05, folder, steps, context)
-    private = PrivacyConfig(
-        epsilon=1e6, noise_multiplier=1.0, sampling_rate=1.0, max_pairs_per_unit=PAIRS_A_UNIT, unit="annotator"
-    )
-    auditor = AuditableRLHF(privacy_config=private, audit_config=AuditConfig(trail=str(folder / "private")))
-    context = lambda: auditor.track_training("private")  # noqa: E731
-    # The private step is given the same 16 pairs, but in four batches, each padded to its own longest answer and small
-    # enough for the processor's caches: on a CPU that can outweigh what clipping and noise cost.
-    note = "; the same pairs, each annotator's padded apart"
-    yield _compare("private (annotators of 4 pairs) / plain step", 1.15, folder, steps // 2, context, note)
+    yield from _private(folder, steps)
+    yield from _memory(folder)
+
+
+def _private(folder: Path, steps: int) -> Iterator[Figure]:
+    """Private against plain, by kind of unit and by engine."""
+    pairs: dict[str, Any] = {"unit": "pair"}
+    annotators: dict[str, Any] = {"unit": "annotator", "max_pairs_per_unit": PAIRS_A_UNIT}
+    # The loop is given the same 16 pairs in several batches, each padded to its own longest answer and small enough for
+    # the processor's caches: on a CPU that can outweigh what clipping and noise cost.
+    apart = "; the same pairs, each unit's padded apart"
+    for what, target, settings, note in (
+        (f"private, annotators of {PAIRS_A_UNIT} pairs (loop) / plain step", 1.15, {**annotators}, apart),
+        ("private, pairs (rows) / plain step", 1.5, {**pairs, "engine": "rows"}, ""),
+        ("private, pairs (loop) / plain step", None, {**pairs, "engine": "loop"}, apart),
+    ):
+        context = _privately(folder / f"private-{len(list(folder.iterdir()))}", settings)
+        yield _compare(what, target, folder, steps // 2, context, note)
+
+
+def _privately(folder: Path, settings: dict[str, Any]) -> Context:
+    private = PrivacyConfig(epsilon=1e6, noise_multiplier=1.0, sampling_rate=1.0, **settings)
+    auditor = AuditableRLHF(privacy_config=private, audit_config=AuditConfig(trail=str(folder)))
+    return lambda: auditor.track_training("private")
+
+
+def _memory(folder: Path) -> Iterator[Figure]:
+    """Peak resident memory of a process that trains, plain and by the rows engine, each a process of its own."""
+    peaks = {}
+    for name in ("plain", "rows"):
+        command = [sys.executable, "-m", "benchmarks.training", name, str(folder / f"memory-{name}")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks[name] = json.loads(done.stdout.splitlines()[-1])
+    plain, rows = peaks["plain"], peaks["rows"]
+    how = f"ru_maxrss of one process each, plain {plain['peak'] / 1024:.0f} MiB"
+    yield Figure("peak memory, private pairs (rows) / plain", rows["peak"] / plain["peak"], "", 1.3, how=how)
+    grown = [(one["peak"] - one["before"]) / 1024 for one in (plain, rows)]
+    how = f"the same beyond what the process held before it trained: {grown[0]:.0f} and {grown[1]:.0f} MiB"
+    yield Figure("of it, by training alone", grown[1] / max(grown[0], 1e-3), "", None, how=how)
+
+
+def _train_for_memory(name: str, folder: Path) -> None:
+    """One short training in this process; prints its peak memory in KiB, and what it held before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["RLHF_AUDIT_HOME"] = str(folder / "home")
+    baton = _Baton()
+    baton.leave(1)
+    trainer = _trainer(folder / "model", 5, _Clock(baton, 0))
+    context = nullcontext if name == "plain" else _privately(folder / "trail", {"unit": "pair", "engine": "rows"})
+    before = _resident()
+    with context(), contextlib.redirect_stdout(sys.stderr):
+        trainer.train()
+    print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "before": before}))
+
+
+def _resident() -> int:
+    """What this process holds in memory now, in KiB."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+if __name__ == "__main__":
+    _train_for_memory(sys.argv[1], Path(sys.argv[2]))

@@ -91,6 +91,7 @@ class PrivateTraining:
         plan: what it follows.
         steps: steps whose sampling has begun; these count as spent, even where one was cut short.
         stopped_by_budget: whether training ended because the next step would have crossed the budget.
+        guarded: whether the guard stands in front of an optimizer's steps.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class PrivateTraining:
         self._pending = False
         self._noised = False
         self._started = False
+        self.guarded = False
         self._metrics: dict[str, float | int | str] = {}
         self._loss_sum = 0.0
 
@@ -434,6 +436,16 @@ class _StopsInTime(TrainerCallback):
     def __init__(self, engine: PrivateTraining) -> None:
         self._engine = engine
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A release that makes its optimizer in another way would go unguarded."""
+        del args, state, control
+        if not self._engine.guarded:
+            raise PrivacyError(
+                "Training was about to begin with an optimizer whose steps are not guarded; nothing was trained.",
+                next_step="Install the releases of transformers and TRL that the package was tested with.",
+                code="unguarded",
+            )
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         engine = self._engine
         if engine.steps >= engine.plan.steps and state.global_step < state.max_steps:
@@ -477,6 +489,7 @@ def _guard_optimizer(trainer: Any, engine: PrivateTraining, optimizer: Any) -> N
         )
     stack: contextlib.ExitStack = vars(trainer)[f"{_ENGINE}_hooks"]
     stack.callback(optimizer.register_step_pre_hook(engine.guard).remove)
+    engine.guarded = True
 
 
 @contextlib.contextmanager

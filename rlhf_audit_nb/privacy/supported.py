@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_audit_nb.errors import UnsupportedTrainerError
+from rlhf_audit_nb.privacy.hooks import check_hooks
 
 __all__ = [
     "DPO_LOSSES",
@@ -357,6 +358,7 @@ def check_supported(trainer: Any) -> None:
                 f"{type(trainer).__name__} cannot be made private as it is set up: {rule.why}.", rule.instead
             )
     _check_collator(trainer, module)
+    check_hooks(trainer)
     _check_model(trainer.model)
 
 
