@@ -445,13 +445,18 @@ class _MovedError(Exception):
     """Another process recorded a population or a key meanwhile."""
 
 
-def record_population(trail: Trail, roster: Roster, *, resolution_us: int = 1) -> str:
+def record_population(trail: Trail, roster: Roster, *, resolution_us: int = 1) -> str | None:
     """The id of the population that has this roster; it is recorded where it is new.
+
+    Returns:
+        The id; ``None`` where the vault does not give back the secret that was just put into it, so that nothing could
+        be proven of any roster.
 
     Raises:
         PrivacyError: code ``reservation-race``: others recorded theirs each time.
         StoreError: an append failed.
     """
+    made_key = False
     for _ in range(_TRIES):
         registry = read_registry(trail.reader(), VaultAt.of(trail))
         known = registry.find(roster)
@@ -459,7 +464,10 @@ def record_population(trail: Trail, roster: Roster, *, resolution_us: int = 1) -
             return known.id
         try:
             if registry.key is None:
+                if made_key:
+                    return None
                 _record_key(trail, registry, resolution_us)
+                made_key = True
             else:
                 return _record_roster(trail, registry, registry.key, roster, resolution_us)
         except _MovedError:

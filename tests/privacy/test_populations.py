@@ -438,6 +438,20 @@ def test_a_roster_that_others_record_meanwhile_is_compared_with_theirs(
         assert len(last.said_disjoint) == 2
 
 
+def test_a_vault_that_does_not_give_the_secret_back_proves_nothing_and_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlhf_audit_nb.trail import vault
+
+    monkeypatch.setattr(vault, "check_opening", lambda *_: False)
+    with Trail.open(tmp_path / "audit") as trail:
+        assert record_population(trail, crowd("a")) is None
+        assert sum(1 for _ in trail.reader().entries(type=PopulationKey.TYPE)) == 1
+        taken(trail, planned(trail, crowd("a"), 50.0))
+        assert planned(trail, crowd("b"), 50.0).prior == (ONE,)
+        assert [event.population for event in reservations(trail)] == [None]
+
+
 def test_reading_rosters_leaves_the_writers_vault_alone(tmp_path: Path) -> None:
     with Trail.open(tmp_path / "audit") as trail:
         two(trail)

@@ -197,6 +197,7 @@ def _hold_still(speed: float) -> None:
     import itertools
     import threading
     import time
+    import types
     import uuid
 
     from cryptography.hazmat.primitives import hashes
@@ -204,8 +205,9 @@ def _hold_still(speed: float) -> None:
 
     from rlhf_audit_nb.capture import weights
     from rlhf_audit_nb.capture.run import open_private_runs
+    from rlhf_audit_nb.privacy import populations
     from rlhf_audit_nb.privacy.sampling import SealedRandom
-    from rlhf_audit_nb.trail import writer
+    from rlhf_audit_nb.trail import vault, writer
 
     ticks, lock, started = itertools.count(10), threading.Lock(), []
 
@@ -222,6 +224,8 @@ def _hold_still(speed: float) -> None:
     uuid.uuid4 = lambda: uuid.UUID(int=next(numbers) * 0x9E3779B97F4A7C15F39CC0605CEDC835 % 2**128, version=4)
     SealedRandom.from_system = classmethod(lambda cls: cls(bytes(range(32))))  # type: ignore[method-assign,assignment]
     writer.commitment_of = lambda kind, stream, seq, _: hashlib.sha256(f"{kind} {stream} {seq}".encode()).digest()
+    vault.check_opening = lambda *_: True
+    populations.secrets = types.SimpleNamespace(token_bytes=bytes)  # type: ignore[assignment]
     made = weights.ec.ECDSA
 
     class Repeatable:
