@@ -199,7 +199,14 @@ def test_a_seed_that_was_erased_is_said_to_be(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    "config", [{"sampled": "pairs", "max_pairs_per_unit": 2}, {"unit": "pair"}, {"noise_multiplier": 2.0}], ids=str
+    "config",
+    [
+        {"sampled": "pairs", "max_pairs_per_unit": 2},
+        {"unit": "pair"},
+        {"noise_multiplier": 2.0},
+        {"loss_noise": None},
+    ],
+    ids=str,
 )
 def test_every_way_to_sample_can_be_replayed(tmp_path: Path, config: dict[str, Any]) -> None:
     held = AuditableRLHF(

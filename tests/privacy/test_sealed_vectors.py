@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlhf_audit_nb.privacy import sampling
 from rlhf_audit_nb.privacy.sampling import SealedRandom
 
 FOLDER = Path(__file__).parents[1] / "vectors" / "privacy"
@@ -35,6 +37,8 @@ def drawn(random: SealedRandom, draw: dict[str, Any]) -> Any:
             return list(random.kept(index, draw["size"], count))
         case "noise":
             return random.normals(step, index, draw["count"]).tolist()
+        case "loss":
+            return [random.loss_normal(step)]
         case "dropout":
             return random.torch_seed(step, index)
     raise AssertionError(draw["purpose"])
@@ -43,7 +47,7 @@ def drawn(random: SealedRandom, draw: dict[str, Any]) -> Any:
 @pytest.mark.parametrize(("seed", "draw"), DRAWS, ids=NAMES)
 def test_each_purpose_draws_what_the_golden_file_says(seed: str, draw: dict[str, Any]) -> None:
     found = drawn(SealedRandom(bytes.fromhex(seed)), draw)
-    if draw["purpose"] != "noise":
+    if "normals" not in draw:
         (expected,) = (draw[name] for name in ("sampled", "flipped", "chosen", "torch_seed") if name in draw)
         assert found == expected
         assert found not in ([], None)
@@ -52,6 +56,12 @@ def test_each_purpose_draws_what_the_golden_file_says(seed: str, draw: dict[str,
     assert len(found) == len(expected) == draw["count"]
     for one, other in zip(found, expected, strict=True):
         assert abs(one - other) <= 4 * math.ulp(other)
+
+
+def test_the_golden_file_has_every_purpose_that_the_package_draws_for() -> None:
+    source = Path(sampling.__file__).read_text(encoding="utf-8")
+    purposes = set(re.findall(r'self\._(?:words|stream|chosen)\(\s*"(\w+)"', source))
+    assert purposes == {draw["purpose"] for _, draw in DRAWS}
 
 
 def test_another_seed_step_index_or_purpose_has_another_key() -> None:

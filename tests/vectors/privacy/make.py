@@ -81,6 +81,8 @@ def cases(seed: bytes) -> list[dict[str, Any]]:
     for step, tensor, count in ((0, 0, 8), (3, 2, 7)):
         words = case("noise", step, tensor, count + count % 2, count=count)
         made[-1]["normals"] = [number.hex() for number in normals(words, count)]
+    words = case("loss", 6, 0, 2, count=1)
+    made[-1]["normals"] = [number.hex() for number in normals(words, 1)]
     words = case("dropout", 4, 11, 1)
     made[-1]["torch_seed"] = words[0] >> 1
     return made
