@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,16 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binom
-from support.tiny import dpo_trainer, kto_trainer, preferences, reward_model, reward_trainer, synthetic_pairs
+from support.tiny import (
+    dpo_trainer,
+    kto_trainer,
+    lora,
+    perturb,
+    preferences,
+    reward_model,
+    reward_trainer,
+    synthetic_pairs,
+)
 from torch.nn import functional
 from transformers import TrainerCallback
 
@@ -135,16 +145,20 @@ OWNERS = ("a", "a", "a", "b", "c", "c", "c", "c")
 STILL = {"learning_rate": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0, "max_steps": 1}
 
 
-def trained(trainer: Any, randomness: SealedRandom, bound: float) -> tuple[Any, dict[str, torch.Tensor]]:
+def trained(
+    trainer: Any, randomness: SealedRandom, bound: float, engine: str = "loop"
+) -> tuple[Any, dict[str, torch.Tensor]]:
     """The plan, and the sum that one step makes: what stands in ``.grad`` times what it was divided by."""
     config = PrivacyConfig(
         epsilon=1e6, noise_multiplier=1.0, sampling_rate=1.0, clipping_norm=bound, sampled="pairs", max_pairs_per_unit=2
     )
-    plan = plan_training(trainer, config)
+    plan = plan_training(trainer, replace(config, engine=engine))
     keeps = Keeps()
     trainer.add_callback(keeps)
-    with private_training(trainer, plan, randomness):
+    fell_back: list[Any] = []
+    with private_training(trainer, plan, randomness, fell_back=lambda *told: fell_back.append(told)):
         trainer.train()
+    assert fell_back == []
     (gradient,) = keeps.gradients
     return plan, {name: grad * plan.expected_units for name, grad in gradient.items()}
 
@@ -155,7 +169,9 @@ def norm_of(gradient: dict[str, torch.Tensor]) -> float:
 
 def reward_gradients(trainer: Any) -> list[dict[str, torch.Tensor]]:
     """Of each pair alone the gradient of the Bradley-Terry loss, from the formula, in float64."""
-    model = reward_model()
+    from peft import get_peft_model
+
+    model = get_peft_model(reward_model(), lora(task_type="SEQ_CLS"))
     model.load_state_dict(trainer.model.state_dict())
     model.double().eval()
     found = []
@@ -169,13 +185,15 @@ def reward_gradients(trainer: Any) -> list[dict[str, torch.Tensor]]:
     return found
 
 
-def test_a_step_adds_up_the_pairs_that_are_kept_each_clipped_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["loop", "rows"])
+def test_a_step_adds_up_the_pairs_that_are_kept_each_clipped_alone(tmp_path: Path, engine: str) -> None:
     rows = [{**row, "annotator_id": owner} for row, owner in zip(preferences(24)[::3], OWNERS, strict=True)]
-    trainer = reward_trainer(rows, tmp_path, **STILL)
+    trainer = reward_trainer(rows, tmp_path, peft="lora", **STILL)
+    perturb(trainer.model)
     truths = reward_gradients(trainer)
     bound = sorted(norm_of(truth) for truth in truths)[3]  # some pairs are clipped, some are not
     randomness = Everything(bytes(32))
-    plan, found = trained(trainer, randomness, bound)
+    plan, found = trained(trainer, randomness, bound, engine)
     assert plan.expected_units == 1.0 * 2 * 3  # q k N: as if everyone had two
     kept = [(0, 1, 2)[place] for place in randomness.kept(0, 2, 3)] + [3]
     kept += [(4, 5, 6, 7)[place] for place in randomness.kept(2, 2, 4)]
