@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support.leaks import CANARY, LeakLab, differences
+from support.leaks import CANARY, LINE, LeakLab, differences
 from support.tiny import synthetic_pairs
 
 OWNER = f"person-{CANARY}"
@@ -112,9 +112,8 @@ def test_nor_in_reports_cards_and_published_tiles(lab: LeakLab, without: Any) ->
 @pytest.mark.slow
 def test_nor_with_pairs_for_units(lab: LeakLab, without: Any) -> None:
     """Here the canary is one pair among fifteen."""
-    line = "--durability always --epsilon 200 --delta 1e-3 --noise-multiplier 1 --sampling-rate 0.7 --unit pair"
     kind = "all of whose rows the trainer drops"
-    job = {"trainer": "reward", "line": line, "canary": 6}
+    job = {"trainer": "reward", "line": f"{LINE} --unit pair", "canary": 6}
     same(without(**job), lab.seen(with_canary(CANARIES[kind]), speed=1.7, **job))
 
 

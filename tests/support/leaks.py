@@ -17,17 +17,20 @@ The vault (and the home with the keys) is the curator's own and no part of the p
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
-__all__ = ["LeakLab", "differences"]
+__all__ = ["CANARY", "LINE", "LeakLab", "differences"]
 
 CANARY = 3
+LINE = "--durability always --engine loop --epsilon 200 --delta 1e-3 --noise-multiplier 1 --sampling-rate 0.7"
 _PRIVATE = ("vault.sqlite", "home")
 _RANDOM = (".sqlite-shm", ".lock")  # SQLite's scratch memory, which holds no content, and empty files
 
@@ -193,11 +196,9 @@ def _listen(seen: Path) -> None:
 
 def _hold_still(speed: float) -> None:
     """Pin what is random for other reasons than the data, and let the clock run at a speed of its own."""
-    import hashlib
     import itertools
     import threading
     import time
-    import types
     import uuid
 
     from cryptography.hazmat.primitives import hashes
@@ -207,7 +208,7 @@ def _hold_still(speed: float) -> None:
     from rlhf_audit_nb.capture.run import open_private_runs
     from rlhf_audit_nb.privacy import populations
     from rlhf_audit_nb.privacy.sampling import SealedRandom
-    from rlhf_audit_nb.trail import vault, writer
+    from rlhf_audit_nb.trail import commitment, writer
 
     ticks, lock, started = itertools.count(10), threading.Lock(), []
 
@@ -223,9 +224,8 @@ def _hold_still(speed: float) -> None:
     numbers = itertools.count(1)
     uuid.uuid4 = lambda: uuid.UUID(int=next(numbers) * 0x9E3779B97F4A7C15F39CC0605CEDC835 % 2**128, version=4)
     SealedRandom.from_system = classmethod(lambda cls: cls(bytes(range(32))))  # type: ignore[method-assign,assignment]
-    writer.commitment_of = lambda kind, stream, seq, _: hashlib.sha256(f"{kind} {stream} {seq}".encode()).digest()
-    vault.check_opening = lambda *_: True
-    populations.secrets = types.SimpleNamespace(token_bytes=bytes)  # type: ignore[assignment]
+    commitment.commitment_of = writer.commitment_of = _ideal
+    populations.secrets = SimpleNamespace(token_bytes=lambda count: bytes(range(count)))  # type: ignore[assignment]
     made = weights.ec.ECDSA
 
     class Repeatable:
@@ -238,11 +238,21 @@ def _hold_still(speed: float) -> None:
     del hashes
 
 
+def _ideal(kind: str, stream: str, seq: int, opening: Any) -> bytes:
+    """A commitment that tells nothing of what it hides, whoever looks."""
+    del opening
+    return hashlib.sha256(f"{kind} {stream} {seq}".encode()).digest()
+
+
+class _Hers(float):
+    """A loss of the canary."""
+
+
 def _cut(canary: int) -> None:
     """Take the canary's contribution away where the mechanism adds it up, and nowhere else."""
     import torch
 
-    from rlhf_audit_nb.privacy import unit_gradients
+    from rlhf_audit_nb.privacy import live_loss, unit_gradients
     from rlhf_audit_nb.privacy.sampling import SealedRandom
 
     hers: set[int] = set()
@@ -266,9 +276,12 @@ def _cut(canary: int) -> None:
     add = unit_gradients.Seen.add
 
     def adding(self: Any, pairs: int, loss: float, norm: float, bound: float) -> None:
-        add(self, pairs, loss, norm, bound)
-        if now["seed"] in hers and self.losses:
-            self.losses.pop()
+        add(self, pairs, _Hers(loss) if now["seed"] in hers else loss, norm, bound)
+
+    def summing(self: Any, losses: Any) -> float:
+        return clipped_sum(self, [loss for loss in losses if not isinstance(loss, _Hers)])
+
+    clipped_sum, live_loss.LiveLoss.clipped_sum = live_loss.LiveLoss.clipped_sum, summing  # type: ignore[method-assign]
 
     unit_gradients.Seen.add = adding  # type: ignore[method-assign]
     SealedRandom.torch_seed = noting  # type: ignore[method-assign]
@@ -349,7 +362,7 @@ def _train(job: dict[str, Any], work: Path) -> None:
             trainer.train_dataset = trainer.train_dataset.map(_spoilt, load_from_cache_file=False)
 
     shell.user_ns["prepare"] = prepare
-    line = job.get("line", "--durability always --epsilon 200 --delta 1e-3 --noise-multiplier 1.0 --sampling-rate 0.7")
+    line = job.get("line", LINE)
     result = shell.run_cell(_CELL.format(line=line), store_history=True)
     trainer = shell.user_ns.get("trainer")
     (work / "seen" / "result.txt").write_text(
