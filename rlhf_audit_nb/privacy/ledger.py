@@ -600,7 +600,8 @@ def _release(releases: dict[str, LabelSpend], event: LabelsReleased, entry: Ledg
     before = next(reversed(releases.values())).total if releases else 0.0
     total = float(event.epsilon_total)
     least, most = max(before, event.epsilon), before + event.epsilon
-    if event.release in releases or not least - _SLACK <= total <= most + _SLACK:
+    follows = abs(float(event.epsilon_before) - before) <= _SLACK
+    if event.release in releases or not (follows and least - _SLACK <= total <= most + _SLACK):
         raise PrivacyError(
             f"The release of labels {event.release} does not add up with those before it.",
             next_step="Verify the trail; the ledger cannot be trusted.",

@@ -335,7 +335,9 @@ def test_a_total_that_cannot_be_is_found_when_the_ledger_is_read(trail, stated):
     import msgspec
 
     done = release_labels(trail, pairs(0, 2), 2.0)
-    forged = msgspec.structs.replace(done.event, release="f" * 32, epsilon=1.0, epsilon_total=stated)
+    forged = msgspec.structs.replace(
+        done.event, release="f" * 32, epsilon=1.0, epsilon_before=2.0, epsilon_total=stated
+    )
     trail.append(LabelsReleased.TYPE, encode_body(forged)).wait()
     with pytest.raises(PrivacyError, match="does not add up") as refused:
         read_ledger(trail.reader())
@@ -357,6 +359,25 @@ def test_a_release_that_another_one_overtakes_is_worked_out_anew(trail):
     with patch.object(module, "open_releases", slow):
         done = release_labels(trail, pairs(0, 5), 0.5, config=config)
     assert (done.event.epsilon_before, done.event.epsilon_total) == (1.5, 2.0)
+
+
+def test_a_check_outside_of_the_append_is_found_when_the_ledger_is_read(trail):
+    """The planted fault: the ledger is looked at, another release is charged, and then the entry is appended."""
+    config = PrivacyConfig(epsilon=1.0, unit="label")
+    append, overtaken = Trail.append_guarded, []
+
+    def faulty(self: Trail, kind: str, body_fn: Any, **given: Any) -> Any:
+        body = body_fn(self.reader())
+        if not overtaken:
+            overtaken.append(True)
+            release_labels(self, pairs(0, 5), 1.0, config=config)
+        return append(self, kind, lambda _reader: body, **given)
+
+    with patch.object(Trail, "append_guarded", faulty):
+        release_labels(trail, pairs(0, 5), 1.0, config=config)
+    assert len(events(trail, LabelsReleased)) == 2
+    with pytest.raises(PrivacyError, match="does not add up"):
+        read_ledger(trail.reader())
 
 
 def _race(folder: str, start: Any, answers: Any) -> None:
@@ -460,7 +481,9 @@ def test_the_public_side_is_the_same_whatever_the_labels_were(tmp_path):
             named.return_value.hex = "0" * 32
             release_labels(trail, rows, 1.0, original=str(number) * 64)
             entries = list(trail.reader().entries(1))
-            assert all(b"good" not in entry.data and b"bad" not in entry.data for entry in entries)
+            assert all(
+                b"good " not in entry.data and b"bad " not in entry.data for entry in entries
+            )  # no id has a space
             public.append([entry.body for entry in entries])
     assert public[0] == public[1]
     assert len(public[0]) == 1
