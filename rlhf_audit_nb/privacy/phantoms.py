@@ -18,6 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,6 +46,7 @@ CLIPPING_NORM = 0.75
 _SLOPE = -2.0  # the derivative of -log sigmoid(margin) at margin 0 is -1/2
 _NOTHING = 1  # the token whose score is always zero
 _FIRST = 2
+_ORDINARY = 1.0
 _SHARES = (0.5, 0.3, 0.2)  # of the coordinates, in three tensors
 _MANY_ROWS = 64
 _SPARE = 32  # loud coordinates more than units, so that what comes in beside their directions shows
@@ -87,6 +89,7 @@ class Stage:
         import numpy as np
 
         self.phantoms = tuple(phantoms)
+        self.ran = ""  # the gradient engine of the last training
         self.engine = engine
         self._folder = tempfile.TemporaryDirectory(prefix="privacy-check-")
         generator = np.random.default_rng(seed)
@@ -94,9 +97,11 @@ class Stage:
         self.directions = np.linalg.qr(generator.normal(size=(loud, len(phantoms))))[0].T
         self._loud, self._silent = _parts(loud), _parts(silent)
         dtypes = [torch.float64, torch.float64, torch.float32]
-        self.model = _Table(self._tables(), dtypes)
+        self._tokens = _tokens(self.phantoms)
+        ordinary = _FIRST + sum(phantom.norm <= _ORDINARY for phantom in self.phantoms)
+        self.model = _Table(self._tables(), dtypes, ordinary)
         with _hushed():
-            self.trainer = _trainer(self.model, self.phantoms, self._folder.name)
+            self.trainer = _trainer(self.model, self.phantoms, self._tokens, self._folder.name)
 
     def close(self) -> None:
         """Remove what was written."""
@@ -142,9 +147,13 @@ class Stage:
             args.max_steps = steps
             mechanism = Mechanism(noise_multiplier, sampling_rate, steps)
             plan = replace(plan, mechanism=mechanism, steps_asked=steps, curve=(0.0,) * (steps + 1))
-            with private_training(self.trainer, plan, randomness):
+            self.ran = plan.engine.engine
+            with private_training(self.trainer, plan, randomness, fell_back=self._fell_back):
                 self.trainer.train()
         return np.stack(keeper.kept) * (sampling_rate * len(self.phantoms) / CLIPPING_NORM)
+
+    def _fell_back(self, engine: str, reason: str) -> None:
+        self.ran = f"{engine} (fell back: {reason})"
 
     def _tables(self) -> list[npt.NDArray[np.float64]]:
         """What stands in the place of the embeddings: for each tensor, one vector a token."""
@@ -155,7 +164,7 @@ class Stage:
         tables, start = [], 0
         for loud, silent in zip(self._loud, self._silent, strict=True):
             table = np.zeros((_FIRST + len(self.phantoms), loud + silent))
-            table[_FIRST:, silent:] = vectors[:, start : start + loud]
+            table[self._tokens, silent:] = vectors[:, start : start + loud]
             tables.append(table)
             start += loud
         return tables
@@ -187,7 +196,9 @@ class _Table(PreTrainedModel):
 
     config_class = _Config
 
-    def __init__(self, tables: Sequence[npt.NDArray[np.float64]], dtypes: Sequence[torch.dtype]) -> None:
+    def __init__(
+        self, tables: Sequence[npt.NDArray[np.float64]], dtypes: Sequence[torch.dtype], vocabulary: int
+    ) -> None:
         super().__init__(_Config(num_labels=1, pad_token_id=0, eos_token_id=0, bos_token_id=0))
         self._tables = [torch.from_numpy(table).to(kind) for table, kind in zip(tables, dtypes, strict=True)]
         self.heads = torch.nn.ModuleList(
@@ -195,13 +206,17 @@ class _Table(PreTrainedModel):
         )
         for head in self.heads:
             torch.nn.init.zeros_(head.weight)  # type: ignore[arg-type]
+        self._vocabulary = SimpleNamespace(num_embeddings=vocabulary)
+
+    def get_input_embeddings(self) -> Any:
+        """How many ordinary tokens there are: made-up rows are drawn from these."""
+        return self._vocabulary
 
     def forward(self, input_ids: torch.Tensor, **_: Any) -> SequenceClassifierOutput:
         """One score a row, from its first token."""
-        tokens = input_ids[:, 0].cpu()
-        scores = [
-            head(table[tokens].to(input_ids.device)) for head, table in zip(self.heads, self._tables, strict=True)
-        ]
+        tokens = input_ids[:, :1].cpu()  # one position a row: layers see (rows, positions, features), as in a model
+        vectors = [table[tokens].to(input_ids.device) for table in self._tables]
+        scores = [head(vector)[:, 0] for head, vector in zip(self.heads, vectors, strict=True)]
         return SequenceClassifierOutput(logits=torch.stack([score.double() for score in scores]).sum(0))
 
 
@@ -222,13 +237,20 @@ class _Keeper(TrainerCallback):
         )
 
 
+def _tokens(phantoms: Sequence[Phantom]) -> list[int]:
+    """Each unit's token: ordinary gradients first, those that are there to break something last."""
+    order = sorted(range(len(phantoms)), key=lambda one: not phantoms[one].norm <= _ORDINARY)
+    places = {one: _FIRST + place for place, one in enumerate(order)}
+    return [places[one] for one in range(len(phantoms))]
+
+
 def _parts(count: int) -> list[int]:
     sizes = [int(count * share) for share in _SHARES]
     sizes[0] += count - sum(sizes)
     return sizes
 
 
-def _trainer(model: Any, phantoms: Sequence[Phantom], folder: str) -> Any:
+def _trainer(model: Any, phantoms: Sequence[Phantom], tokens: Sequence[int], folder: str) -> Any:
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, PrinterCallback
@@ -244,7 +266,7 @@ def _trainer(model: Any, phantoms: Sequence[Phantom], folder: str) -> Any:
     owners = [number for number, phantom in enumerate(phantoms) for _ in range(phantom.rows)]
     data = Dataset.from_dict(
         {
-            "chosen_ids": [[_FIRST + owner] if phantoms[owner].norm else [_NOTHING] for owner in owners],
+            "chosen_ids": [[tokens[owner]] if phantoms[owner].norm else [_NOTHING] for owner in owners],
             "rejected_ids": [[_NOTHING]] * len(owners),
             "annotator_id": [f"phantom {owner}" for owner in owners],
         }

@@ -200,6 +200,7 @@ class SelfAudit:
         if self.sees:
             sigma, rate = (f"{100 * self.sees[name]:.2g} %" for name in ("noise_multiplier", "sampling_rate"))
             yield f"A noise multiplier off by {sigma} or a sampling rate off by {rate} would have been found."
+        yield f"Engine: {self.engine}, on {self.device or 'no device'}."
         yield str(self)
 
     def _bound_words(self) -> Iterator[str]:
@@ -292,7 +293,7 @@ class _Audit:
         self.size = size
         self.seed = seed
         self.tell = tell
-        self.device = ""
+        self.device = self.ran = ""
         self.found: dict[str, list[Finding]] = {}
         self.bound: LowerBound | None = None
         self.claimed = math.nan
@@ -328,6 +329,7 @@ class _Audit:
         phantoms = _mixed(count)
         with closing(Stage(phantoms, silent=size.silent, engine=self.engine)) as stage:
             reading = self._train(stage, self._random("reading"), _READING_NOISE, size.steps)
+            self.ran = stage.ran
             self._note(reading.finite())
             if self.found["finite"][-1].p:
                 self._note(*examine_noise(reading), *examine_sampling(reading))
@@ -427,7 +429,7 @@ class _Audit:
             sampling_rate=self.sampling_rate,
             steps=self.steps,
             delta=self.delta,
-            engine=self.engine,
+            engine=self.ran or self.engine,
             device=self.device,
             versions=_versions(),
             sees=self.sees,

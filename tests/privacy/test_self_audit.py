@@ -7,6 +7,7 @@ nothing of them. What is not drawn from the fixed seed raises a false alarm with
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 from rlhf_audit_nb.errors import ConfigError, PrivacyError
 from rlhf_audit_nb.events import PrivacyChecked, decode_body, encode_body
-from rlhf_audit_nb.privacy import engine, unit_gradients
+from rlhf_audit_nb.privacy import engine, row_gradients, unit_gradients
 from rlhf_audit_nb.privacy.plan import Plan
 from rlhf_audit_nb.privacy.sampling import SealedRandom
 from rlhf_audit_nb.privacy.self_audit import FALSE_ALARM, LIMITS, TESTED, check_mechanism
@@ -318,6 +319,25 @@ def test_a_check_leaves_the_generators_of_a_notebook_alone():
 def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any]):
     with pytest.raises(ConfigError):
         check_mechanism(**wrong)
+
+
+def test_the_engine_of_rows_is_checked_where_it_is_asked_for():
+    audit = check_mechanism(size="small", engine="rows", seed=SEED)
+    assert (audit.passed, audit.engine) == (True, "rows summed to units"), audit.failed
+
+
+def test_an_engine_of_rows_that_clips_otherwise_gives_way_to_the_loop_and_that_is_told(monkeypatch: Patch):
+    whole = row_gradients.clip_units_into
+
+    def twice(gradients: Any, sums: Any, finite: Any) -> Any:
+        wide = SimpleNamespace(tensors=sums.tensors, bound=2 * sums.bound)
+        return whole(gradients, wide, finite)
+
+    monkeypatch.setattr(row_gradients, "clip_units_into", twice)
+    audit = check_mechanism(size="small", engine="rows", seed=SEED)
+    assert audit.passed
+    assert audit.engine.startswith("loop over units (fell back: on made-up rows its clipped sum differs")
+    assert audit.event().engine == audit.engine
 
 
 @pytest.mark.slow
