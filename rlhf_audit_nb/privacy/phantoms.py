@@ -138,6 +138,7 @@ class Stage:
             sampling_rate=sampling_rate,
             clipping_norm=CLIPPING_NORM,
             max_pairs_per_unit=_MANY_ROWS,
+            loss_noise=None,
             engine=self.engine,
         )
         keeper = _Keeper(self._arranged)

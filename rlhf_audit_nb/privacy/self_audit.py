@@ -77,8 +77,8 @@ LIMITS = (
     ),
     "A lower bound says what this attack found; the true epsilon lies between it and the claimed one.",
     (
-        "It does not check the accountant (that is cross-checked where plans are made), your model, your data, or that "
-        "nothing else in the process publishes them."
+        "It does not check the live loss, the accountant (that is cross-checked where plans are made), your model, "
+        "your data, or that nothing else in the process publishes them."
     ),
     "It checks this installation on this machine, at this time; a changed package is another installation.",
     "It is no defence against somebody who changes the check as well.",
