@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Self
 from uuid import uuid4
 
@@ -54,10 +55,12 @@ if TYPE_CHECKING:
 
     from rlhf_audit_nb.trail import Entry, Pending, TrailReader
 
-__all__ = ["ENV_RECORD", "Outcome", "RecordSession", "record_entries"]
+__all__ = ["COARSE_SECONDS", "ENV_RECORD", "Outcome", "RecordSession", "coarsen_times", "record_entries"]
 
 ENV_RECORD = "RLHF_AUDIT_RECORD"
 DISTRIBUTION = "rlhf-audit-trail"
+COARSE_SECONDS = 60
+"""Times in a record that holds a private run, as in the entries of that run."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,18 @@ class Outcome:
     reason: str | None = None
     cell: str | None = None
     position: int | None = None
+
+
+def coarsen_times(notebook: dict[str, Any]) -> None:
+    """Leave papermill's times of the notebook and its cells in whole minutes, and nbclient's not at all (in place)."""
+    for part in (notebook, *notebook["cells"]):
+        part["metadata"].pop("execution", None)
+        times = part["metadata"].get("papermill", {})
+        for name in ("start_time", "end_time"):
+            if isinstance(times.get(name), str):
+                times[name] = datetime.fromisoformat(times[name]).replace(second=0, microsecond=0).isoformat()
+        if isinstance(times.get("duration"), int | float):
+            times["duration"] = times["duration"] // COARSE_SECONDS * COARSE_SECONDS
 
 
 def record_entries(reader: TrailReader, record: str) -> list[Entry]:
@@ -105,6 +120,7 @@ class RecordSession:
     def __init__(self, trail: Trail, record: str) -> None:
         self._trail = trail
         self.record = record
+        self._coarse = False
 
     @classmethod
     def begin(cls, notebook: dict[str, Any], kernel: dict[str, str], location: Path) -> Self:
@@ -136,7 +152,16 @@ class RecordSession:
         return session
 
     def _append(self, event: Event) -> Pending:
-        return self._trail.append(event.TYPE, encode_body(event))
+        resolution = COARSE_SECONDS * 1_000_000 if self._is_coarse() else 1
+        return self._trail.append(event.TYPE, encode_body(event), resolution_us=resolution)
+
+    def _is_coarse(self) -> bool:
+        """Whether the record holds a run under differential privacy: how long a cell took then depends on its data."""
+        if not self._coarse:
+            started = self._trail.reader().entries(type=RunStarted.TYPE)
+            runs = (event_of(entry, RunStarted) for entry in started)
+            self._coarse = any(run.record == self.record and run.privacy is not None for run in runs)
+        return self._coarse
 
     def environment(self) -> dict[str, str]:
         """The kernel's environment: this process's own, and where the trail and the record are."""
@@ -169,6 +194,8 @@ class RecordSession:
         """
         self._settle_runs()
         notebook["cells"] = [cell for _, cell in without_markers(notebook["cells"])]
+        if self._is_coarse():
+            coarsen_times(notebook)
         freeze(notebook)
         manifest = manifest_of(notebook)
         sealed = RecordSealed(
