@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from support.tiny import (
     reward_trainer,
     sft_trainer,
 )
+from support.trails import without_cross_checks
 
 from rlhf_audit_nb.config import PrivacyConfig
 from rlhf_audit_nb.privacy import plan_training, private_training
@@ -49,6 +51,12 @@ from rlhf_audit_nb.privacy.supported import DPO_LOSSES
 from rlhf_audit_nb.privacy.unit_gradients import clip_into
 
 ENGINES = pytest.mark.parametrize("engine", ["loop", "rows"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_accounting() -> Iterator[None]:
+    with without_cross_checks():
+        yield
 
 
 @ENGINES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,23 @@ from support.tiny import (
     sft_trainer,
     synthetic_pairs,
 )
+from support.trails import events, without_cross_checks
 
+from rlhf_audit_nb import AuditableRLHF, AuditConfig
 from rlhf_audit_nb.config import PrivacyConfig
 from rlhf_audit_nb.errors import UnsupportedTrainerError
+from rlhf_audit_nb.events import PrivacyEngine, PrivacyReserved
 from rlhf_audit_nb.privacy import engine_check, plan_training, private_training, reserve_event, row_gradients
 from rlhf_audit_nb.privacy.engine_choice import LOOP, ROWS, Choice, choose_engine, estimate
 from rlhf_audit_nb.privacy.row_layers import UnitGradients, covering_layers
 from rlhf_audit_nb.privacy.sampling import SealedRandom
 from rlhf_audit_nb.privacy.unit_gradients import LoopEngine, Sampled, Seen, Sums, clip_units_into
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_accounting() -> Iterator[None]:
+    with without_cross_checks():
+        yield
 
 
 def config(**changes: Any) -> PrivacyConfig:
@@ -336,3 +346,20 @@ def test_an_empty_sample_is_noise_alone_in_either_engine(tmp_path: Path) -> None
         trainer.train()
     assert [metrics["units"] for metrics in watches.metrics] == [0, 0]
     assert all(norm_of(gradient) > 0 for gradient in keeps.gradients)
+
+
+@pytest.mark.usefixtures("sum_to_the_wrong_units")
+def test_a_run_whose_engine_fell_back_says_so_in_the_trail_and_aloud(tmp_path: Path) -> None:
+    private = config(unit="pair", engine="rows", epsilon=1e3)
+    auditor = AuditableRLHF(privacy_config=private, audit_config=AuditConfig(trail=str(tmp_path / "audit")))
+    trainer = dpo_trainer(synthetic_pairs(6, 1), tmp_path / "out", max_steps=2)
+    with (
+        pytest.warns(UserWarning, match=f"{ROWS}.*is not used.*uses the {LOOP}"),
+        auditor.track_training("fallen back") as run,
+    ):
+        trainer.train()
+    (reserved,), (told,) = events(auditor.trail, PrivacyReserved), events(auditor.trail, PrivacyEngine)
+    assert reserved.engine == ROWS
+    assert (told.reservation, told.engine) == (reserved.reservation, LOOP)
+    assert "differs from the loop's" in told.reason
+    assert any(told.reason in sentence for sentence in run.state.warnings)

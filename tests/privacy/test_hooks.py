@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers
 from support.tiny import dpo_trainer, kto_trainer, reward_trainer, sft_trainer, synthetic_pairs
+from support.trails import without_cross_checks
 from transformers import Trainer
 
 from rlhf_audit_nb.config import PrivacyConfig
@@ -18,6 +20,12 @@ from rlhf_audit_nb.privacy.hooks import HOOKS, check_hooks
 from rlhf_audit_nb.privacy.supported import check_supported
 
 CONFIG = PrivacyConfig(epsilon=200, noise_multiplier=1.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_accounting() -> Iterator[None]:
+    with without_cross_checks():
+        yield
 
 
 @pytest.fixture(scope="module")
