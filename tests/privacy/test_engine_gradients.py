@@ -150,6 +150,7 @@ def test_kto_unit_gradients_equal_float64_brute_force(tmp_path: Path, engine: st
         assert norm_of(found[unit]) <= bound * (1 + 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", sorted(DPO_LOSSES))
 @ENGINES
 def test_every_dpo_loss_has_the_gradient_of_its_formula(tmp_path: Path, engine: str, loss: str) -> None:
