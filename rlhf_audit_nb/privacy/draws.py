@@ -64,7 +64,8 @@ class Draws:
 
     def _units(self, step: int) -> list[Drawn]:
         mask = self._random.bernoulli_mask(step, self._rate, len(self._members))
-        return [self._unit(step, int(unit)) for unit in mask.nonzero()[0]]
+        # A unit that holds nothing is left out: counted as a loss of 0, it would move the released loss by B/2.
+        return [self._unit(step, unit) for unit in map(int, mask.nonzero()[0]) if self._members[unit]]
 
     def _unit(self, step: int, unit: int) -> Drawn:
         held = self._members[unit]

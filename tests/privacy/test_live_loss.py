@@ -266,3 +266,16 @@ def test_settings_that_make_no_sense_are_refused(name: str, value: float) -> Non
 def test_without_a_ratio_there_is_nothing() -> None:
     assert live_loss(None, 1.0, effective=1.0) is None
     assert effective_noise(1.7, None) == 1.7
+
+
+@pytest.mark.parametrize("unit", ["annotator", "pair"])
+def test_a_unit_that_holds_nothing_adds_nothing_to_the_released_loss(tmp_path: Path, unit: str) -> None:
+    rows = synthetic_pairs(4, 1)
+    rows[0] = {**rows[0], "chosen": "nothing else but " * 80}
+    trainer = reward_trainer(rows, tmp_path, max_length=100, max_steps=1)
+    plan, observer = train(trainer, epsilon=1e6, sampling_rate=1.0, unit=unit)
+    assert list(map(len, plan.units.members)) == [0, 1, 1, 1]
+    half = plan.live_loss.bound / 2
+    assert 0 < observer.metrics[0]["loss"] < 2 * half
+    expected = plan.live_loss.release(3 * (observer.metrics[0]["loss"] - half), SealedRandom(SEED), 0, 4)
+    assert observer.losses == [pytest.approx(expected, rel=1e-5)]
