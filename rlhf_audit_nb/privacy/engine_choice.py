@@ -24,6 +24,7 @@ __all__ = ["LOOP", "ROWS", "Choice", "Cost", "choose_engine", "estimate"]
 LOOP = "loop over units"
 ROWS = "rows summed to units"
 
+_SINGLE = 4  # bytes of a float32
 _SPARE_BYTES = 256 * 2**20
 """What the units' gradients may take beside a model of any size; beyond that, half of what its parameters take."""
 
@@ -113,6 +114,8 @@ def _obstacle(trainer: Any) -> str | None:
     """Why the rows engine cannot serve this trainer, if it cannot."""
     from rlhf_audit_nb.privacy.row_layers import RowsLostError, covering_layers, dropout_of
 
+    if trainer.args.bf16 or any(p.element_size() < _SINGLE for p in trainer.model.parameters()):
+        return "in half precision how a unit's gradient is rounded would depend on who else is in the batch"
     where = dropout_of(trainer.model)
     if where is not None:
         return f"the model has dropout ({where}), and a unit's masks would depend on who else is in the batch"

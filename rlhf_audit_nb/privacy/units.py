@@ -18,8 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_audit_nb.errors import DataError
+from rlhf_audit_nb.privacy.populations import canonical
 
 __all__ = ["Units", "build_units", "read_ids"]
+
+_EXACT = 2.0**53  # from here on float64 skips whole numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,8 @@ def build_units(ids: Iterable[Any] | None, rows: int, unit: str, kept: Sequence[
     """Group ``rows`` rows into units, and say which rows of the prepared data each of them holds.
 
     Args:
-        ids: the annotator of each row, in order; not looked at for ``unit="pair"``.
+        ids: the annotator of each row, in order, compared as rosters are (`canonical`): ``"w1"`` and ``" W1"`` are one
+            unit; not looked at for ``unit="pair"``.
         rows: how many rows the data had before the trainer dropped any.
         unit: ``annotator`` or ``pair``.
         kept: for each row of the prepared data, which of the ``rows`` it is; ``None`` where nothing was dropped.
@@ -60,10 +64,10 @@ def build_units(ids: Iterable[Any] | None, rows: int, unit: str, kept: Sequence[
         return Units("pair", _held([(row,) for row in range(rows)], kept))
     if ids is None:
         raise DataError('unit="annotator" needs the annotator\'s id of each row.', code="missing-column")
-    groups: dict[Any, list[int]] = {}
+    groups: dict[str, list[int]] = {}
     count = 0
     for row, identity in enumerate(ids):
-        groups.setdefault(_checked(identity, row), []).append(row)
+        groups.setdefault(canonical(_checked(identity, row)), []).append(row)
         count += 1
     if count != rows:
         raise DataError(f"There are {count} annotator ids for {rows} rows.", code="ids-mismatch")
@@ -114,6 +118,13 @@ def _checked(identity: Any, row: int) -> Any:
         raise DataError(
             f"Row {row} of the training data has an annotator id of type {type(identity).__name__}.",
             next_step="Use strings or whole numbers as ids.",
+            code="bad-id",
+        )
+    if isinstance(identity, float) and abs(identity) >= _EXACT:
+        raise DataError(
+            f"Row {row} of the training data has an annotator id that is too large for a floating-point number: its "
+            "last digits are lost.",
+            next_step="Load the ids as whole numbers or as text.",
             code="bad-id",
         )
     return identity

@@ -108,8 +108,10 @@ def test_how_many_pairs_the_units_really_have_does_not_change_the_choice(tmp_pat
         ({"peft": None}, "is not a plain Linear layer's"),
         ({"peft": lora(lora_dropout=0.2), "disable_dropout": False}, "dropout"),
         ({"peft": lora(target_modules=["embed_tokens", "q_proj"])}, "is not a plain Linear layer's"),
+        ({"bf16": True}, "half precision"),
+        ({"model": causal_model().to(torch.bfloat16)}, "half precision"),
     ],
-    ids=["dora", "full", "dropout", "embedding"],
+    ids=["dora", "full", "dropout", "embedding", "bf16", "bf16-weights"],
 )
 def test_a_model_that_rows_cannot_serve_gets_the_loop_and_a_refusal_where_it_was_asked_for(
     tmp_path: Path, changes: dict[str, Any], reason: str

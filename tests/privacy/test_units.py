@@ -45,6 +45,17 @@ def test_an_id_that_is_no_plain_value_is_refused() -> None:
         build_units([["a"]], 1, "annotator")
 
 
+def test_ids_are_told_apart_as_rosters_tell_them_apart() -> None:
+    assert build_units(["w1", " w1", "W-01", "w2"], 4, "annotator").members == ((0, 1, 2), (3,))
+    assert build_units(["1", "01", "1.0", "2"], 4, "annotator").members == ((0, 1, 2), (3,))
+
+
+def test_a_number_that_has_lost_its_last_digits_is_refused() -> None:
+    assert len(build_units([2**53, 2**53 + 1], 2, "annotator")) == 2
+    with pytest.raises(DataError, match="last digits are lost"):
+        build_units([1.0, float(2**53 + 1)], 2, "annotator")
+
+
 @pytest.mark.parametrize("unit", ["annotator", "pair"])
 def test_empty_data_is_refused(unit: str) -> None:
     with pytest.raises(DataError, match="no rows"):
