@@ -348,6 +348,7 @@ def test_the_shipped_mechanism_passes_at_other_settings(rate: float):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_the_shipped_mechanism_passes_with_two_hundred_seeds():
     failed = []
     for number in range(200):
