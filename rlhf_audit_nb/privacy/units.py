@@ -65,9 +65,12 @@ def build_units(ids: Iterable[Any] | None, rows: int, unit: str, kept: Sequence[
     if ids is None:
         raise DataError('unit="annotator" needs the annotator\'s id of each row.', code="missing-column")
     groups: dict[str, list[int]] = {}
+    names: dict[Any, str] = {}  # each id is brought into its form once
     count = 0
     for row, identity in enumerate(ids):
-        groups.setdefault(canonical(_checked(identity, row)), []).append(row)
+        checked = _checked(identity, row)
+        name = names.get(checked) or names.setdefault(checked, canonical(checked))
+        groups.setdefault(name, []).append(row)
         count += 1
     if count != rows:
         raise DataError(f"There are {count} annotator ids for {rows} rows.", code="ids-mismatch")
