@@ -71,10 +71,10 @@ def choose_engine(trainer: Any, config: PrivacyConfig) -> Choice:
 def estimate(*, rows_a_unit: int, micro_batch: int, trained: int, parameters: int, length: int) -> Cost:
     """What a step would cost, from public numbers.
 
-    The constants are measured (`benchmarks/training.py`; one CPU thread and one GPU): a unit that goes through the
-    model alone costs a good fifth of a row more than a row in a batch; handing out the units' gradients costs a tenth
-    of a step, and each trained weight has to be written and read again for every unit, beside 6 ``length`` operations
-    that it takes anyway.
+    A rough estimate, with constants of small models on one CPU thread: a unit that goes through the model alone costs
+    a good fifth of a row more than a row in a batch; handing out the units' gradients costs a tenth of a step, and each
+    trained weight has to be written and read again for every unit, beside 6 ``length`` operations that it takes anyway.
+    A GPU makes less of one row than of many, so there the loop is dearer than this says.
 
     Args:
         rows_a_unit: at most so many rows of the data are a unit's (1, or k).
