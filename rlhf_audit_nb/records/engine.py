@@ -13,11 +13,13 @@ time-out or a dead kernel they call cells completed that never ran. The outcome 
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
-from jupyter_core.paths import jupyter_runtime_dir
 from nbclient.exceptions import CellExecutionError
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine
@@ -39,7 +41,6 @@ __all__ = ["ENGINE", "AuditEngine", "AuditedClient"]
 
 ENGINE = "audit"
 
-_SOCKET_NAME = 55  # "/kernel-", 36 characters of id, ".json-ipc-5"
 _SOCKET_PATH = 103  # sun_path of the BSDs, less its final zero; Linux has 107
 
 
@@ -86,9 +87,19 @@ class _Watch:
         return Outcome("aborted", reason=name, cell=cell["id"], position=position)
 
 
-def _sockets_fit() -> bool:
-    """Whether a kernel's socket paths (runtime folder and 55 characters more) are short enough for the system."""
-    return os.name == "posix" and len(os.fsencode(jupyter_runtime_dir())) + _SOCKET_NAME <= _SOCKET_PATH
+@contextmanager
+def _private_sockets() -> Iterator[dict[str, Any]]:
+    """Settings that keep a kernel's messages, which carry the notebook's data, off TCP, where they can be had.
+
+    The sockets lie in a folder that only this user can enter. Their address has to be given: without one, Jupyter
+    makes them in the working directory.
+    """
+    with tempfile.TemporaryDirectory(prefix="rlhf-audit-") as folder:
+        address = os.path.join(folder, "kernel")  # noqa: PTH118 - its length in bytes is what counts
+        if os.name != "posix" or len(os.fsencode(address)) + len("-5") > _SOCKET_PATH:
+            yield {}
+        else:
+            yield {"config": Config({"ConnectionFileMixin": {"transport": "ipc", "ip": address}})}
 
 
 class AuditedClient(PapermillNotebookClient):
@@ -96,9 +107,6 @@ class AuditedClient(PapermillNotebookClient):
 
     def __init__(self, nb_man: Any, *, environment: dict[str, str], watch: _Watch, **settings: Any) -> None:
         hooks = {"on_cell_execute": watch.execute, "on_cell_executed": watch.executed}
-        if _sockets_fit():
-            # Messages carry the notebook's data: keep them on sockets that only this user can open, not on TCP.
-            settings.setdefault("config", Config({"ConnectionFileMixin": {"transport": "ipc"}}))
         super().__init__(nb_man, **settings, **hooks)
         self._environment = environment
         self._watch = watch
@@ -213,5 +221,7 @@ class AuditEngine(NBClientEngine):
             stdout_file=stdout_file,
             stderr_file=stderr_file,
         )
-        client = AuditedClient(nb_man, environment=audit_session.environment(), watch=audit_watch, **final)
-        return client.execute()
+        with _private_sockets() as sockets:
+            environment = audit_session.environment()
+            client = AuditedClient(nb_man, environment=environment, watch=audit_watch, **{**sockets, **final})
+            return client.execute()

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+from pathlib import Path
 
 import nbformat
 import papermill
@@ -182,16 +183,21 @@ def test_the_kernel_is_told_where_the_trail_is_and_talks_over_private_sockets(fo
     code = (
         "import json, os\nfrom ipykernel.connect import get_connection_info\n"
         "names = 'RLHF_AUDIT_TRAIL', 'RLHF_AUDIT_RECORD'\n"
-        "print(json.dumps([*map(os.environ.get, names), json.loads(get_connection_info())['transport']]))"
+        "said = json.loads(get_connection_info())\n"
+        "print(json.dumps([*map(os.environ.get, names), said['transport'], said['ip'], os.listdir()]))"
     )
     assert execute(folder, [code], audit_trail="elsewhere") is None
     opened = open_record(folder / "out.ipynb")
-    trail, record, transport = json.loads(opened.notebook.cells[0].outputs[0].text)
+    trail, record, transport, address, beside = json.loads(opened.notebook.cells[0].outputs[0].text)
     assert (trail, record) == (str(folder / "elsewhere"), opened.metadata["record"])
     assert transport == "ipc"
+    assert Path(address).is_absolute()
+    assert not Path(address).parent.exists(), "the sockets were left behind"
+    assert [name for name in beside if "ipc" in name] == []
     # A folder whose sockets' paths would be too long for the system: the kernel still starts.
     long = folder / ("x" * 80)
-    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(long))
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
     assert execute(folder, [code]) is None
     assert json.loads(open_record(folder / "out.ipynb").notebook.cells[0].outputs[0].text)[2] == "tcp"
 
