@@ -143,7 +143,8 @@ class Composed:
     without a recorded reservation) and are covered by no bound at all. ``set_budgets`` are those that somebody set,
     in an entry of their own. Where annotators of several populations were trained on, ``total`` and ``units`` are of
     the one that spent most, and ``trainings_of_most`` of all ``trainings`` are its own. ``releases`` are those of
-    labels, on a trail that counts labels: there nothing is spent by trainings.
+    labels, on a trail that counts labels: there nothing is spent by trainings. ``inherited_runs`` charged nothing and
+    took what they learnt from private models.
     """
 
     total: Number | None
@@ -163,6 +164,7 @@ class Composed:
     trainings_of_most: int = 0
     trainings: int = 0
     releases: tuple[tuple[Item, LabelsReleased], ...] = ()
+    inherited_runs: int = 0
 
     @property
     def whose(self) -> str:
@@ -272,11 +274,12 @@ def composed_privacy(
     spends = sorted((spend for run in runs for spend in run.spends), key=lambda spend: spend.item.index)
     unbounded = sum(run.guarantee in {"none", "asked"} for run in runs)
     private = sum(run.guarantee == "bound" for run in runs)
+    inherited = sum(run.guarantee == "inherited" for run in runs)
     if not spends:
         indices = sorted(item.index for item, _ in (*releases, *(set_budgets if releases else ())))
         return Composed(None, None, None, None, None, None, settled=True, indices=tuple(indices), other_deltas=(),
                         private_runs=private, unbounded_runs=unbounded, set_budgets=set_budgets,
-                        releases=releases)  # fmt: skip
+                        releases=releases, inherited_runs=inherited)  # fmt: skip
     newest = spends[-1].reserved
     same = [spend for spend in spends if spend.reserved.delta == newest.delta]
     others = tuple(sorted({spend.reserved.delta for spend in spends} - {newest.delta}))
@@ -302,6 +305,7 @@ def composed_privacy(
         populations=len(groups),
         trainings_of_most=len(whose),
         trainings=len(spends),
+        inherited_runs=inherited,
     )
 
 

@@ -27,6 +27,7 @@ from base64 import b64decode
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,7 @@ MOST_RELATIONS = 1_000
 _TAG_HEX = 2 * TAG_BYTES
 _TRIES = 64
 _WHOLE = re.compile(r"[+-]?\d+(\.0*)?")
+_WITH_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?e[+-]?\d{1,2}")
 _HEX = re.compile(r"[0-9a-f]*")
 
 
@@ -80,13 +82,15 @@ _HEX = re.compile(r"[0-9a-f]*")
 def canonical(identity: str | float) -> str:
     """The form in which ids are compared: what may be the same person's must come out the same.
 
-    ``1``, ``1.0`` and ``"01"`` are one id; so are ``"W-1"``, ``"w1"`` and ``" w01 "``, and what Unicode's NFKC makes
-    equal. An id of punctuation alone stays as it is.
+    ``1``, ``1.0``, ``"01"`` and ``"1e0"`` are one id; so are ``"W-1"``, ``"w1"`` and ``" w01 "``, and what Unicode's
+    NFKC makes equal. An id of punctuation alone stays as it is.
     """
     text = str(identity)
     if isinstance(identity, float) and identity.is_integer():
         text = str(int(identity))
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).strip()
+    if _WITH_EXPONENT.fullmatch(folded):  # how some programs write large numbers
+        folded = format(Decimal(folded), "f")
     if _WHOLE.fullmatch(folded):
         folded = folded.partition(".")[0]
     kept = "".join(letter for letter in folded if letter.isalnum()) or folded

@@ -86,7 +86,7 @@ def composed_state(composed: Composed, *, trusted: bool) -> str:
     """The state of the composed guarantee, for colour and icon."""
     if not trusted:
         return "bad"
-    bounded = composed.total is not None or bool(composed.releases)
+    bounded = composed.total is not None or bool(composed.releases or composed.inherited_runs)
     return "ok" if bounded and not composed.unbounded_runs else "warn"
 
 
@@ -98,6 +98,11 @@ def composed_words(composed: Composed, *, trusted: bool) -> str:
         return _released_words(composed)
     if composed.total is None:
         said = "Nothing was trained here, so nothing was spent."
+        if composed.inherited_runs:
+            said = (
+                f"Nothing was spent here: {words.plural(composed.inherited_runs, 'run')} learnt of people from models "
+                "or labels that had been released before, as each run's own part says."
+            )
         if composed.unbounded_runs:
             said = f"Every run here was {words.NO_BOUND} on what the model may reveal of the people in its data."
         return said + _set_budgets(composed)

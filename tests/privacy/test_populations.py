@@ -94,6 +94,7 @@ def totals(trail: Trail, opened: Trail | None) -> list[float]:
     "same",
     [
         (1, "1", 1.0, " 1 ", "01", "1.0", "+1", "１"),
+        (1000, 1000.0, "1e3", "1E+03", "1.0e3", "1000.00", "10000e-1"),
         ("w1", "W1", "w-1", "W_1", " w 1", "w01", "w.1", "ｗ１"),
         ("Müller", "müller", "Mu\u0308ller", "MÜLLER"),
         ("straße", "STRASSE"),
@@ -105,7 +106,8 @@ def test_ids_that_may_be_one_persons_come_out_the_same(same: tuple[str | float, 
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [("1", "2"), ("w1", "w11"), ("w1", "v1"), ("10", "1"), (1, 10), ("100", "1"), ("-", "*"), (0, 1)]
+    ("one", "other"),
+    [("1", "2"), ("w1", "w11"), ("w1", "v1"), ("10", "1"), (1, 10), ("100", "1"), ("-", "*"), (0, 1), ("1e3", "1e4")],
 )
 def test_ids_of_two_people_come_out_different(one: str | float, other: str | float) -> None:
     assert canonical(one) != canonical(other)
