@@ -52,6 +52,9 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+BOTH = (2.0**-2 + 20.0**-2) ** -0.5  # the gradient's noise, and the live loss's, ten times as wide, on one sample
+
+
 def auditor(**privacy):
     config = {"epsilon": 8.0, "sampling_rate": 0.5, "noise_multiplier": 2.0, "public_prompts": True, **privacy}
     return AuditableRLHF(privacy_config=PrivacyConfig(**config))
@@ -112,7 +115,7 @@ def test_a_policy_rewarded_by_a_private_model_inherits_its_epsilon_and_charges_n
     assert (inherited.kind, inherited.unit, inherited.prompts) == ("private-model", "annotator", "declared public")
     assert inherited.epsilon == pytest.approx(budget.total, abs=1e-9)
     (reserved,) = events(held.trail, PrivacyReserved)
-    alone = composed_epsilon([Mechanism(2.0, 0.5, reserved.steps)], 1e-5)
+    alone = composed_epsilon([Mechanism(BOTH, 0.5, reserved.steps)], 1e-5)
     assert inherited.epsilon == pytest.approx(alone, rel=1e-6)
     (source,) = inherited.sources
     finals = list(held.trail.reader().entries(type=ModelBound.TYPE))
@@ -144,7 +147,7 @@ def test_two_private_reward_models_are_composed_and_not_added(here):
     second = private_reward(held, here, "second", model=reward_model(seed=5))
     train(held, grpo_trainer([first, second], here / "policy"))
     (inherited,) = events(held.trail, PrivacyInherited)
-    one, two = (Mechanism(2.0, 0.5, item.steps) for item in events(held.trail, PrivacyReserved))
+    one, two = (Mechanism(BOTH, 0.5, item.steps) for item in events(held.trail, PrivacyReserved))
     assert inherited.epsilon == pytest.approx(composed_epsilon([one, two], 1e-5), rel=1e-9)
     apart = composed_epsilon([one], 1e-5) + composed_epsilon([two], 1e-5)
     assert inherited.epsilon < 0.95 * apart
@@ -159,7 +162,7 @@ def test_only_the_runs_that_a_policy_descends_from_count(here):
     used = private_reward(held, here, "used", model=reward_model(seed=5))
     train(held, grpo_trainer([used], here / "policy"))
     (inherited,) = events(held.trail, PrivacyInherited)
-    _, second = (Mechanism(2.0, 0.5, item.steps) for item in events(held.trail, PrivacyReserved))
+    _, second = (Mechanism(BOTH, 0.5, item.steps) for item in events(held.trail, PrivacyReserved))
     assert inherited.epsilon == pytest.approx(composed_epsilon([second], 1e-5), rel=1e-9)
     assert inherited.epsilon < held.budget().total
 
@@ -397,7 +400,7 @@ def test_a_reward_model_whose_training_was_resumed_inherits_from_both_parts(here
         resumed.train(resume_from_checkpoint=str(here / "reward" / "checkpoint-2"))
     train(held, grpo_trainer([resumed.model], here / "policy"))
     (inherited,) = events(held.trail, PrivacyInherited)
-    parts = [Mechanism(2.0, 0.5, 2), Mechanism(2.0, 0.5, 2)]
+    parts = [Mechanism(BOTH, 0.5, 2), Mechanism(BOTH, 0.5, 2)]
     assert inherited.epsilon == pytest.approx(composed_epsilon(parts, 1e-5), rel=1e-9)
     assert inherited.epsilon > 1.1 * composed_epsilon(parts[:1], 1e-5)
     graph = held.lineage().graph
@@ -491,7 +494,8 @@ def test_reward_and_policy_of_one_run_are_told_apart(here):
     held.trail.flush()
     assert [item.trainer for item in events(held.trail, TrainerAttached)] == ["RewardTrainer", "GRPOTrainer"]
     steps = events(held.trail, Step, run.id)
-    assert [bool(step.metrics) for step in steps] == [False, False, False, True, True]
+    assert [list(step.metrics) == ["private_loss"] for step in steps] == [True, True, True, False, False]
+    assert all(step.metrics for step in steps)
     assert [step.epsilon is None for step in steps] == [False, False, False, True, True]
     (inherited,) = events(held.trail, PrivacyInherited)
     assert inherited.epsilon == pytest.approx(held.budget().total)

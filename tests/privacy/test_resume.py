@@ -415,7 +415,7 @@ class Dies(TrainerCallback):
             time.sleep(60)
 
 held = AuditableRLHF(
-    privacy_config=PrivacyConfig(epsilon=50.0, delta=1e-3, noise_multiplier=1.0, sampling_rate=0.3),
+    privacy_config=PrivacyConfig(epsilon=50.0, delta=1e-3, noise_multiplier=1.0, sampling_rate=0.3, loss_noise=None),
     audit_config=AuditConfig(trail=str(folder / "audit")),
 )
 trainer = dpo_trainer(
