@@ -264,8 +264,16 @@ def test_the_trail_alone_says_what_was_run(folder):
     assert {entry.run for entry in reader.entries()} == {None}
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT as Python handles it: a process that a shell started in the background begins with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("sent", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
-def test_an_interrupted_process_seals_what_there_is(folder, sent, raised):
+def test_an_interrupted_process_seals_what_there_is(folder, sent, raised, interruptible):
     write_notebook(folder / "in.ipynb", ["1", "import time\ntime.sleep(60)", "2"])
 
     def interrupt(position, _cells, state):
