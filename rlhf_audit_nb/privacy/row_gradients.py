@@ -69,15 +69,21 @@ class RowsEngine:
         self, trainer: Any, model: torch.nn.Module, units: Sequence[Sampled], sums: Sums, seen: Seen
     ) -> None:
         try:
-            self._add_together(trainer, model, units, sums, seen)
+            gradients, losses = self._together(trainer, model, units, sums)
         except (AuditError, RowsLostError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception:
             self._loop.add(trainer, model, units, sums, seen)
+            return
+        # Out of the `try`: what fails while it is added must not be added once more by the loop.
+        norms = clip_units_into(gradients.by_parameter, sums, [math.isfinite(loss) for loss in losses])
+        for unit, loss, norm in zip(units, losses, norms, strict=True):
+            seen.add(len(unit.rows), loss, norm, sums.bound)
 
-    def _add_together(
-        self, trainer: Any, model: torch.nn.Module, units: Sequence[Sampled], sums: Sums, seen: Seen
-    ) -> None:
+    def _together(
+        self, trainer: Any, model: torch.nn.Module, units: Sequence[Sampled], sums: Sums
+    ) -> tuple[UnitGradients, list[float]]:
+        """The units' gradients and losses out of one pass; ``sums`` only names the parameters."""
         for parameter in sums.parameters:
             parameter.grad = None
         rows = [row for unit in units for row in unit.rows]
@@ -88,9 +94,7 @@ class RowsEngine:
             losses = self._backward(trainer, model, batch)
         if any(parameter.grad is not None for parameter in sums.parameters):
             raise RowsLostError("a parameter is used outside of its layer")
-        norms = clip_units_into(gradients.by_parameter, sums, [math.isfinite(loss) for loss in losses])
-        for unit, loss, norm in zip(units, losses, norms, strict=True):
-            seen.add(len(unit.rows), loss, norm, sums.bound)
+        return gradients, losses
 
     def _backward(self, trainer: Any, model: torch.nn.Module, batch: _Batch) -> list[float]:
         """Each unit's loss; the model has gone backward from the sum of those that are finite."""
