@@ -1,0 +1,52 @@
+"""What a training leaves as it goes: its steps and the weights that were saved. Floor 1."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from rlhf_audit_nb.events.base import Event, Number, Private
+
+__all__ = [
+    "Step",
+    "StepPrivate",
+    "WeightsSaved",
+]
+
+
+class StepPrivate(Private, frozen=True, kw_only=True):
+    """A step's metrics that are functions of private data."""
+
+    metrics: dict[str, Number]
+
+
+class Step(Event, frozen=True, kw_only=True):
+    """One optimizer step (or one of every n: the audit frequency).
+
+    ``epsilon`` is the composed total after this step. ``update_norm`` is the L2 norm of the parameter update. Under
+    privacy the public ``metrics`` hold the loss that was released for it (``private_loss``), if any, and nothing else.
+    """
+
+    TYPE: ClassVar[str] = "train.step"
+    PRIVATE: ClassVar[type[Private] | None] = StepPrivate
+
+    step: int
+    metrics: dict[str, Number] = {}
+    learning_rate: float | None = None
+    epsilon: Number | None = None
+    gradient_norm: Number | None = None
+    update_norm: Number | None = None
+    weights_digest: str | None = None
+    notes: list[str] = []
+
+
+class WeightsSaved(Event, frozen=True, kw_only=True):
+    """A folder of weights was saved: digest over its files, and its OpenSSF model signature's digest."""
+
+    TYPE: ClassVar[str] = "weights.saved"
+
+    step: int | None
+    name: str
+    digest: str
+    files: int
+    bytes: int
+    signature_digest: str | None = None
