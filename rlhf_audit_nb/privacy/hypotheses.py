@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[np.float64]
 
-__all__ = ["Finding", "Reading", "examine_noise", "examine_sampling", "same_noise", "same_sample"]
+__all__ = ["Finding", "Reading", "examine_loss", "examine_noise", "examine_sampling", "same_noise", "same_sample"]
 
 _FLOAT32_CHANCE = 2.0**-20  # that a float64 drawn at random lies within 2^-45 of itself of one in float32
 _FLOAT32_REACH = 2.0**-45
@@ -177,6 +177,50 @@ def _contributions(
         "divisor",
         _normal_tail((by_step - 1.0) * np.sqrt(units[units > 0]) / sigma),
         "A step is not divided by the expected number of units: what was divided by tells of the sample.",
+    )
+
+
+def examine_loss(reading: Reading, losses: Array, expected: Array, noise_multiplier: float) -> Iterator[Finding]:
+    """The released loss; takes a reading with a noise multiplier far below 1, which shows who was sampled.
+
+    Args:
+        reading: the gradients that were released beside it.
+        losses: (steps,), in units of B/2, about the middle and times the expected number of units.
+        expected: what each unit contributes to it where it is sampled, in units of B/2.
+        noise_multiplier: sigma_m.
+    """
+    known = reading.expected > 0
+    seen, expected = reading.shares()[:, known] > reading.expected[known] / 2, expected[known]
+    if not np.isfinite(losses).all() or len(losses) != len(seen):
+        yield Finding("loss-bounded", 0.0, "A released loss is missing or not finite: some unit's was not clipped.")
+        return
+    beside = (losses - seen @ expected) / noise_multiplier
+    yield Finding(
+        "loss-noise",
+        _chi_squared(beside),
+        f"The released loss has {math.sqrt(float(np.mean(beside**2))):.4g} times the noise that it is charged with.",
+    )
+    noise = np.concatenate([item[: len(beside)] for item in reading.noise()], axis=1)
+    even, odd = beside[: len(beside) - len(beside) % 2 : 2], beside[1::2]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        of_gradient = _normal_tail((beside @ noise) / np.linalg.norm(noise, axis=0))
+    yield Finding(
+        "loss-noise-own",
+        _least([of_gradient, _normal_tail(np.array([_alike(even, odd)])) if even.any() else 1.0]),
+        "The noise of the released loss is that of the gradient, or of another step: it can be subtracted.",
+    )
+    counts = seen.sum(0)
+    there = counts > 0
+    by_unit = (beside @ seen)[there] / np.sqrt(counts[there])
+    yield Finding(
+        "loss-bounded",
+        _normal_tail(by_unit[np.abs(expected[there]) == 1.0], two_sided=False),
+        "A unit moves the released loss by more than half of its bound.",
+    )
+    yield Finding(
+        "loss-exact",
+        _normal_tail(np.concatenate([by_unit, beside])),
+        "The released loss is not the sum of clipped losses, divided by the expected number of units.",
     )
 
 

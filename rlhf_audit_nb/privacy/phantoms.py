@@ -6,6 +6,9 @@ zero, the gradient of a unit's loss is exactly the vector that was laid down for
 each step is kept. Nothing of the engine is copied or replaced: sampling, loss, backward pass, clipping, sum, noise,
 division and hooks are the shipped ones, under the installed versions of torch, transformers and TRL.
 
+A unit's loss is that of a reward model at equal rewards, ln 2, or what the margin of its rows makes of it; the vectors
+are laid down so that the gradient stays the same.
+
 The weights are three tensors, one of them in float32. In each, the last coordinates belong to the units' directions,
 which are orthonormal; in the first ones no unit has anything: what is released there is noise alone.
 """
@@ -28,6 +31,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from rlhf_audit_nb.config import PrivacyConfig
 from rlhf_audit_nb.privacy.accountant import Mechanism
 from rlhf_audit_nb.privacy.engine import private_training
+from rlhf_audit_nb.privacy.live_loss import live_loss
 from rlhf_audit_nb.privacy.plan import plan_training
 from rlhf_audit_nb.privacy.quiet import quiet_preparation
 
@@ -38,12 +42,14 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.config import GradientEngineName
     from rlhf_audit_nb.privacy.sampling import SealedRandom
 
-__all__ = ["CLIPPING_NORM", "Phantom", "Stage"]
+__all__ = ["CLIPPING_NORM", "LOSS_BOUND", "Phantom", "Stage"]
 
 CLIPPING_NORM = 0.75
 """C in every audit: not 1, so that a C that is left out shows."""
 
-_SLOPE = -2.0  # the derivative of -log sigmoid(margin) at margin 0 is -1/2
+LOSS_BOUND = 1.5
+"""B wherever the loss is released: not 2 ln 2, so that a bound that is left out shows."""
+
 _NOTHING = 1  # the token whose score is always zero
 _FIRST = 2
 _ORDINARY = 1.0
@@ -61,16 +67,33 @@ class Phantom:
         kind: what it is there to show.
         norm: L2 norm of its gradient in units of C, before clipping; NaN for one that cannot be computed.
         rows: how many rows it has, each with this gradient.
+        margin: of each of its rows: its loss is log(1 + exp(margin)).
     """
 
     kind: str
     norm: float
     rows: int = 1
+    margin: float = 0.0
 
     @property
     def expected(self) -> float:
         """What it contributes where it is sampled, in units of C."""
-        return min(self.norm, 1.0) if math.isfinite(self.norm) else 0.0
+        return min(self.norm, 1.0) if math.isfinite(self.norm) and math.isfinite(self.loss) else 0.0
+
+    @property
+    def loss(self) -> float:
+        """The loss of each of its rows."""
+        return max(self.margin, 0.0) + math.log1p(math.exp(-abs(self.margin)))
+
+    @property
+    def loss_expected(self) -> float:
+        """What it contributes to the released loss where it is sampled, in units of B/2."""
+        return min(self.loss, LOSS_BOUND) / (LOSS_BOUND / 2) - 1 if self.expected else 0.0
+
+    @property
+    def slope(self) -> float:
+        """The derivative of its loss by the difference of the two scores."""
+        return -1 / (1 + math.exp(-self.margin)) if math.isfinite(self.margin) else -1.0
 
 
 class Stage:
@@ -90,6 +113,7 @@ class Stage:
 
         self.phantoms = tuple(phantoms)
         self.ran = ""  # the gradient engine of the last training
+        self.losses: npt.NDArray[np.float64] = np.zeros(0)  # what it released of the loss
         self.engine = engine
         self._folder = tempfile.TemporaryDirectory(prefix="privacy-check-")
         generator = np.random.default_rng(seed)
@@ -121,8 +145,12 @@ class Stage:
         steps: int,
         torch_seed: int = 0,
         callback: Any = None,
+        loss_noise: float | None = None,
     ) -> npt.NDArray[np.float64]:
         """Train privately for ``steps`` steps.
+
+        With ``loss_noise``, as `PrivacyConfig` has it, ``losses`` holds afterwards what was released of the loss,
+        (steps,), in units of B/2, about the middle and times the expected number of units.
 
         Returns:
             What the optimizer was handed, (steps, coordinates): the loud coordinates first, then the silent ones;
@@ -138,20 +166,25 @@ class Stage:
             sampling_rate=sampling_rate,
             clipping_norm=CLIPPING_NORM,
             max_pairs_per_unit=_MANY_ROWS,
-            loss_noise=None,
+            loss_noise=loss_noise,
+            loss_bound=LOSS_BOUND,
             engine=self.engine,
         )
-        keeper = _Keeper(self._arranged)
+        keeper, listener = _Keeper(self._arranged), _Listener()
         added = [keeper] if callback is None else [keeper, callback]
         with _hushed(), _with_callbacks(self.trainer, added):
             plan = plan_training(self.trainer, config)
             args.max_steps = steps
             mechanism = Mechanism(noise_multiplier, sampling_rate, steps)
-            plan = replace(plan, mechanism=mechanism, steps_asked=steps, curve=(0.0,) * (steps + 1))
+            loss = live_loss(loss_noise, LOSS_BOUND, gradient=noise_multiplier)
+            curve = (0.0,) * (steps + 1)
+            plan = replace(plan, mechanism=mechanism, steps_asked=steps, curve=curve, live_loss=loss)
             self.ran = plan.engine.engine
-            with private_training(self.trainer, plan, randomness, fell_back=self._fell_back):
+            with private_training(self.trainer, plan, randomness, listener, fell_back=self._fell_back):
                 self.trainer.train()
-        return np.stack(keeper.kept) * (sampling_rate * len(self.phantoms) / CLIPPING_NORM)
+        expected = sampling_rate * len(self.phantoms)
+        self.losses = (np.array(listener.losses) - LOSS_BOUND / 2) * (expected / (LOSS_BOUND / 2))
+        return np.stack(keeper.kept) * (expected / CLIPPING_NORM)
 
     def _fell_back(self, engine: str, reason: str) -> None:
         self.ran = f"{engine} (fell back: {reason})"
@@ -160,8 +193,8 @@ class Stage:
         """What stands in the place of the embeddings: for each tensor, one vector a token."""
         import numpy as np
 
-        norms = np.array([phantom.norm for phantom in self.phantoms])
-        vectors = _SLOPE * CLIPPING_NORM * norms[:, None] * self.directions
+        norms = np.array([phantom.norm / phantom.slope for phantom in self.phantoms])
+        vectors = CLIPPING_NORM * norms[:, None] * self.directions
         tables, start = [], 0
         for loud, silent in zip(self._loud, self._silent, strict=True):
             table = np.zeros((_FIRST + len(self.phantoms), loud + silent))
@@ -238,6 +271,20 @@ class _Keeper(TrainerCallback):
         )
 
 
+class _Listener:
+    """Keeps the losses that are released."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_private_step(self, step: int, epsilon: float, metrics: dict[str, float | int | str]) -> None:
+        """Nothing of it is needed."""
+
+    def on_private_loss(self, step: int, loss: float) -> None:  # noqa: ARG002
+        """The next one."""
+        self.losses.append(loss)
+
+
 def _tokens(phantoms: Sequence[Phantom]) -> list[int]:
     """Each unit's token: ordinary gradients first, those that are there to break something last."""
     order = sorted(range(len(phantoms)), key=lambda one: not phantoms[one].norm <= _ORDINARY)
@@ -265,13 +312,14 @@ def _trainer(model: Any, phantoms: Sequence[Phantom], tokens: Sequence[int], fol
         bos_token=pad,
     )
     owners = [number for number, phantom in enumerate(phantoms) for _ in range(phantom.rows)]
-    data = Dataset.from_dict(
-        {
-            "chosen_ids": [[tokens[owner]] if phantoms[owner].norm else [_NOTHING] for owner in owners],
-            "rejected_ids": [[_NOTHING]] * len(owners),
-            "annotator_id": [f"phantom {owner}" for owner in owners],
-        }
-    )
+    columns = {
+        "chosen_ids": [[tokens[owner]] if phantoms[owner].norm else [_NOTHING] for owner in owners],
+        "rejected_ids": [[_NOTHING]] * len(owners),
+        "annotator_id": [f"phantom {owner}" for owner in owners],
+    }
+    if any(phantom.margin for phantom in phantoms):
+        columns["margin"] = [phantoms[owner].margin for owner in owners]
+    data = Dataset.from_dict(columns)
     settings = RewardConfig(
         output_dir=folder,
         per_device_train_batch_size=8,

@@ -5,6 +5,8 @@
 *reading*: with noise so small that it can be read off who was sampled and what each brought in: the sampling rate,
 independence, the bound of every contribution (smaller than C, equal, far larger, of many rows, not finite), what a
 step is divided by;
+*loss*: the same of the live loss, with losses far below, within and far above its bound: the size of its noise, that
+this is no other noise used again, the bound of every contribution, what it is divided by;
 *as configured*: with the noise multiplier and the sampling rate asked for: the noise's size, shape, precision and
 independence; and an attack on canaries, half of which are in, whose lower bound on epsilon is shown beside what the
 accountant claims for the very same mechanism;
@@ -62,6 +64,10 @@ TESTED = {
     "nothing-beside": "Nothing else comes in.",
     "non-finite-excluded": "A unit whose gradient is not finite brings in nothing.",
     "divisor": "Steps are divided by the expected number of units, whatever was sampled.",
+    "loss-noise": "The live loss has the noise that it is charged with.",
+    "loss-noise-own": "The noise of the live loss is neither the gradient's nor another step's.",
+    "loss-bounded": "No unit moves the live loss by more than half of its bound, however large its loss is.",
+    "loss-exact": "The live loss is the sum of clipped losses, divided by the expected number of units.",
     "fresh-noise": "Two trainings with the same torch seed have different noise.",
     "fresh-samples": "Two trainings with the same torch seed have different samples.",
     "sealed": "torch's seeds do not change what the sealed seed decides.",
@@ -77,8 +83,8 @@ LIMITS = (
     ),
     "A lower bound says what this attack found; the true epsilon lies between it and the claimed one.",
     (
-        "It does not check the live loss, the accountant (that is cross-checked where plans are made), your model, "
-        "your data, or that nothing else in the process publishes them."
+        "It does not check the accountant (that is cross-checked where plans are made), your model, your data, or that "
+        "nothing else in the process publishes them."
     ),
     "It checks this installation on this machine, at this time; a changed package is another installation.",
     "It is no defence against somebody who changes the check as well.",
@@ -88,6 +94,8 @@ _ALARMS = {"lower-bound": FALSE_ALARM - 1e-9}
 _OTHERS = 1e-9 / (len(TESTED) - len(_ALARMS))
 _TEST_DELTA = 2e-10  # the least p-value that guesses can reach is of the order of canaries times delta
 _READING_NOISE = 1 / 40
+_LOSS_NOISE = 2.0  # times that
+_LOSS_RATE = 0.25
 _CONFIDENT = 3.0  # a fault this many deviations beyond the threshold is found with 99.9 %
 _PACKAGES = ("rlhf-audit-trail", "torch", "transformers", "trl", "numpy", "accelerate")
 _MOST_STEPS = 5000
@@ -95,16 +103,19 @@ _MOST_STEPS = 5000
 
 @dataclass(frozen=True)
 class _Size:
-    """How much is done: units at most, steps of the reading, inclusions in it, canaries, silent coordinates."""
+    """How much is done: units at most, steps and inclusions of the reading, canaries, silent coordinates, steps with a
+    loss.
+    """
 
     units: int
     steps: int
     inclusions: int
     canaries: int
     silent: int
+    losses: int
 
 
-_SIZES = {"full": _Size(400, 96, 2400, 1000, 4096), "small": _Size(60, 32, 200, 60, 512)}
+_SIZES = {"full": _Size(400, 96, 2400, 1000, 4096, 400), "small": _Size(60, 32, 200, 60, 512, 128)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +151,8 @@ class SelfAudit:
         engine: the gradient engine that ran.
         device: where.
         versions: of the packages that ran.
-        sees: the relative size of a fault in sigma and in q that would have been found with 99.9 %.
+        sees: the relative size of a fault in sigma, in q and in sigma of the loss that would have been found with
+            99.9 %.
     """
 
     passed: bool
@@ -199,7 +211,11 @@ class SelfAudit:
         yield from self._bound_words()
         if self.sees:
             sigma, rate = (f"{100 * self.sees[name]:.2g} %" for name in ("noise_multiplier", "sampling_rate"))
-            yield f"A noise multiplier off by {sigma} or a sampling rate off by {rate} would have been found."
+            loss = f"{100 * self.sees['loss_noise']:.2g} %"
+            yield (
+                f"A noise multiplier off by {sigma}, a sampling rate off by {rate} or noise of the live loss off by "
+                f"{loss} would have been found."
+            )
         yield f"Engine: {self.engine}, on {self.device or 'no device'}."
         yield str(self)
 
@@ -305,6 +321,7 @@ class _Audit:
         try:
             with _kept_generators():
                 self._read()
+                self._read_losses()
                 self._attack()
             self._note(Finding("trains", 1.0, ""))
         except AuditError as error:
@@ -359,6 +376,26 @@ class _Audit:
             ),
         )
 
+    def _read_losses(self) -> None:
+        import numpy as np
+
+        from rlhf_audit_nb.privacy.hypotheses import examine_loss
+        from rlhf_audit_nb.privacy.phantoms import Stage
+
+        steps = self.size.losses
+        self.tell(f"reading what phantom annotators bring into the live loss, over {steps} steps")
+        with closing(Stage(_lossy(), silent=64, engine=self.engine, seed=2)) as stage:
+            randomness = self._random("losses")
+            reading = self._train(
+                stage, randomness, _READING_NOISE, steps, loss_noise=_LOSS_NOISE, sampling_rate=_LOSS_RATE
+            )
+            expected = np.array([phantom.loss_expected for phantom in stage.phantoms])
+            losses = stage.losses
+        self._note(reading.finite())
+        if self.found["finite"][-1].p:
+            self._note(*examine_loss(reading, losses, expected, _LOSS_NOISE * _READING_NOISE))
+            self.sees["loss_noise"] = (_threshold() + _CONFIDENT) / math.sqrt(2 * steps)
+
     def _attack(self) -> None:
         import numpy as np
 
@@ -394,17 +431,31 @@ class _Audit:
     # --- what they share ---
 
     def _train(
-        self, stage: Stage, randomness: SealedRandom, noise: float, steps: int, *, torch_seed: int = 0
+        self,
+        stage: Stage,
+        randomness: SealedRandom,
+        noise: float,
+        steps: int,
+        *,
+        torch_seed: int = 0,
+        loss_noise: float | None = None,
+        sampling_rate: float | None = None,
     ) -> Reading:
         import numpy as np
 
         from rlhf_audit_nb.privacy.hypotheses import Reading
 
+        rate = sampling_rate or self.sampling_rate
         released = stage.run(
-            randomness, noise_multiplier=noise, sampling_rate=self.sampling_rate, steps=steps, torch_seed=torch_seed
+            randomness,
+            noise_multiplier=noise,
+            sampling_rate=rate,
+            steps=steps,
+            torch_seed=torch_seed,
+            loss_noise=loss_noise,
         )
         expected: npt.NDArray[np.float64] = np.array([phantom.expected for phantom in stage.phantoms])
-        return Reading(released, stage.silent, stage.directions, expected, noise, self.sampling_rate)
+        return Reading(released, stage.silent, stage.directions, expected, noise, rate)
 
     def _bytes(self, purpose: str) -> bytes:
         if self.seed is None:
@@ -461,6 +512,17 @@ def _mixed(count: int) -> list[Phantom]:
     )
     cycle = [phantom for phantom, times in kinds for _ in range(times)]
     return [cycle[(7 * place) % len(cycle)] for place in range(count)]
+
+
+def _lossy() -> list[Phantom]:
+    """Units whose losses are far below the bound, within it, and far above."""
+    from rlhf_audit_nb.privacy.phantoms import Phantom
+
+    margins = (-6.0, -1.0, 0.0, 1.0, 40.0, 1e9)
+    of_each = [Phantom("loss", 1.0, margin=margin) for margin in margins for _ in range(2)]
+    rows = [Phantom("many rows", 0.5, rows=4, margin=margin) for margin in (0.5, 40.0)]
+    broken = [Phantom("not a number", 1.0, margin=math.nan), Phantom("infinite", 1.0, margin=math.inf)]
+    return [*of_each, *rows, *broken]
 
 
 def _refused_unguarded(stage: Stage) -> bool:

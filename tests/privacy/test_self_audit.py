@@ -6,6 +6,7 @@ nothing of them. What is not drawn from the fixed seed raises a false alarm with
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from types import SimpleNamespace
@@ -17,7 +18,8 @@ import torch
 
 from rlhf_audit_nb.errors import ConfigError, PrivacyError
 from rlhf_audit_nb.events import PrivacyChecked, decode_body, encode_body
-from rlhf_audit_nb.privacy import engine, row_gradients, unit_gradients
+from rlhf_audit_nb.privacy import engine, phantoms, row_gradients, unit_gradients
+from rlhf_audit_nb.privacy.live_loss import LiveLoss, live_loss
 from rlhf_audit_nb.privacy.plan import Plan
 from rlhf_audit_nb.privacy.sampling import SealedRandom
 from rlhf_audit_nb.privacy.self_audit import FALSE_ALARM, LIMITS, TESTED, check_mechanism
@@ -201,6 +203,80 @@ def without_c_in_the_noise(patch: Patch) -> None:
     patch.setattr(Plan, "clipping_norm", property(lambda self: 1.0))
 
 
+def loss_without_noise(patch: Patch) -> None:
+    patch.setattr(SealedRandom, "loss_normal", lambda self, step: 0.0)
+
+
+def scaled_loss_noise(factor: float) -> Any:
+    def plant(patch: Patch) -> None:
+        drawn = SealedRandom.loss_normal
+        patch.setattr(SealedRandom, "loss_normal", lambda self, step: factor * drawn(self, step))
+
+    return plant
+
+
+def loss_noise_by_the_gradients_multiplier(patch: Patch) -> None:
+    """What is charged is another release than the one that is made."""
+
+    def planned(ratio: float | None, bound: float | None, **noise: Any) -> LiveLoss | None:
+        return live_loss(ratio and 1.0, bound, **noise)
+
+    patch.setattr(phantoms, "live_loss", planned)
+
+
+def loss_with_the_gradients_noise(patch: Patch) -> None:
+    patch.setattr(SealedRandom, "loss_normal", lambda self, step: float(normals(self, step, 0, 1)[0]))
+
+
+def loss_noise_used_twice(patch: Patch) -> None:
+    drawn = SealedRandom.loss_normal
+    patch.setattr(SealedRandom, "loss_normal", lambda self, step: drawn(self, step // 2))
+
+
+def loss_without_clipping(patch: Patch) -> None:
+    patch.setattr(LiveLoss, "clipped_sum", lambda self, losses: sum(loss - self.bound / 2 for loss in losses))
+
+
+def loss_clipped_to_twice(patch: Patch) -> None:
+    def summed(self: LiveLoss, losses: Any) -> float:
+        return sum(min(max(loss, 0.0), 2 * self.bound) - self.bound / 2 for loss in losses)
+
+    patch.setattr(LiveLoss, "clipped_sum", summed)
+
+
+def loss_about_no_middle(patch: Patch) -> None:
+    def summed(self: LiveLoss, losses: Any) -> float:
+        return sum(min(max(loss, 0.0), self.bound) for loss in losses)
+
+    patch.setattr(LiveLoss, "clipped_sum", summed)
+
+
+def loss_divided_by_the_realised_number(patch: Patch) -> None:
+    release, summed, count = LiveLoss.release, LiveLoss.clipped_sum, [1]
+
+    def counted(self: LiveLoss, losses: Any) -> float:
+        count[0] = max(len(losses), 1)
+        return summed(self, losses)
+
+    patch.setattr(LiveLoss, "clipped_sum", counted)
+    patch.setattr(
+        LiveLoss, "release", lambda self, total, random, step, expected: release(self, total, random, step, count[0])
+    )
+
+
+def loss_of_nobody_finite_let_in(patch: Patch) -> None:
+    summed = LiveLoss.clipped_sum
+    seen_add = unit_gradients.Seen.add
+
+    def told(self: Any, pairs: int, loss: float, norm: float, bound: float) -> None:
+        seen_add(self, pairs, loss, norm, bound)
+        if not math.isfinite(norm):
+            self.losses.append(loss)
+
+    patch.setattr(unit_gradients.Seen, "add", told)
+    patch.setattr(LiveLoss, "clipped_sum", lambda self, losses: summed(self, [np.nan_to_num(one) for one in losses]))
+
+
 def without_guard(patch: Patch) -> None:
     patch.setattr(engine.PrivateTraining, "guard", lambda self, *_: None)
 
@@ -232,10 +308,21 @@ FAULTS = [
     (not_finite_let_in, "non-finite-excluded"),
     (divided_by_the_realised_number, "divisor"),
     (without_c_in_the_noise, "noise-level"),
+    (loss_without_noise, "loss-noise"),
+    (scaled_loss_noise(0.5), "loss-noise"),
+    (scaled_loss_noise(2.0), "loss-noise"),
+    (loss_noise_by_the_gradients_multiplier, "loss-noise"),
+    (loss_with_the_gradients_noise, "loss-noise-own"),
+    (loss_noise_used_twice, "loss-noise-own"),
+    (loss_without_clipping, "loss-bounded"),
+    (loss_clipped_to_twice, "loss-bounded"),
+    (loss_about_no_middle, "loss-bounded"),
+    (loss_divided_by_the_realised_number, "loss-exact"),
+    (loss_of_nobody_finite_let_in, "loss-exact"),
     (without_guard, "guarded"),
 ]
 LARGE = {samples_of_one_size, epochs_of_a_shuffle}  # what tells these apart from chance takes more steps
-QUICK = {"without_noise", "wrong_rate", "without_clipping", "noise_reused_by_steps"}  # the others: CI, minutes
+QUICK = {"without_noise", "wrong_rate", "without_clipping", "loss_clipped_to_twice"}  # the others: CI, minutes
 
 
 @pytest.mark.parametrize(
@@ -365,3 +452,4 @@ def test_the_whole_check_passes_and_sees_small_faults():
     assert audit.bound.canaries == 1000
     assert audit.sees["noise_multiplier"] < 0.03
     assert audit.sees["sampling_rate"] < 0.25
+    assert audit.sees["loss_noise"] < 0.4
