@@ -29,7 +29,6 @@ from rlhf_audit_nb.privacy.unit_gradients import GradientEngine, LoopEngine, Sam
 __all__ = ["CheckedRows", "FellBack", "probe_rows"]
 
 _TOLERANCE = 1e-3
-_TOLERANCE_BF16 = 5e-2
 _PROBE_UNITS = ((0,), (1,), (2, 3))
 _PROBE_LENGTH = 48
 _PROBE_MOVE = 0.02
@@ -71,7 +70,7 @@ class CheckedRows:
         except Exception as error:
             self._fall_back(f"made-up rows could not be computed ({type(error).__name__}: {error})")
         else:
-            if not distance <= _tolerance(trainer, sums):
+            if not distance <= _TOLERANCE:
                 self._fall_back(f"on made-up rows its clipped sum differs from the loop's by {distance:.2g} of it")
         finally:
             clear_metrics(trainer)
@@ -129,7 +128,7 @@ class CheckedRows:
             clear_metrics(trainer)
         if math.isnan(distance):  # all of their gradients are zero, or not finite: the next batch may show more
             self._compared = False
-        elif not distance <= _tolerance(trainer, sums):
+        elif not distance <= _TOLERANCE:
             self._give_up(seen, f"its clipped sum differs from the loop's by {distance:.2g} of it")
 
     def _give_up(self, seen: Seen, reason: str) -> None:
@@ -197,11 +196,6 @@ def _distance(
     apart = math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(first, second, strict=True))) / size
     others = [abs(a - b) / max(abs(b), 1e-6) for a, b in zip(told, truth, strict=True)]
     return max(apart, *others)
-
-
-def _tolerance(trainer: Any, sums: Sums) -> float:
-    exact = all(p.dtype in (torch.float32, torch.float64) for p in sums.parameters) and not trainer.args.bf16
-    return _TOLERANCE if exact else _TOLERANCE_BF16
 
 
 @contextlib.contextmanager

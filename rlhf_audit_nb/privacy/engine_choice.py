@@ -114,7 +114,8 @@ def _obstacle(trainer: Any) -> str | None:
     """Why the rows engine cannot serve this trainer, if it cannot."""
     from rlhf_audit_nb.privacy.row_layers import RowsLostError, covering_layers, dropout_of
 
-    if trainer.args.bf16 or any(p.element_size() < _SINGLE for p in trainer.model.parameters()):
+    short = any(p.element_size() < _SINGLE for p in trainer.model.parameters())
+    if short or trainer.args.bf16 or _in_autocast(trainer):
         return "in half precision how a unit's gradient is rounded would depend on who else is in the batch"
     where = dropout_of(trainer.model)
     if where is not None:
@@ -124,3 +125,10 @@ def _obstacle(trainer: Any) -> str | None:
     except RowsLostError as lost:
         return str(lost)
     return None
+
+
+def _in_autocast(trainer: Any) -> bool:
+    """Whether the user's own code put the training into half precision."""
+    import torch
+
+    return torch.is_autocast_enabled(trainer.args.device.type)

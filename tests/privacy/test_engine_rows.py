@@ -124,6 +124,15 @@ def test_a_model_that_rows_cannot_serve_gets_the_loop_and_a_refusal_where_it_was
         plan_training(trainer, config(unit="pair", engine="rows"))
 
 
+def test_the_users_own_autocast_round_the_training_sends_it_to_the_loop(tmp_path: Path) -> None:
+    trainer = dpo_trainer(synthetic_pairs(4), tmp_path)
+    assert choose_engine(trainer, config(unit="pair")).engine == ROWS
+    with torch.autocast("cpu", torch.bfloat16):
+        chosen = choose_engine(trainer, config(unit="pair"))
+    assert chosen.engine == LOOP
+    assert "half precision" in chosen.reason
+
+
 def test_a_trained_language_head_is_refused_for_rows_since_trl_multiplies_outside_of_it(tmp_path: Path) -> None:
     trainer = dpo_trainer(synthetic_pairs(4), tmp_path)
     trainer.model.get_output_embeddings().weight.requires_grad_()
