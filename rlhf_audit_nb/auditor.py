@@ -13,7 +13,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
@@ -271,11 +271,9 @@ class AuditableRLHF:
             VaultError: the vault does not open with this trail's key, or an opening is not its commitment's.
         """
         from rlhf_audit_nb.capture.annotations import read_annotations
-        from rlhf_audit_nb.trail import Vault
 
         trail = self.trail
-        # A vault of its own: the trail's is the writer's, which may be sealing on another thread meanwhile.
-        with closing(Vault(trail.vault.path, trail.keys.master)) as vault:
+        with trail.reading_vault() as vault:
             yield from read_annotations(trail.reader(), vault, import_id=import_id, run=run)
 
     def annotation_imports(self) -> tuple[ImportSummary, ...]:

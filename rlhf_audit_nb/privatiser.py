@@ -7,12 +7,11 @@ they meet: what a run hands its trainers to, and what it learns of them.
 from __future__ import annotations
 
 import uuid
-from base64 import b64decode
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from rlhf_audit_nb.errors import UnsupportedTrainerError, VaultError
+from rlhf_audit_nb.errors import UnsupportedTrainerError
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.capture.run import Run, RunObserver
@@ -277,19 +276,12 @@ def private_halves(trail: Trail) -> Iterator[tuple[int, DataBound, DataPrivate]]
         VaultError: the vault does not open with this trail's key, or an opening is not its commitment's.
     """
     from rlhf_audit_nb.events import DataBound, DataPrivate, decode_body, decode_private
-    from rlhf_audit_nb.trail import Vault
 
-    # A vault of its own: the trail's is the writer's, which may be sealing on another thread meanwhile.
-    with closing(Vault(trail.vault.path, trail.keys.master)) as vault:
+    with trail.reading_vault() as vault:
         for entry in trail.reader().entries(type=DataBound.TYPE):
-            if entry.envelope.sealed is None or entry.run is None:
+            payload = vault.half(entry).payload
+            if payload is None:
                 continue
-            try:
-                payload = vault.open_payload(entry.run, entry.seq, b64decode(entry.envelope.sealed))
-            except VaultError as error:
-                if error.reason in ("erased", "opening-missing"):
-                    continue
-                raise
             bound, half = decode_body(entry.type, entry.body), decode_private(entry.type, payload)
             if isinstance(bound, DataBound) and isinstance(half, DataPrivate):
                 yield entry.index, bound, half

@@ -14,17 +14,15 @@ import's own entry says. Who gave which, and how many each gave, is not.
 
 from __future__ import annotations
 
-import base64
 import uuid
 from collections.abc import Iterator, MutableMapping
 from dataclasses import asdict, dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from rlhf_audit_nb.capture.run import COARSE_US
-from rlhf_audit_nb.errors import VaultError
 from rlhf_audit_nb.events import (
     Annotation,
     AnnotationRecorded,
@@ -38,7 +36,7 @@ from rlhf_audit_nb.trail import Draft
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.capture.annotation_rows import Prepared
-    from rlhf_audit_nb.trail import Entry, Trail, TrailReader, Vault
+    from rlhf_audit_nb.trail import Entry, HalfState, Trail, TrailReader, Vault
 
 __all__ = [
     "DAY_US",
@@ -55,11 +53,8 @@ __all__ = [
 DAY_US = 86_400_000_000
 """Of its own time an entry of an annotation tells the day and no more: when a person worked is hers."""
 
-State = Literal["open", "erased", "missing"]
 Headers = MutableMapping[tuple[str, str | None, bytes], str]
 """Imports that more may be added to, by trail, run and what their header says."""
-
-_GONE: dict[str, State] = {"erased": "erased", "opening-missing": "missing"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +116,7 @@ class OpenedAnnotation:
     index: int
     import_id: str
     run: str | None
-    state: State
+    state: HalfState
     annotation: Annotation | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -196,29 +191,24 @@ def read_annotations(
     Raises:
         VaultError: the vault's key is not this one, or an opening is not its commitment's.
     """
-    there = vault.exists()  # reading a vault that is gone would make an empty one
     for entry in reader.entries(type=AnnotationRecorded.TYPE, run=run):
         event = decode_body(entry.type, entry.body)
         assert isinstance(event, AnnotationRecorded)  # for the type checker; decode_body checked it
         if import_id is None or event.import_id == import_id:
-            annotation, state = _opened(entry, vault) if there else (None, "missing")
+            half = vault.half(entry)
             yield OpenedAnnotation(
-                index=entry.index, import_id=event.import_id, run=entry.run, state=state, annotation=annotation
+                index=entry.index,
+                import_id=event.import_id,
+                run=entry.run,
+                state=half.state,
+                annotation=None if half.payload is None else _annotation(half.payload),
             )
 
 
-def _opened(entry: Entry, vault: Vault) -> tuple[Annotation | None, State]:
-    if entry.envelope.sealed is None:
-        return None, "missing"
-    try:
-        payload = vault.open_payload(entry.stream, entry.seq, base64.b64decode(entry.envelope.sealed))
-    except VaultError as error:
-        if error.reason not in _GONE:
-            raise
-        return None, _GONE[error.reason]
-    half = decode_private(entry.type, payload)
+def _annotation(payload: bytes) -> Annotation:
+    half = decode_private(AnnotationRecorded.TYPE, payload)
     assert isinstance(half, Annotation)  # for the type checker; decode_private checked it
-    return half, "open"
+    return half
 
 
 def summarize_annotations(reader: TrailReader) -> tuple[ImportSummary, ...]:

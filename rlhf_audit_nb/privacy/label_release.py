@@ -16,13 +16,12 @@ import math
 import uuid
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from rlhf_audit_nb.errors import BudgetExceededError, PrivacyError, VaultError
+from rlhf_audit_nb.errors import BudgetExceededError, PrivacyError
 from rlhf_audit_nb.events import (
     LabelsReleased,
     LabelsSealed,
@@ -49,7 +48,7 @@ from rlhf_audit_nb.privacy.sampling import SealedRandom
 if TYPE_CHECKING:
     from rlhf_audit_nb.config import PrivacyConfig
     from rlhf_audit_nb.privacy.ledger import LabelSpend, Ledger
-    from rlhf_audit_nb.trail import Trail, TrailReader
+    from rlhf_audit_nb.trail import Trail, TrailReader, Vault
 
 __all__ = [
     "ADJACENCY",
@@ -251,25 +250,17 @@ def open_releases(trail: Trail) -> tuple[Ledger, tuple[Opened | None, ...]]:
     Raises:
         VaultError: the vault does not open with this trail's key.
     """
-    from rlhf_audit_nb.trail import Vault
-
     reader = trail.reader()
     ledger = read_ledger(reader)
-    # A vault of its own: the trail's is the writer's, which may be sealing on another thread meanwhile.
-    with closing(Vault(trail.vault.path, trail.keys.master)) as vault:
+    with trail.reading_vault() as vault:
         return ledger, tuple(_opened(reader, vault, spend) for spend in ledger.releases)
 
 
-def _opened(reader: TrailReader, vault: Any, spend: LabelSpend) -> Opened | None:
+def _opened(reader: TrailReader, vault: Vault, spend: LabelSpend) -> Opened | None:
     entry = next(iter(reader.entries(spend.index, spend.index + 1)))
-    if entry.envelope.sealed is None:
+    payload = vault.half(entry).payload
+    if payload is None:
         return None
-    try:
-        payload = vault.open_payload(entry.stream, entry.seq, base64.b64decode(entry.envelope.sealed))
-    except VaultError as error:
-        if error.reason in ("erased", "opening-missing"):
-            return None
-        raise
     half = decode_private(entry.type, payload)
     assert isinstance(half, LabelsSealed)  # for the type checker; decode_private checked it
     tags = base64.b64decode(half.tags)

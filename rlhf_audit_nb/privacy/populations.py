@@ -23,7 +23,6 @@ import re
 import secrets
 import unicodedata
 import uuid
-from base64 import b64decode
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -295,21 +294,17 @@ class _Opener:
         if vault is not None:
             from rlhf_audit_nb.trail import Vault
 
-            # A vault of its own: the trail's is the writer's, which may be sealing on another thread meanwhile.
             self._vault = Vault(vault.path, vault.master)
 
     def payload(self, entry: Entry) -> tuple[bytes | None, str]:
         """The private half of ``entry``, and ``open`` or why there is none."""
         if self._vault is None:
             return None, "closed"
-        if entry.envelope.sealed is None or not self._vault.exists():
-            return None, "missing"
         try:
-            opening = self._vault.opening(entry.type, entry.stream, entry.seq, b64decode(entry.envelope.sealed))
+            half = self._vault.half(entry)
         except VaultError as error:
-            states = {"erased": "erased", "opening-missing": "missing", "opening-wrong": "wrong"}
-            return None, states.get(error.reason, "closed")
-        return opening.payload, "open"
+            return None, "wrong" if error.reason == "opening-wrong" else "closed"
+        return half.payload, half.state
 
     def close(self) -> None:
         if self._vault is not None:

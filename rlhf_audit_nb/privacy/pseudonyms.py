@@ -23,7 +23,6 @@ import hmac
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -46,10 +45,9 @@ from rlhf_audit_nb.events import (
     encode_private,
 )
 from rlhf_audit_nb.privacy.k_anonymity import LEAST_K, ReleasedStatistics, check_k, release
-from rlhf_audit_nb.trail import Vault
 
 if TYPE_CHECKING:
-    from rlhf_audit_nb.trail import Entry, Trail, TrailReader
+    from rlhf_audit_nb.trail import Entry, Half, Trail, TrailReader
 
 __all__ = ["AnnotatorRow", "AnnotatorTable", "reidentify", "tabulate_annotators"]
 
@@ -57,7 +55,6 @@ NOT_FOR_RELEASE = (
     "This trail keeps a privacy budget: figures about its annotators' data are outside of what the budget bounds."
 )
 _BUDGETED = (PrivacyReserved.TYPE, BudgetSet.TYPE, PrivacyPopulation.TYPE, LabelsReleased.TYPE)
-_GONE = ("erased", "opening-missing")
 _TABLE_LETTERS = 8
 _TOKEN_BYTES = 10
 _LONGEST = 500
@@ -238,8 +235,10 @@ def _tables(reader: TrailReader, token: str) -> Iterator[tuple[Entry, Annotators
 
 
 def _owner_of(trail: Trail, reader: TrailReader, entry: Entry, event: AnnotatorsTabulated, token: str) -> str | None:
-    with _vault(trail) as vault:
-        payload = vault.open_payload(entry.stream, entry.seq, base64.b64decode(entry.envelope.sealed or ""))
+    with trail.reading_vault() as vault:
+        payload = vault.opening(
+            entry.type, entry.stream, entry.seq, base64.b64decode(entry.envelope.sealed or "")
+        ).payload
     half = decode_private(entry.type, payload)
     assert isinstance(half, AnnotatorsKey)  # for the type checker; decode_private checked it
     secret = bytes.fromhex(half.secret)
@@ -252,40 +251,26 @@ def _owner_of(trail: Trail, reader: TrailReader, entry: Entry, event: Annotators
 def _open_all(trail: Trail, reader: TrailReader, import_id: str | None, size: int) -> _Opened:
     """The first ``size`` entries' annotations, by who gave them."""
     opened = _Opened()
-    with _vault(trail) as vault:
-        there = vault.exists()  # reading a vault that is gone would make an empty one
+    with trail.reading_vault() as vault:
         for entry in reader.entries(0, size, type=AnnotationRecorded.TYPE):
             event = decode_body(entry.type, entry.body)
             assert isinstance(event, AnnotationRecorded)  # for the type checker; decode_body checked it
             if import_id in (None, event.import_id):
-                _take(opened, entry, vault if there else None)
+                _take(opened, vault.half(entry))
     return opened
 
 
-def _take(opened: _Opened, entry: Entry, vault: Vault | None) -> None:
-    if vault is None or entry.envelope.sealed is None:
-        opened.missing += 1
+def _take(opened: _Opened, found: Half) -> None:
+    if found.opening is None:
+        opened.erased += found.state == "erased"
+        opened.missing += found.state == "missing"
         return
-    try:
-        commitment = base64.b64decode(entry.envelope.sealed)
-        opening = vault.opening(entry.type, entry.stream, entry.seq, commitment)
-    except VaultError as error:
-        if error.reason not in _GONE:
-            raise
-        opened.erased += error.reason == "erased"
-        opened.missing += error.reason != "erased"
-        return
-    half = decode_private(entry.type, opening.payload)
+    half = decode_private(AnnotationRecorded.TYPE, found.opening.payload)
     assert isinstance(half, Annotation)  # for the type checker; decode_private checked it
     if half.annotator is None:
         opened.unknown += 1
         return
-    opened.people.setdefault(half.annotator, _Person(opening.key)).made.append(half)
-
-
-def _vault(trail: Trail) -> closing[Vault]:
-    # A vault of its own: the trail's is the writer's, which may be sealing on another thread meanwhile.
-    return closing(Vault(trail.vault.path, trail.keys.master))
+    opened.people.setdefault(half.annotator, _Person(found.opening.key)).made.append(half)
 
 
 def _any(reader: TrailReader, import_id: str) -> bool:

@@ -15,7 +15,7 @@ from rlhf_audit_nb.trail.entry import Entry, Envelope
 from rlhf_audit_nb.trail.keys import KeyRing
 from rlhf_audit_nb.trail.policy import TrustPolicy
 from rlhf_audit_nb.trail.trail import InterruptedRun, Recovery, Trail, TrailReader, TrailStatus
-from rlhf_audit_nb.trail.vault import Opening, Vault, check_opening
+from rlhf_audit_nb.trail.vault import Half, HalfState, Opening, Vault, check_opening
 from rlhf_audit_nb.trail.verdict import Anchor, Level, Reason, RunSummary, Verdict
 from rlhf_audit_nb.trail.verify import check_entries, verify_trail
 from rlhf_audit_nb.trail.writer import Draft, Pending
@@ -25,6 +25,8 @@ __all__ = [
     "Draft",
     "Entry",
     "Envelope",
+    "Half",
+    "HalfState",
     "InterruptedRun",
     "KeyRing",
     "Level",

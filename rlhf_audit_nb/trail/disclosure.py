@@ -15,7 +15,6 @@ file opens no other commitment, and holds neither the key of the owner nor that 
 from __future__ import annotations
 
 from base64 import b64decode, b64encode
-from contextlib import closing
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -29,7 +28,7 @@ from rlhf_audit_nb.trail.checkpoint import checkpoint_of
 from rlhf_audit_nb.trail.encoding import decode_base64
 from rlhf_audit_nb.trail.entry import Entry
 from rlhf_audit_nb.trail.proof import InclusionProof, format_proof, parse_proof
-from rlhf_audit_nb.trail.vault import Opening, Vault, check_opening
+from rlhf_audit_nb.trail.vault import Opening, check_opening
 from rlhf_audit_nb.trail.verdict import Level, Reason, Verdict
 from rlhf_audit_nb.trail.verify import verify_proof
 
@@ -105,8 +104,7 @@ def disclose(trail: Trail, index: int) -> Disclosure:
             code="not-private",
         )
     try:
-        # A vault of its own: the trail's is the writer's, which may be sealing on another thread meanwhile.
-        with closing(Vault(trail.vault.path, trail.keys.master)) as vault:
+        with trail.reading_vault() as vault:
             opening = vault.opening(entry.type, entry.stream, entry.seq, b64decode(entry.envelope.sealed))
     except VaultError as error:
         if error.reason != "erased":

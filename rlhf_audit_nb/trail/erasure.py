@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -82,7 +81,7 @@ def erase(trail: Trail, owner: str | None = None, *, reason: str, run: str | Non
     if (owner is None) == (run is None):
         raise ValueError("name either an annotator or a run")
     trail.flush()
-    with _vault(trail) as vault:
+    with trail.reading_vault() as vault:
         if not vault.exists():
             raise vault.unknown_owner()
         with trail.keys.master.exclusive():
@@ -107,7 +106,7 @@ def finish_erasures(trail: Trail) -> tuple[ErasureDone, ...]:
         StoreError: vault or trail cannot be read or written.
         KeyFileError: the key file cannot be used.
     """
-    with _vault(trail) as vault:
+    with trail.reading_vault() as vault:
         if not vault.exists() or (vault.settled() and not _undone(vault, trail.reader())):
             return ()
         try:
@@ -117,13 +116,6 @@ def finish_erasures(trail: Trail) -> tuple[ErasureDone, ...]:
             if error.reason != "vault-busy":
                 raise
             return ()
-
-
-@contextmanager
-def _vault(trail: Trail) -> Iterator[Vault]:
-    # A connection of its own: the trail's is the writer's.
-    with closing(Vault(trail.vault.path, trail.keys.master)) as vault:
-        yield vault
 
 
 def _finish(trail: Trail, vault: Vault) -> list[ErasureDone]:

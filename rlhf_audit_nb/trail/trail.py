@@ -12,7 +12,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -385,8 +385,14 @@ class Trail:
 
     @property
     def vault(self) -> Vault:
-        """Where the private payloads are."""
+        """Where the private payloads are: the writer's own, which may be sealing on another thread at any moment."""
         return self._writer.vault
+
+    @contextmanager
+    def reading_vault(self) -> Iterator[Vault]:
+        """The vault, opened anew for who reads or erases beside the writer."""
+        with closing(Vault(self.vault.path, self.keys.master)) as vault:
+            yield vault
 
     @property
     def writer(self) -> str:

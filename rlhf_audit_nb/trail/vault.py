@@ -20,11 +20,12 @@ from __future__ import annotations
 import errno
 import hmac
 import os
+from base64 import b64decode
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 from cryptography.exceptions import InvalidTag
@@ -71,12 +72,15 @@ from rlhf_audit_nb.trail.vault_file import (
 )
 
 if TYPE_CHECKING:
+    from rlhf_audit_nb.trail.entry import Entry
     from rlhf_audit_nb.trail.vault_key import Generation, MasterKey
 
 __all__ = [
     "VAULT_ERASED",
     "Erased",
     "Erasure",
+    "Half",
+    "HalfState",
     "Opening",
     "OpeningSummary",
     "OpeningsCheck",
@@ -97,6 +101,27 @@ class Sealed(msgspec.Struct, frozen=True):
     stream: str
     seq: int
     opening: Opening
+
+
+HalfState = Literal["open", "erased", "missing"]
+
+_GONE: dict[str, HalfState] = {"erased": "erased", "opening-missing": "missing"}
+
+
+@dataclass(frozen=True, slots=True)
+class Half:
+    """The private half of an entry: its opening where the vault still has it, else what became of it.
+
+    ``missing`` are also the halves of entries that never had one, and all where there is no vault.
+    """
+
+    state: HalfState
+    opening: Opening | None = None
+
+    @property
+    def payload(self) -> bytes | None:
+        """The bytes that the commitment covers, where they can be had."""
+        return None if self.opening is None else self.opening.payload
 
 
 class Vault:
@@ -246,18 +271,22 @@ class Vault:
     def _wrong_opening(self) -> VaultError:
         return VaultError(f"The opening in the vault {self.path} is not the commitment's.", code="opening-wrong")
 
-    def open_payload(self, stream: str, seq: int, commitment: bytes) -> bytes:
-        """The private payload of the entry ``seq`` of ``stream``, checked against its commitment.
+    def half(self, entry: Entry) -> Half:
+        """The private half of an entry, checked against its commitment, or what became of it.
 
         Raises:
-            VaultError: as `opening`.
+            StoreError: the vault cannot be read.
+            VaultError: as `opening`, but for what was erased or is missing.
         """
-        opening, place = self._read(stream, seq, commitment)
-        size = int.from_bytes(place[:4], "big")
-        kind = place[4 : 4 + size].decode(errors="replace")
-        if place != place_of(kind, stream, seq) or not check_opening(commitment, kind, stream, seq, opening):
-            raise self._wrong_opening()
-        return opening.payload
+        if entry.envelope.sealed is None or not self.path.is_file():  # looking into a vault that is gone would make one
+            return Half("missing")
+        try:
+            opening = self.opening(entry.type, entry.stream, entry.seq, b64decode(entry.envelope.sealed))
+        except VaultError as error:
+            if error.reason not in _GONE:
+                raise
+            return Half(_GONE[error.reason])
+        return Half("open", opening)
 
     def _read(self, stream: str, seq: int, commitment: bytes) -> tuple[Opening, bytes]:
         with self._transaction() as session:

@@ -169,7 +169,7 @@ def test_a_file_and_a_data_set_come_in_with_their_number_and_a_private_digest(au
     headers = events(auditor.trail, AnnotationsImported)
     assert [(header.form, header.rows, header.digests) for header in headers] == [("jsonl", 3, []), ("dataset", 3, [])]
     entry = next(iter(auditor.trail.reader().entries(type=AnnotationsImported.TYPE)))
-    payload = auditor.trail.vault.open_payload(entry.stream, entry.seq, base64.b64decode(entry.envelope.sealed))
+    payload = auditor.trail.vault.half(entry).payload
     assert json.loads(payload)["names"] == ["votes.jsonl"]
     assert json.loads(payload)["digests"][0].encode() not in public_bytes(auditor)
 

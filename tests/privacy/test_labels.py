@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import gzip
 import json
 import math
@@ -415,7 +414,7 @@ def test_of_eight_processes_that_race_for_a_budget_of_three_exactly_three_releas
 
 def half_of(trail: Trail) -> Any:
     (entry,) = trail.reader().entries(type=LabelsReleased.TYPE)
-    payload = trail.vault.open_payload(entry.stream, entry.seq, base64.b64decode(entry.envelope.sealed or ""))
+    payload = trail.vault.half(entry).payload
     return decode_private(entry.type, payload)
 
 

@@ -112,10 +112,9 @@ def test_what_is_reserved_is_the_plan_and_its_seed_is_sealed(tmp_path: Path) -> 
         (spend,) = read_ledger(trail.reader()).spends
         assert (spend.mechanism, spend.run, spend.settled) == (ONE, entry.run, False)
         assert b'"seed"' not in entry.data
-        import base64
 
         assert entry.envelope.sealed is not None
-        payload = trail.vault.open_payload(entry.run, entry.seq, base64.b64decode(entry.envelope.sealed))
+        payload = trail.vault.half(entry).payload
         assert decode_private(entry.type, payload) == PrivacySealed(seed=bytes(range(32)).hex())
 
 

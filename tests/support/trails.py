@@ -6,7 +6,6 @@ accountants that check it (seconds of work each time) are left out, which is rec
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,7 +29,7 @@ def events(trail: Any, kind: Any, run: str | None = None) -> list[Any]:
 
 def private_half(trail: Any, entry: Any) -> Any:
     """What the vault holds for an entry."""
-    payload = trail.vault.open_payload(entry.run, entry.seq, base64.b64decode(entry.envelope.sealed))
+    payload = trail.vault.half(entry).payload
     return decode_private(entry.type, payload)
 
 

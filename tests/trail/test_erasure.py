@@ -149,10 +149,10 @@ def test_the_trail_tells_of_the_erasure_and_not_of_whom(folder, home):
     sealed = filled(folder)
     with Trail.open(folder) as trail:
         done = erase(trail, ANN, reason="request")
-        assert trail.vault.open_payload("r", 1, sealed[1]).startswith(SECRET)
-        assert trail.vault.open_payload("r", 2, sealed[2]).startswith(SECRET)
+        assert trail.vault.opening("a.b", "r", 1, sealed[1]).payload.startswith(SECRET)
+        assert trail.vault.opening("a.b", "r", 2, sealed[2]).payload.startswith(SECRET)
         with pytest.raises(VaultError) as caught:
-            trail.vault.open_payload("r", 0, sealed[0])
+            trail.vault.opening("a.b", "r", 0, sealed[0])
         assert caught.value.reason == "erased"
     (said,) = erasures(folder)
     assert said.keys() == {"erasure", "commitment", "generation", "reason"}
@@ -185,9 +185,9 @@ def test_what_a_run_holds_of_its_own_can_be_erased_too(folder, home):
     with Trail.open(folder) as trail:
         assert erase(trail, run="r", reason="retention").openings == 4
         with pytest.raises(VaultError) as caught:
-            trail.vault.open_payload("r", 2, sealed[2])
+            trail.vault.opening("a.b", "r", 2, sealed[2])
         assert caught.value.reason == "erased"
-        assert trail.vault.open_payload("r", 0, sealed[0])
+        assert trail.vault.opening("a.b", "r", 0, sealed[0]).payload
         with pytest.raises(VaultError) as caught:
             erase(trail, run="r", reason="retention")
         assert caught.value.reason == "unknown-owner"
@@ -235,7 +235,7 @@ def test_a_passphrase_stays_on_the_key_through_an_erasure(folder, home):
     with pytest.raises(KeyFileError):
         Trail.open(folder, passphrase="wrong")
     with Trail.open(folder, passphrase="right") as trail:
-        assert trail.vault.open_payload("r", 1, commitments(folder)[1]) == b"y"
+        assert trail.vault.opening("a.b", "r", 1, commitments(folder)[1]).payload == b"y"
 
 
 # --- what the check tells apart ---
@@ -375,7 +375,7 @@ def check_whole(place: Path, theirs: dict[str, bytes]) -> bool:
         assert (summary.openings, summary.erased) == (90, 0)
         assert {"tag", "wrapped key", "sealed 0"} <= left
     with Trail.open(folder, home=home) as trail:
-        assert trail.vault.open_payload("r", 1, commitments(folder)[1]).startswith(SECRET)
+        assert trail.vault.opening("a.b", "r", 1, commitments(folder)[1]).payload.startswith(SECRET)
         trail.append("a.b", b"{}", run="r", private=b"goes on", owner=BEN).wait()
     return bool(said)
 
@@ -474,7 +474,7 @@ def test_another_process_that_has_the_vault_open_brings_nobody_back(folder, home
                 late = [append(BEN), append(ANN)]
                 (entry,) = trail.reader().entries(late[1], late[1] + 1)
                 commitment = base64.b64decode(entry.envelope.sealed)
-                assert trail.vault.open_payload("other", entry.seq, commitment) == b"from the other process"
+                assert trail.vault.opening("a.b", "other", entry.seq, commitment).payload == b"from the other process"
                 done = erase(trail, ANN, reason="request")
                 assert (done.openings, done.generation) == (1, 3)
         finally:
@@ -572,7 +572,7 @@ def test_an_old_copy_of_the_vault_does_not_open_and_is_named(folder, home, tmp_p
     vault = Vault(folder / "vault.sqlite", master)
     for seq, commitment in enumerate(sealed):
         with pytest.raises(VaultError) as caught:
-            vault.open_payload("r", seq, commitment)
+            vault.opening("a.b", "r", seq, commitment)
         assert caught.value.reason == "vault-old"
     vault.close()
     assert look(folder)[1] == {"vault-old"}
@@ -610,10 +610,10 @@ def test_who_comes_back_with_old_copies_of_vault_and_key_is_erased_again(folder,
     with Trail.open(folder) as trail:
         for seq, commitment in enumerate(sealed):
             if owners[seq % len(owners)] == BEN:
-                assert trail.vault.open_payload("r", seq, commitment).startswith(SECRET)
+                assert trail.vault.opening("a.b", "r", seq, commitment).payload.startswith(SECRET)
             else:
                 with pytest.raises(VaultError) as caught:
-                    trail.vault.open_payload("r", seq, commitment)
+                    trail.vault.opening("a.b", "r", seq, commitment)
                 assert caught.value.reason == "erased"
         assert trail.keys.master.newest.number == erased[-1].generation
     assert theirs["old master"] not in every_byte(folder, home)
@@ -662,7 +662,7 @@ def test_old_copies_from_long_before_bring_nobody_back_and_what_they_lack_is_sai
             states = []
             for seq, commitment in enumerate(commitments(folder)):
                 try:
-                    states.append(bool(trail.vault.open_payload("r", seq, commitment)))
+                    states.append(bool(trail.vault.opening("a.b", "r", seq, commitment).payload))
                 except VaultError as error:
                     states.append(error.reason)
         assert states == ["erased", True] * 4 + ["opening-missing"] * 3

@@ -33,13 +33,13 @@ def test_private_payloads_stand_only_in_the_vault_and_open_under_the_key(folder,
         index = trail.append("train.step", b"{}", run="r", private=secret, owner="Zsofia").wait()
         (entry,) = trail.reader().entries(index)
         commitment = base64.b64decode(entry.envelope.sealed)
-        assert trail.vault.open_payload("r", 0, commitment) == secret
+        assert trail.vault.opening("train.step", "r", 0, commitment).payload == secret
         assert check_opening(commitment, "train.step", "r", 0, trail.vault.opening("train.step", "r", 0, commitment))
         with pytest.raises(VaultError) as caught:
-            trail.vault.open_payload("r", 1, commitment)
+            trail.vault.opening("a.b", "r", 1, commitment)
         assert caught.value.reason == "opening-missing"
         with pytest.raises(VaultError) as caught:
-            trail.vault.open_payload("r", 0, bytes(32))
+            trail.vault.opening("a.b", "r", 0, bytes(32))
         assert caught.value.reason == "opening-missing"
     for path in folder.iterdir():
         if path.is_file():
@@ -47,7 +47,7 @@ def test_private_payloads_stand_only_in_the_vault_and_open_under_the_key(folder,
             assert b"0.123456789" not in path.read_bytes()
     assert (folder / "vault.sqlite").stat().st_mode & 0o077 == 0
     with pytest.raises(VaultError) as caught:
-        Vault(folder / "vault.sqlite", MasterKey.create(folder / "other.key")).open_payload("r", 0, commitment)
+        Vault(folder / "vault.sqlite", MasterKey.create(folder / "other.key")).opening("a.b", "r", 0, commitment)
     assert caught.value.reason == "vault-key"
 
 
@@ -78,14 +78,14 @@ def test_many_owners_in_one_go_open_each_for_itself(vault):
     vault.seal(items[:100])
     vault.seal(items[100:])
     for item in items:
-        assert vault.open_payload("r", item.seq, item.commitment) == item.opening.payload
+        assert vault.opening("a.b", "r", item.seq, item.commitment).payload == item.opening.payload
 
 
 def test_an_annotator_who_is_called_like_a_run_is_not_that_run(vault):
     vault.seal([sealed(0, None), sealed(1, "r")])
     with vault._master.exclusive():
         assert vault.erase("r", "request").openings == 1
-    assert vault.open_payload("r", 0, sealed(0, None).commitment) == b"a payload"
+    assert vault.opening("a.b", "r", 0, sealed(0, None).commitment).payload == b"a payload"
 
 
 def test_openings_of_one_place_are_told_apart(vault):
@@ -94,15 +94,14 @@ def test_openings_of_one_place_are_told_apart(vault):
     vault.seal(items[:2])
     vault.seal(items[2:])
     for item in items:
-        assert vault.open_payload("r", 3, item.commitment) == item.opening.payload
+        assert vault.opening("a.b", "r", 3, item.commitment).payload == item.opening.payload
 
 
 def test_an_opening_that_is_not_the_commitments_is_refused(vault):
     vault.seal([Sealed(bytes(32), "ann", "a.b", "r", 0, Opening(bytes(32), b""))])
-    for call in (lambda: vault.open_payload("r", 0, bytes(32)), lambda: vault.opening("a.b", "r", 0, bytes(32))):
-        with pytest.raises(VaultError) as caught:
-            call()
-        assert caught.value.reason == "opening-wrong"
+    with pytest.raises(VaultError) as caught:
+        vault.opening("a.b", "r", 0, bytes(32))
+    assert caught.value.reason == "opening-wrong"
 
 
 def check(folder, master=None):
@@ -220,7 +219,7 @@ def every_use(folder, master):
         vault.count("w0")
         for entry in TrailReader.open(folder).entries(type="a.b"):
             if entry.seq % 3 != 1:
-                vault.open_payload("r", entry.seq, base64.b64decode(entry.envelope.sealed))
+                vault.opening("a.b", "r", entry.seq, base64.b64decode(entry.envelope.sealed))
     return said
 
 
