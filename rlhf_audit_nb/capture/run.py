@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import msgspec
 
 from rlhf_audit_nb.capture.environment import capture_environment
+from rlhf_audit_nb.capture.secrets import Scrubber
 from rlhf_audit_nb.capture.state import InheritedView, PrivacyView, RunState, Status
 from rlhf_audit_nb.capture.telemetry import no_telemetry
 from rlhf_audit_nb.capture.weights import folder_state, sign_folder
@@ -41,6 +42,7 @@ from rlhf_audit_nb.events import (
     Private,
     RunFinished,
     RunStarted,
+    Step,
     WeightsSaved,
     encode_body,
     encode_private,
@@ -206,7 +208,8 @@ class Run:
         show_progress: bool = True,
     ) -> None:
         self.id = uuid.uuid4().hex
-        self.experiment = _experiment_name(experiment)
+        self._scrubber = Scrubber()
+        self.experiment = self._scrubber.text(_experiment_name(experiment))
         self.trail = trail
         self.privatiser = privatiser
         self.audit = audit or AuditConfig()
@@ -360,7 +363,7 @@ class Run:
     # --- what others tell it -----------------------------------------------------------------------------------------
 
     def record(self, event: Event, private: Private | None = None) -> None:
-        """Append one event of this run; ``private`` goes to the vault.
+        """Append one event of this run, without the secrets in its texts; ``private`` goes to the vault as it is.
 
         Raises:
             RunError: the run is closed.
@@ -372,9 +375,11 @@ class Run:
                 next_step="Open a new run.",
                 code="run-closed",
             )
+        if not isinstance(event, Step):  # a step has no time for it, and no text that was not seen before
+            self._scrubber.refresh()
         pending = self.trail.append(
             event.TYPE,
-            encode_body(event),
+            encode_body(self._scrubber.event(event)),
             run=self.id,
             private=encode_private(private) if private is not None else None,
             resolution_us=self._resolution_us,
@@ -393,6 +398,7 @@ class Run:
 
     def warn(self, sentence: str) -> None:
         """Show ``sentence`` in the panel and as a Python warning, once."""
+        sentence = self._scrubber.text(sentence)
         if sentence not in self.state.warnings:
             self.state.warnings.append(sentence)
             _warn_user(sentence)

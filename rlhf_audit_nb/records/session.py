@@ -19,7 +19,11 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Self
 from uuid import uuid4
 
+import nbformat
+
+from rlhf_audit_nb.capture.secrets import find_secret, scrub_values
 from rlhf_audit_nb.config import ENV_TRAIL
+from rlhf_audit_nb.errors import RecordError
 from rlhf_audit_nb.events import (
     CellExecuted,
     Event,
@@ -109,6 +113,27 @@ def record_entries(reader: TrailReader, record: str) -> list[Entry]:
     return [found[index] for index in sorted(found)]
 
 
+def _refuse_secrets(notebook: dict[str, Any]) -> None:
+    """A record keeps every cell and parameter as it is, and goes to others: no token may stand in it."""
+    for number, cell in enumerate(notebook["cells"], start=1):
+        kind = find_secret(cell["source"])
+        if kind is not None:
+            raise _secret(f"Cell {number} holds a secret ({kind})")
+    parameters = notebook["metadata"].get("papermill", {}).get("parameters", {})
+    for name, value in parameters.items():
+        kind = find_secret(value, name) if isinstance(value, str) else None
+        if kind is not None:
+            raise _secret(f"The parameter {name!r} is a secret ({kind})")
+
+
+def _secret(what: str) -> RecordError:
+    return RecordError(
+        f"{what}, and a record keeps every cell and parameter as it is.",
+        next_step="Take it out, let the notebook read it from the environment, and replace it where it was shared.",
+        code="secret",
+    )
+
+
 def _runs(reader: TrailReader, record: str) -> list[str]:
     started = reader.entries(type=RunStarted.TYPE)
     return [entry.run for entry in started if entry.run and event_of(entry, RunStarted).record == record]
@@ -136,7 +161,9 @@ class RecordSession:
         Raises:
             StoreError, KeyFileError: the trail cannot be opened.
             NormalFormError: a parameter or a cell cannot stand in JSON.
+            RecordError: a cell or a parameter holds a token or a key.
         """
+        _refuse_secrets(notebook)
         notebook["metadata"].pop(SEAL_KEY, None)
         notebook["metadata"]["kernelspec"] = dict(kernel)
         parameters = notebook["metadata"].get("papermill", {}).get("parameters", {})
@@ -175,7 +202,12 @@ class RecordSession:
             cell: the executed code cell.
             position: its place in the notebook, from 0.
             status: ``ok``, ``error``, or ``aborted`` where the kernel never answered.
+
+        Secrets that the outputs show are taken out of them, in place: a record is made to be shared.
         """
+        scrubbed = scrub_values(cell["outputs"])
+        if scrubbed is not cell["outputs"]:
+            cell["outputs"] = [nbformat.from_dict(output) for output in scrubbed]
         event = CellExecuted(
             record=self.record,
             cell=cell["id"],
