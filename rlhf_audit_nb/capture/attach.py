@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary
 from rlhf_audit_nb.capture.data import bind_data
 from rlhf_audit_nb.capture.resume import Resumption, find_resumption
 from rlhf_audit_nb.capture.run import InheritedPlan, PrivatePlan, Run, current_run, open_private_runs
+from rlhf_audit_nb.capture.settings import generators, hyperparameters, unchanged
 from rlhf_audit_nb.capture.weights import describe_model, digest_tensors, final_tensors
 from rlhf_audit_nb.errors import RunError, UnsupportedTrainerError
 from rlhf_audit_nb.events import DataBound, ModelBound, PublicDeclared, RunStarted, TrainerAttached, decode_body
@@ -29,59 +30,7 @@ from rlhf_audit_nb.events import DataBound, ModelBound, PublicDeclared, RunStart
 if TYPE_CHECKING:
     from rlhf_audit_nb.trail import TrailReader
 
-__all__ = ["attach_trainers", "hyperparameters"]
-
-HYPERPARAMETERS = (
-    # optimisation
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "warmup_ratio",
-    "optim",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "gradient_checkpointing",
-    "bf16",
-    "fp16",
-    "tf32",
-    "full_determinism",
-    "data_seed",
-    "neftune_noise_alpha",
-    # preference learning
-    "beta",
-    "loss_type",
-    "loss_weights",
-    "label_smoothing",
-    "f_divergence_type",
-    "reference_free",
-    "precompute_ref_log_probs",
-    "sync_ref_model",
-    "use_weighting",
-    "rpo_alpha",
-    "ld_alpha",
-    "center_rewards_coefficient",
-    "max_length",
-    "max_prompt_length",
-    "max_completion_length",
-    "truncation_mode",
-    "packing",
-    "completion_only_loss",
-    "assistant_only_loss",
-    "num_generations",
-    "num_iterations",
-    "temperature",
-    "scale_rewards",
-    "epsilon",
-)
-"""What stands in the open trail of a trainer's arguments: settings of the method, no paths, no names, no tokens."""
+__all__ = ["attach_trainers"]
 
 _ALL_BARS = ("ProgressCallback", "PrinterCallback", "NotebookProgressCallback", "RichProgressCallback")
 _QUIET_BARS = ("RichProgressCallback",)
@@ -324,6 +273,9 @@ class _Opening:
                 max_steps=max_steps,
                 seed=getattr(args, "seed", None),
                 hyperparameters={**hyperparameters(args), **instead},
+                defaults={name: value for name, value in unchanged(args).items() if name not in instead},
+                # What was drawn before may depend on private rows, and a private training's own seeds are secret.
+                generators={} if self._run.private else generators(getattr(args, "seed", None)),
             )
         )
         if self.resumed is not None:
@@ -479,27 +431,6 @@ def _loss_name(loss: Any) -> str | None:
     if isinstance(loss, list | tuple):
         return ",".join(str(item) for item in loss)
     return str(loss) if loss is not None else None
-
-
-def hyperparameters(args: Any) -> dict[str, Any]:
-    """The settings of the method among a trainer's arguments, as plain values; unset ones are left out."""
-    found = {}
-    for name in HYPERPARAMETERS:
-        value = getattr(args, name, None)
-        if value is not None:
-            found[name] = _plain(value)
-    return found
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, bool | int | float | str):
-        # An enumeration of strings is a string; its value is what the user wrote.
-        return getattr(value, "value", value)
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return str(getattr(value, "value", value))
 
 
 # --- what is changed on the trainer while it trains ------------------------------------------------------------------

@@ -70,7 +70,13 @@ class ModelBound(Event, frozen=True, kw_only=True):
 
 
 class TrainerAttached(Event, frozen=True, kw_only=True):
-    """A trainer started to train inside the run: its class, loss and public hyperparameters."""
+    """A trainer started to train inside the run: its class, loss and public hyperparameters.
+
+    ``hyperparameters`` are those that matter most and all that are not their config class's default; ``defaults`` are
+    the other settings of the method, at their defaults. ``generators`` tells of Python's, numpy's and torch's
+    generators of random numbers when training begins: the digest of each one's state, and its seed where that is known;
+    empty in a run under differential privacy.
+    """
 
     TYPE: ClassVar[str] = "trainer.attached"
 
@@ -79,3 +85,5 @@ class TrainerAttached(Event, frozen=True, kw_only=True):
     max_steps: int
     seed: int | None
     hyperparameters: dict[str, Any]
+    defaults: dict[str, Any] = {}
+    generators: dict[str, Any] = {}
