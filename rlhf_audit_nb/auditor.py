@@ -29,6 +29,7 @@ from rlhf_audit_nb.events import (
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.capture.annotations import AnnotationImport, Headers, ImportSummary, OpenedAnnotation
+    from rlhf_audit_nb.capture.evaluation import LoggedEvaluation
     from rlhf_audit_nb.capture.run import Run
     from rlhf_audit_nb.labelling import LabelRelease
     from rlhf_audit_nb.privacy.pseudonyms import AnnotatorTable
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.privatiser import TrailPrivatiser
     from rlhf_audit_nb.replaying import Replay
     from rlhf_audit_nb.reports.budget import Budget, BudgetLeft
+    from rlhf_audit_nb.reports.evaluations import EvaluationsView
     from rlhf_audit_nb.reports.lineage import LineageView
     from rlhf_audit_nb.trail import Trail, TrustPolicy, Verdict
     from rlhf_audit_nb.trail.erasure import ErasureDone
@@ -581,6 +583,116 @@ class AuditableRLHF:
                 "Name the entry of a data set that a run without privacy used: `rlhf-audit lineage` shows it.",
             )
         return declare_public(self.trail, DATA, bound.source or "data set", bound.digest, reason=reason, by=by)
+
+    # --- evaluations -------------------------------------------------------------------------------------------------
+
+    def seal_threshold(
+        self,
+        metric: str,
+        condition: str,
+        *,
+        data: Any = None,
+        experiment: str | None = None,
+        reason: str | None = None,
+        by: str | None = None,
+    ) -> int:
+        """Write down what a test must reach, before it; what is evaluated later is held to it. Durable on return.
+
+        ::
+
+            auditor.seal_threshold("accuracy", ">= 0.7", data=held_out, experiment="reward")
+
+        Written down again, the new one counts from then on, and both are shown with what was reached.
+
+        Args:
+            metric: what it will be called in `log_evaluation`.
+            condition: ``>=``, ``<=``, ``>`` or ``<``, and a number.
+            data: what it is for: a data set, a list of rows, or the digest of the rows; ``None`` for any.
+            experiment: of the runs whose model it is for; ``None`` for any.
+            reason: why this much, in one line that stands in the open.
+            by: who says so, as they are to be named in the open.
+
+        Returns:
+            The index of the entry.
+
+        Raises:
+            ConfigError: the condition is none, the data has no rows; nothing was written.
+            StoreError: the append failed.
+        """
+        from rlhf_audit_nb.capture.evaluation import append_threshold, known_data
+
+        return append_threshold(
+            self.trail,
+            metric,
+            condition,
+            data=known_data(data),
+            experiment=experiment,
+            reason=reason,
+            by=by,
+            protects=self.privacy_config is not None,
+        )
+
+    def log_evaluation(
+        self,
+        metrics: Mapping[str, Any],
+        *,
+        model: Any,
+        data: Any = None,
+        experiment: str | None = None,
+        evaluator: str | None = None,
+        seeds: Sequence[int] = (),
+        samples: int | None = None,
+    ) -> LoggedEvaluation:
+        """Write down what a test of a model found. Durable on return.
+
+        Which model that was, the trail says by digests; `evaluations` holds the figures to the thresholds that were
+        sealed before. On a trail that protects people, figures stand in the open only where the data was declared to
+        hold nothing of them (`declare_public_data`); else they go to the vault::
+
+            auditor.log_evaluation({"accuracy": 0.71}, model=trainer.model, data=held_out, evaluator="lm-eval 0.4.9")
+
+        Args:
+            metrics: figures by name; NaN is recorded and reaches no threshold.
+            model: the model, the folder that it was saved in, or a digest (of its weights, or of that folder).
+            data: what it was tested on: a data set, a list of rows, or the digest of the rows; ``None``: not stated.
+            experiment: whose model it is said to be; the assessment says whether that is so.
+            evaluator: the tool, with its version.
+            seeds: those that the test was run with.
+            samples: how many were tested; without it the number of rows.
+
+        Raises:
+            ConfigError: an argument cannot stand; nothing was written.
+            DataError: the data was declared public, and a private run of this trail read it; nothing was written.
+            VaultError: what private runs read cannot be looked up; nothing was written.
+            StoreError: the append failed.
+        """
+        from rlhf_audit_nb.capture.evaluation import append_evaluation, known_data
+        from rlhf_audit_nb.privatiser import protected_digests
+
+        return append_evaluation(
+            self.trail,
+            metrics,
+            model=model,
+            data=known_data(data),
+            experiment=experiment,
+            evaluator=evaluator,
+            seeds=seeds,
+            samples=samples,
+            protects=self.privacy_config is not None,
+            protected=frozenset(protected_digests(self.trail)) if data is not None else frozenset(),
+        )
+
+    def evaluations(self) -> EvaluationsView:
+        """Every evaluation of the verified trail, held to the thresholds that were sealed for it.
+
+        Raises:
+            AuditError: there is no trail to verify.
+        """
+        from rlhf_audit_nb.compliance.thresholds import evaluations
+        from rlhf_audit_nb.reports.evaluations import EvaluationsView
+
+        evidence = self._evidence(None)
+        return EvaluationsView(evaluations(evidence), evidence.level)
 
     def privacy_check(
         self,

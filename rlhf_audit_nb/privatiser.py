@@ -26,7 +26,14 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.privacy.replay import ReplaySeeds
     from rlhf_audit_nb.trail import Trail
 
-__all__ = ["InheritedTraining", "PlannedTraining", "TrailPrivatiser", "model_shown", "private_halves"]
+__all__ = [
+    "InheritedTraining",
+    "PlannedTraining",
+    "TrailPrivatiser",
+    "model_shown",
+    "private_halves",
+    "protected_digests",
+]
 
 
 class TrailPrivatiser:
@@ -59,7 +66,7 @@ class TrailPrivatiser:
         reader = self.trail.reader()
         descent, ledger = read_descent(reader), read_ledger(reader, self.trail)
         return InheritedTraining(
-            plan_inheritance(_inputs_of(trainer), self.config, descent, ledger, _protected_digests(self.trail))
+            plan_inheritance(_inputs_of(trainer), self.config, descent, ledger, protected_digests(self.trail))
         )
 
     def plan(self, trainer: Any, *, done: int = 0) -> PlannedTraining:
@@ -254,7 +261,7 @@ def model_shown(model: Any, name: str) -> ModelShown:
     return ModelShown(name, final, base if base != final else None, loaded_from(model))
 
 
-def _protected_digests(trail: Trail) -> set[str]:
+def protected_digests(trail: Trail) -> set[str]:
     """Digests of rows and of prompts that private trainings of the trail read, as far as the vault still has them.
 
     Those of released labels are left out: there the label alone is protected, and no prompt.

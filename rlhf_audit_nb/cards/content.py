@@ -14,12 +14,14 @@ from rlhf_audit_nb.compliance.assess import State, assess
 from rlhf_audit_nb.compliance.evidence import Cite, cite
 from rlhf_audit_nb.compliance.facts import composed_privacy, run_facts
 from rlhf_audit_nb.compliance.framework import load_framework
+from rlhf_audit_nb.compliance.thresholds import evaluations
 from rlhf_audit_nb.events import PrivacyChecked, PrivacyPopulation
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.compliance.assess import Assessment
     from rlhf_audit_nb.compliance.evidence import Evidence, Item
     from rlhf_audit_nb.compliance.facts import RunFacts, Spend
+    from rlhf_audit_nb.compliance.thresholds import Evaluated
     from rlhf_audit_nb.events import ModelBound, PrivacyInherited
 
 __all__ = ["NOT_STATED", "CardContent", "Field", "Section", "card_content"]
@@ -119,7 +121,7 @@ def card_content(evidence: Evidence) -> CardContent:
         development=_development(run),
         data=_data(run),
         privacy=_privacy(evidence, runs, run),
-        evaluation=Section("Evaluation", (Field("Tests, metrics and results", NOT_STATED, where="Annex IV 2(g)"),)),
+        evaluation=_evaluation(evidence, run),
         risks=_risks(),
         provenance=_provenance(evidence, run),
         run=run.run if run else "",
@@ -306,6 +308,31 @@ def _spend(spend: Spend, *, several: bool) -> tuple[Field, ...]:
         Field("Mechanism", mechanism, at),
         Field("Accountants, planned total", figures, cite([spend.item.index])),
     )
+
+
+def _evaluation(evidence: Evidence, run: RunFacts | None) -> Section:
+    """What was tested of the model that the card is about, each figure with what was set for it before."""
+    where = "Annex IV 2(g)"
+    fields = [
+        Field(f"{name}, on {_tested_on(one)}", _tested(one, name), cite(one.entries), where)
+        for one in evaluations(evidence).done
+        if run is not None and one.model.run == run.run and one.model.as_ == "final"
+        for name in one.event.metrics
+    ]
+    return Section("Evaluation", tuple(fields) or (Field("Tests, metrics and results", NOT_STATED, where=where),))
+
+
+def _tested_on(one: Evaluated) -> str:
+    if one.sealed:
+        return "data that is sealed"
+    name = one.event.data_name or ("data without a name" if one.event.data else "data that is not stated")
+    return f"{name} ({words.plural(one.event.samples, 'sample')})" if one.event.samples is not None else name
+
+
+def _tested(one: Evaluated, name: str) -> str:
+    value = one.figure(name).removeprefix(f"{name} ")
+    judged = [item.words for item in one.judgements if item.metric == name] or ["no threshold"]
+    return "; ".join([value, *judged, *one.problems])
 
 
 def _risks() -> Section:

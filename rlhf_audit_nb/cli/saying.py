@@ -1,4 +1,4 @@
-"""Say: ``report``, ``card`` and ``lineage``. Floor 6."""
+"""Say: ``report``, ``card``, ``lineage`` and ``evaluations``. Floor 6."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.trail import TrustPolicy
 
 __all__ = ["COMMANDS"]
+
+REFUSED = 3
 
 
 def _evidence(target: str, policy: TrustPolicy | None) -> Evidence:
@@ -72,6 +74,23 @@ def _do_lineage(args: argparse.Namespace) -> int:
     return _finish_saying(args, view.to_dict(), said, evidence)
 
 
+def _do_evaluations(args: argparse.Namespace) -> int:
+    from rlhf_audit_nb.compliance.thresholds import evaluations
+    from rlhf_audit_nb.reports.evaluations import EvaluationsView
+
+    evidence = _evidence(args.target, read_policy(args))
+    view = EvaluationsView(evaluations(evidence), evidence.level)
+    said = str(view).splitlines()
+    if args.out is not None:
+        path = view.save(output(args, Path(args.out)))
+        said = [f"evaluations  {path} ({evidence.level})"]
+    code = _finish_saying(args, view.to_dict(), said, evidence)
+    if code == 0 and args.require_passed and not view.passed:
+        note("Not every threshold was set before and reached.")
+        return REFUSED
+    return code
+
+
 def _finish_saying(args: argparse.Namespace, result: dict[str, Any], words: Sequence[str], evidence: Evidence) -> int:
     """Ends what is said of a trail: written all the same, but INVALID or DIVERGED does not end as a success."""
     from rlhf_audit_nb.trail import Level
@@ -105,8 +124,18 @@ def _add_lineage(parser: Parser) -> None:
     parser.add_argument("-o", "--out", metavar="FILE", help="a picture (.svg) or W3C PROV-JSON (.json); else sentences")
 
 
+def _add_evaluations(parser: Parser) -> None:
+    parser.set_defaults(do=_do_evaluations)
+    add_target(parser)
+    parser.add_argument(
+        "--require-passed", action="store_true", help="exit with 3 unless each threshold was set before and reached"
+    )
+    parser.add_argument("-o", "--out", metavar="FILE", help="all of it as JSON; else sentences")
+
+
 COMMANDS = (
     Command("say", "report", "write the compliance report of a record or a trail (HTML, PDF or JSON)", _add_report),
     Command("say", "card", "write the model card", _add_card),
     Command("say", "lineage", "which data and models went into which, and with what ε", _add_lineage),
+    Command("say", "evaluations", "what was tested, and against which thresholds set before", _add_evaluations),
 )

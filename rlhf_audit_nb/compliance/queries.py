@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlhf_audit_nb.compliance.facts import run_facts
+from rlhf_audit_nb.compliance.thresholds import evaluations as read_evaluations
 from rlhf_audit_nb.compliance.words import count, plural, short
 from rlhf_audit_nb.events import (
     AnnotationRecorded,
@@ -296,6 +297,48 @@ def pseudonyms(evidence: Evidence) -> Finding | None:
     return Finding(tuple(found), "Annotators' ids were kept out of the trail.", "") if found else None
 
 
+def evaluations(evidence: Evidence) -> Finding | None:
+    """Evaluations of models that trainings of this trail left, with figures in the open."""
+    done = [
+        one for one in read_evaluations(evidence).done if not one.sealed and one.model.as_ in ("final", "checkpoint")
+    ]
+    if not done:
+        return None
+    metrics = _names([name for one in done for name in one.event.metrics])
+    tools = _names([one.event.evaluator for one in done if one.event.evaluator])
+    on_data = sum(one.event.data is not None for one in done)
+    return Finding(
+        tuple(sorted({index for one in done for index in one.entries})),
+        f"{plural(len(done), 'evaluation')} of trained models, known by digest, with {metrics}; {on_data} of them on "
+        f"data known by digest{f'; with {tools}' if tools else ''}.",
+        "That these are all the tests that were made, how the figures came about, and why these metrics.",
+    )
+
+
+def thresholds_before(evidence: Evidence) -> Finding | None:
+    """Figures that were held to a threshold which the trail holds from before they were known."""
+    found = read_evaluations(evidence)
+    judged = [(one, item) for one in found.done for item in one.judgements
+              if item.outcome != "not judged" and item.order != "after result"
+              and one.model.as_ in ("final", "checkpoint")]  # fmt: skip
+    if not judged:
+        return None
+    met = sum(item.outcome == "met" for _, item in judged)
+    first = sum(item.order == "before training" for _, item in judged)
+    changed = sum(bool(item.changed) for _, item in judged)
+    words = (
+        f"{plural(len(judged), 'figure')} held to a threshold that an earlier entry sets: {met} met, "
+        f"{len(judged) - met} not met; {first} of the thresholds set before the training's first step."
+    )
+    words += f" {changed} of them had been changed before." if changed else ""
+    words += f" {plural(len(found.unused), 'threshold')} without an evaluation." if found.unused else ""
+    return Finding(
+        tuple(sorted({index for one, _ in judged for index in one.entries} | {one.entry for one in found.unused})),
+        words,
+        "That the thresholds suit the purpose, and that no other test was made.",
+    )
+
+
 QUERIES: dict[str, Query] = {
     query.__name__: query
     for query in (
@@ -307,6 +350,7 @@ QUERIES: dict[str, Query] = {
         data_sets,
         development_steps,
         documentation_current,
+        evaluations,
         hardware,
         human_feedback,
         integrity,
@@ -316,6 +360,7 @@ QUERIES: dict[str, Query] = {
         privacy_bound,
         pseudonyms,
         software_versions,
+        thresholds_before,
     )
 }
 """Every evidence query by its name."""

@@ -34,6 +34,12 @@ from rlhf_audit_nb.events.codec import (
     encode_body,
     encode_private,
 )
+from rlhf_audit_nb.events.evaluation import (
+    EvaluationPrivate,
+    EvaluationRecorded,
+    ThresholdPrivate,
+    ThresholdSealed,
+)
 from rlhf_audit_nb.events.inputs import (
     DataBound,
     DataPrivate,
@@ -99,6 +105,8 @@ __all__ = [
     "DataBound",
     "DataPrivate",
     "EnvironmentCaptured",
+    "EvaluationPrivate",
+    "EvaluationRecorded",
     "Event",
     "KeyRevoked",
     "KeyRotated",
@@ -129,6 +137,8 @@ __all__ = [
     "RunStarted",
     "Step",
     "StepPrivate",
+    "ThresholdPrivate",
+    "ThresholdSealed",
     "TrailCreated",
     "TrainerAttached",
     "VaultErased",

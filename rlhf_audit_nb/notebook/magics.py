@@ -53,7 +53,7 @@ argument: Any = _arguments.argument
 
 CELL = "audit_train"
 LINE = "audit"
-COMMANDS = ("status", "verify", "report", "card", "budget", "lineage", "privacy-check")
+COMMANDS = ("status", "verify", "report", "card", "budget", "lineage", "evaluations", "privacy-check")
 _MATCHER = "rlhf_audit_nb"
 _VERDICT = ("rlhf_audit_nb.trail.verdict", "Verdict")
 
@@ -170,8 +170,8 @@ class AuditMagics(Magics):
     @argument("--record", action="store_true", help="privacy-check: write what was found into the trail")
     @line_magic
     def audit(self, line: str) -> Any:
-        """Look at the trail: ``%audit status``, ``verify``, ``report``, ``card``, ``budget``, ``lineage`` or
-        ``privacy-check``.
+        """Look at the trail: ``%audit status``, ``verify``, ``report``, ``card``, ``budget``, ``lineage``,
+        ``evaluations`` or ``privacy-check``.
 
         ``%audit report --format html --out report.html`` writes the compliance report; without ``--out`` it is shown.
         ``%audit budget --noise-multiplier 2 --sampling-rate 0.1`` tells how many steps are left.
@@ -224,6 +224,9 @@ class AuditMagics(Magics):
 
     def _lineage(self, auditor: AuditableRLHF, options: Any) -> Any:
         return _saved(auditor.lineage(), options.out)
+
+    def _evaluations(self, auditor: AuditableRLHF, options: Any) -> Any:
+        return _saved(auditor.evaluations(), options.out)
 
     def _privacy_check(self, auditor: AuditableRLHF, options: Any) -> Any:
         found = auditor.privacy_check(record=options.record)

@@ -19,6 +19,7 @@ from rlhf_audit_nb.compliance.lineage import lineage
 from rlhf_audit_nb.events import BudgetSet, LabelsReleased, PrivacyPopulation, RecordSealed
 from rlhf_audit_nb.reports import figures
 from rlhf_audit_nb.reports.cells import Cell, cells_of
+from rlhf_audit_nb.reports.evaluations import evaluation_groups
 from rlhf_audit_nb.reports.integrity import integrity_facts
 from rlhf_audit_nb.reports.lineage import lineage_figure
 from rlhf_audit_nb.reports.parts import Cites, EvidenceRow, Fact, Group, PrivacyPart, RunPart, Tile
@@ -59,6 +60,7 @@ class ReportModel:
     privacy_cites: Cites
     privacy: tuple[PrivacyPart, ...]
     runs: tuple[RunPart, ...]
+    evaluations: tuple[Group, ...]
     lineage: tuple[Group, ...]
     figures: tuple[Figure, ...]
     assessment: Assessment
@@ -159,6 +161,7 @@ class _Builder:
             privacy_cites=cite(self.composed.indices),
             privacy=privacy,
             runs=runs,
+            evaluations=evaluation_groups(evidence),
             lineage=self._lineage(),
             figures=drawn,
             assessment=self.assessment,
