@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_audit_nb.capture.data import bind_data, digest_prompts
 from rlhf_audit_nb.capture.run import COARSE_US, current_run
+from rlhf_audit_nb.capture.secrets import Scrubber
 from rlhf_audit_nb.capture.weights import (
     base_tensors,
     digest_folder,
@@ -379,7 +380,7 @@ def _append(trail: Trail, event: Event, private: Private | None) -> int:
     inside = run if run is not None and run.trail is trail else None
     return trail.append(
         event.TYPE,
-        encode_body(event),
+        encode_body(Scrubber().event(event)),
         run=inside.id if inside is not None else None,
         private=encode_private(private) if private is not None else None,
         owner=OWNER if private is not None else None,

@@ -164,20 +164,10 @@ def test_figures_on_data_that_nobody_declared_public_are_in_the_vault_alone(priv
         event = ev.decode_body(entry.type, entry.body)
         assert event.metrics == {"accuracy": None}
         assert (event.samples, event.data) == (None, None)
-        assert private_half_of(held.trail, entry).metrics == {"accuracy": SECRET}
+        assert private_half(held.trail, entry).metrics == {"accuracy": SECRET}
     threshold = next(entry for entry in entries.values() if entry.type == ev.ThresholdSealed.TYPE)
     assert threshold.envelope.sealed
     assert digest_rows(HELD_OUT).encode() not in threshold.data
-
-
-def private_half_of(trail, entry):
-    if entry.run is not None:
-        return private_half(trail, entry)
-    import base64
-
-    stream = f"writer:{entry.envelope.writer}"
-    payload = trail.vault.open_payload(stream, entry.seq, base64.b64decode(entry.envelope.sealed))
-    return ev.decode_private(entry.type, payload)
 
 
 def test_figures_on_declared_data_stand_in_the_open_with_the_claim(private):
@@ -211,3 +201,12 @@ def test_a_report_of_such_a_trail_shows_no_sealed_figure(private):
     assert "sealed" in report.html
     with pytest.raises(AuditError):
         held.log_evaluation({}, model="ab" * 32)
+
+
+def test_a_secret_in_what_is_stated_does_not_reach_the_trail(auditor):
+    planted = "ghp_" + "a1B2" * 9
+    auditor.log_evaluation({"accuracy": 0.5}, model="ab" * 32, evaluator=f"tool --key {planted}")
+    auditor.seal_threshold("accuracy", ">= 0.5", reason=f"see {planted}")
+    entries = b"".join(entry.data for entry in auditor.trail.reader().entries())
+    assert b"evaluation.recorded" in entries
+    assert planted.encode() not in entries
