@@ -10,8 +10,6 @@ How training is made private is not known here: a `Privatiser` is handed in.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import sys
@@ -26,9 +24,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-import msgspec
-
-from rlhf_audit_nb.capture.environment import capture_environment
+from rlhf_audit_nb.capture.code import CodeSeen, code_since, look_at_code
+from rlhf_audit_nb.capture.environment import keep_environment
 from rlhf_audit_nb.capture.secrets import Scrubber
 from rlhf_audit_nb.capture.state import InheritedView, PrivacyView, RunState, Status
 from rlhf_audit_nb.capture.telemetry import no_telemetry
@@ -36,7 +33,6 @@ from rlhf_audit_nb.capture.weights import folder_state, sign_folder
 from rlhf_audit_nb.config import AuditConfig
 from rlhf_audit_nb.errors import AuditError, ConfigError, RunError
 from rlhf_audit_nb.events import (
-    EnvironmentCaptured,
     Event,
     Number,
     Private,
@@ -71,8 +67,6 @@ and train on private data depends on them."""
 TOOL = "rlhf-audit-trail"
 MAX_NAME = 200
 ROUNDING = 1e-7
-MAX_ENVIRONMENT = 60_000
-CORE_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "opacus", "dp-accounting", TOOL)
 
 
 class AuditWarning(UserWarning):
@@ -230,6 +224,7 @@ class Run:
         self._saved: dict[Path, tuple[int | None, object]] = {}
         self._undo = ExitStack()
         self._token: Any = None
+        self._code: CodeSeen | None = None
         self._older_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
     # --- life --------------------------------------------------------------------------------------------------------
@@ -288,7 +283,8 @@ class Run:
             self._open = True
             undo.callback(setattr, self, "_open", False)
             self.record(self._start_event())
-            self.record(self._environment())
+            self._code = look_at_code(Path.cwd())
+            self.record(keep_environment(self.trail.artifacts, self._code, private=self.private))
             if self.private:
                 self._resolution_us = COARSE_US
             self._undo = undo.pop_all()
@@ -314,6 +310,7 @@ class Run:
         status = self._outcome(failure)
         try:
             self._sign_changed_folders()
+            self._record_new_code()
             self.record(
                 RunFinished(
                     status=status,
@@ -325,6 +322,13 @@ class Run:
             self.trail.flush()
         finally:
             self.state.status = status
+
+    def _record_new_code(self) -> None:
+        """The local code that was imported or changed since the run was opened."""
+        if self._code is not None and not self.private:
+            event = code_since(self._code, self.trail.artifacts)
+            if event is not None:
+                self.record(event)
 
     def _outcome(self, failure: BaseException | None) -> Status:
         if isinstance(failure, KeyboardInterrupt):
@@ -347,18 +351,6 @@ class Run:
             audit={"every_steps": self.audit.every_steps, "weights_every": self.audit.weights_every},
             **self._started,
         )
-
-    def _environment(self) -> EnvironmentCaptured:
-        """The environment; a list of packages too long for an entry lies beside the trail, named by its digest."""
-        event = capture_environment()
-        if len(encode_body(event)) <= MAX_ENVIRONMENT:
-            return event
-        listed = json.dumps(event.packages, indent=1, sort_keys=True).encode()
-        digest = hashlib.sha256(listed).hexdigest()
-        (self.trail.artifacts / f"{digest}.json").write_bytes(listed)
-        kept = {name: event.packages[name] for name in CORE_PACKAGES if name in event.packages}
-        all_of_them = f"{len(event.packages)} packages in artifacts/{digest}.json"
-        return msgspec.structs.replace(event, packages={**kept, "*": all_of_them})
 
     # --- what others tell it -----------------------------------------------------------------------------------------
 

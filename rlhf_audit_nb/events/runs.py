@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from rlhf_audit_nb.events.base import Event
+from rlhf_audit_nb.events.inputs import CodeFiles  # noqa: TC001 - the decoder reads the annotation
 
 __all__ = [
     "EnvironmentCaptured",
@@ -37,7 +38,14 @@ class RunStarted(Event, frozen=True, kw_only=True):
 
 
 class EnvironmentCaptured(Event, frozen=True, kw_only=True):
-    """Where the run happened: interpreter, packages, code version, hardware, determinism."""
+    """Where the run happened: interpreter, packages, code version, hardware, determinism.
+
+    ``packages_digest`` is that of the list of packages with the digest of each one's RECORD, which lies beside the
+    trail as ``artifacts/DIGEST.json``; ``tool_digest`` covers this tool's own source as it lay there. ``drivers`` are
+    versions of what computes (CUDA, cuDNN, MKL and so on), ``variables`` the environment variables that matter.
+    ``git_diff`` is SHA-256 over ``git diff HEAD``, ``None`` where nothing is changed, and under differential privacy,
+    since the changes may hold rows. ``code`` are the local source files imported when the run was opened.
+    """
 
     TYPE: ClassVar[str] = "environment.captured"
 
@@ -50,6 +58,12 @@ class EnvironmentCaptured(Event, frozen=True, kw_only=True):
     determinism: dict[str, Any] = {}
     git_commit: str | None = None
     git_dirty: bool | None = None
+    git_diff: str | None = None
+    code: CodeFiles | None = None
+    packages_digest: str | None = None
+    tool_digest: str | None = None
+    drivers: dict[str, Any] = {}
+    variables: dict[str, str] = {}
 
 
 class RunResumed(Event, frozen=True, kw_only=True):

@@ -44,8 +44,19 @@ _COMPARED: dict[type[Event], tuple[str, ...] | None] = {  # fields that are left
     RunStarted: ("tool", "record", "entry_point", "cell_digest", "compliance_mode"),
     TrainerAttached: (),
     RunResumed: ("checkpoint", "from_run", "entry"),
-    DataBound: ("provenance", "source", "digest", "rows"),
-    ModelBound: ("name",),
+    DataBound: (
+        "provenance",
+        "source",
+        "digest",
+        "rows",
+        "shards",
+        "shard_rows",
+        "features",
+        "fingerprint",
+        "revision",
+        "files",
+    ),
+    ModelBound: ("name", "revision", "files", "generation_digest", "chat_template_digest", "quantization"),
     PrivacyReserved: (
         "reservation",
         "generator",
@@ -217,6 +228,11 @@ def _where(event: Event) -> str:
 _DECIDING = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy", "safetensors")
 
 
+def _common(then: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of both, the flags that both have: an older version knew fewer."""
+    return {name: then[name] for name in then if name in now}, {name: now[name] for name in then if name in now}
+
+
 def compare_environments(then: EnvironmentCaptured, now: EnvironmentCaptured) -> tuple[str, ...]:
     """What differs between two environments and may keep a replay from being equal, as sentences."""
     said = []
@@ -225,7 +241,7 @@ def compare_environments(then: EnvironmentCaptured, now: EnvironmentCaptured) ->
         ("the platform", then.platform.rpartition(" ")[2], now.platform.rpartition(" ")[2]),
         ("the processor", then.hardware.get("cpu"), now.hardware.get("cpu")),
         ("torch's threads", then.threads, now.threads),
-        ("the determinism flags", then.determinism, now.determinism),
+        ("the determinism flags", *_common(then.determinism, now.determinism)),
     ]
     pairs += [(name, then.packages.get(name), now.packages.get(name)) for name in _DECIDING]
     for name, before, after in pairs:

@@ -439,7 +439,7 @@ def test_a_run_that_cannot_be_opened_leaves_nothing_behind(trail, monkeypatch):
 
 
 def test_a_long_list_of_packages_lies_beside_the_trail(trail, monkeypatch):
-    from rlhf_audit_nb.capture import run as module
+    from rlhf_audit_nb.capture import environment as module
 
     monkeypatch.setattr(module, "MAX_ENVIRONMENT", 500)
     with Run(trail, "long"):

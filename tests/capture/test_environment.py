@@ -76,3 +76,60 @@ def test_determinism_flags_follow_torch(tmp_path):
 
 def test_the_entry_is_small_enough_for_the_trail(tmp_path):
     assert len(encode_body(capture_environment(tmp_path))) < 60_000
+
+
+def test_variables_that_matter_are_told_without_hosts_and_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setenv("NCCL_TOPO_FILE", "/home/somebody/topology.xml")
+    monkeypatch.setenv("NCCL_SOCKET_HOST", "machine-seven")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f1c2b3d-0000-1111-2222-333344445555,1")
+    monkeypatch.setenv("TORCH_HUB_TOKEN", "planted-value-1")
+    monkeypatch.setenv("EDITOR", "ed")
+    variables = capture_environment(tmp_path).variables
+    assert variables["OMP_NUM_THREADS"] == "3"
+    assert variables["TOKENIZERS_PARALLELISM"] == "false"
+    assert variables["NCCL_TOPO_FILE"] == "[path]"
+    assert variables["CUDA_VISIBLE_DEVICES"] == "[device],1"
+    assert not {"NCCL_SOCKET_HOST", "TORCH_HUB_TOKEN", "EDITOR"} & set(variables)
+
+
+def test_what_computes_is_named_with_its_version(tmp_path):
+    import torch
+
+    found = capture_environment(tmp_path)
+    assert found.drivers["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+    assert found.drivers.get("cuda") == torch.version.cuda
+    assert ("nccl" in found.drivers) == torch.cuda.is_available()
+    built = torch.__config__.show()
+    assert all(found.drivers[name] in built for name in ("mkl", "onednn") if name in found.drivers)
+
+
+def test_more_flags_of_determinism_follow_torch(tmp_path):
+    import torch
+
+    before = torch.get_float32_matmul_precision(), torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        torch.set_float32_matmul_precision("high")
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        found = capture_environment(tmp_path).determinism
+        assert (found["float32_matmul_precision"], found["fill_uninitialized_memory"]) == ("high", False)
+        torch.set_float32_matmul_precision("highest")
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        found = capture_environment(tmp_path).determinism
+        assert (found["float32_matmul_precision"], found["fill_uninitialized_memory"]) == ("highest", True)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+    assert {"sdp_flash", "sdp_math", "deterministic_warn_only"} <= set(found)
+
+
+def test_changes_are_digested_only_where_no_privacy_forbids_it(tmp_path):
+    git(tmp_path, "init", "-q")
+    (tmp_path / "a.txt").write_text("one")
+    git(tmp_path, "add", "a.txt")
+    git(tmp_path, "commit", "-q", "-m", "first")
+    (tmp_path / "a.txt").write_text("two")
+    assert capture_environment(tmp_path).git_diff is not None
+    private = capture_environment(tmp_path, private=True)
+    assert (private.git_diff, private.git_dirty) == (None, True)
