@@ -40,6 +40,8 @@ ENV_REPLAY = "RLHF_AUDIT_REPLAY"
 ENV_PASSPHRASE = "RLHF_AUDIT_PASSPHRASE"
 
 MIN_DELTA = 1e-10
+MIN_CANARIES = 2
+MAX_CANARIES = 100_000
 MAX_SAMPLED_PAIRS = 1000
 """How many separately sampled pairs of one unit can be accounted for."""
 
@@ -94,6 +96,10 @@ class PrivacyConfig:
             ``None`` releases no loss.
         loss_bound: B, what a unit's loss is clipped to for that (> 0); ``None`` takes twice the loss of a model that
             has learnt nothing yet, which the trainer's settings tell.
+        canaries: m, how many canaries are put into each private training (>= 2): phantom units, each in with chance
+            1/2, which bring in as much as any unit can; at the end, what the released gradients show of them is a
+            lower bound on epsilon that stands beside the claimed one. They cost no epsilon, but steps are divided by
+            q (N + m) and m of the trained numbers are disturbed; ``None`` puts in none.
         public_prompts: you declare that no protected person wrote the prompts that a GRPOTrainer or RLOOTrainer uses;
             such a trainer then inherits the epsilon of its private reward models and charges nothing.
 
@@ -118,6 +124,7 @@ class PrivacyConfig:
     loss_noise: float | None = 10.0
     loss_bound: float | None = None
     public_prompts: bool = False
+    canaries: int | None = None
 
     def __post_init__(self) -> None:
         _positive("epsilon", self.epsilon, "Write a budget such as epsilon=1.0 (strict) to 8.0 (loose).")
@@ -189,6 +196,8 @@ class PrivacyConfig:
         _count("max_pairs_per_unit", self.max_pairs_per_unit, "Write max_pairs_per_unit=8.")
         if self.sampled == "pairs":
             self._check_pairs()
+        if self.canaries is not None:
+            self._check_canaries()
         if self.micro_batch is not None:
             _count("micro_batch", self.micro_batch, "Leave it out, or write how many rows fit into memory at once.")
 
@@ -205,6 +214,23 @@ class PrivacyConfig:
                 f"{MAX_SAMPLED_PAIRS}.",
                 next_step="Write max_pairs_per_unit=8: with every pair that is kept of an annotator her epsilon grows.",
                 code="max_pairs_per_unit",
+            )
+
+    def _check_canaries(self) -> None:
+        _count("canaries", self.canaries, "Leave it out for none, or write canaries=1000.")
+        if not MIN_CANARIES <= (self.canaries or 0) <= MAX_CANARIES:
+            raise ConfigError(
+                f"canaries is {self.canaries}; a bound takes at least {MIN_CANARIES}, and at most {MAX_CANARIES:,} are "
+                "taken.",
+                next_step="Leave it out for none, or write canaries=1000.",
+                code="canaries",
+            )
+        if self.unit == "label":
+            raise ConfigError(
+                'canaries are units of a training; with unit="label" the labels are released before, and a training on '
+                "them adds no noise that could be audited.",
+                next_step='Leave it out, or write unit="annotator" or unit="pair".',
+                code="canaries",
             )
 
     @property

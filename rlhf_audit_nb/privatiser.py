@@ -9,6 +9,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rlhf_audit_nb.errors import UnsupportedTrainerError
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.capture.run import Run, RunObserver
     from rlhf_audit_nb.capture.state import InheritedView, PrivacyView
     from rlhf_audit_nb.config import PrivacyConfig
-    from rlhf_audit_nb.events import DataBound, DataPrivate, PrivacyInherited
+    from rlhf_audit_nb.events import DataBound, DataPrivate, PrivacyInherited, PrivacySettled
     from rlhf_audit_nb.privacy.accountant import Mechanism
+    from rlhf_audit_nb.privacy.canaries import Canaries
     from rlhf_audit_nb.privacy.ledger import Ledger
     from rlhf_audit_nb.privacy.plan import Plan
     from rlhf_audit_nb.privacy.populations import Roster
@@ -161,6 +163,7 @@ class PlannedTraining:
             resolution_us=run.resolution_us,
         )
         steps, stopped = 0, False
+        canaries: Canaries | None = None
 
         def fell_back(engine: str, reason: str) -> None:
             run.record(PrivacyEngine(reservation=reservation, engine=engine, reason=reason))
@@ -174,7 +177,7 @@ class PlannedTraining:
                 try:
                     yield
                 finally:
-                    steps, stopped = engine.steps, engine.stopped_by_budget
+                    steps, stopped, canaries = engine.steps, engine.stopped_by_budget, engine.canaries
         finally:
             # A process that dies before this never settles: then the whole reservation counts.
             run.stopped_by_budget = stopped
@@ -183,6 +186,8 @@ class PlannedTraining:
             total = float(settled.epsilon_total)
             if total > (run.state.epsilon or 0.0):  # a step that was cut short is paid for, though it does not count
                 run.state.add("epsilon", run.state.step, total)
+            if canaries is not None:
+                _tell_canaries(run, canaries, settled, self._plan.config.delta)
 
 
 class InheritedTraining:
@@ -218,6 +223,31 @@ class InheritedTraining:
         """Nothing is changed on the trainer."""
         del trainer
         return nullcontext()
+
+
+def _tell_canaries(run: Run, canaries: Canaries, settled: PrivacySettled, delta: float) -> None:
+    """Record what the canaries of a training show, and say it loudly where that contradicts its epsilon."""
+    from rlhf_audit_nb.capture.state import AuditedView
+    from rlhf_audit_nb.privacy.canaries import audited_event, audited_words
+
+    event = audited_event(canaries, settled, delta)
+    if event is None:
+        run.warn("Nothing can be said by the canaries of this training: no step ended, or a gradient was not finite.")
+        return
+    run.record(event)
+    failed = event.contradicts
+    if run.state.privacy is not None:
+        view = AuditedView(
+            canaries=event.canaries,
+            epsilon_claimed=float(event.epsilon_claimed),
+            epsilon_lower=float(event.epsilon_lower),
+            ceiling=float(event.ceiling),
+            confidence=event.confidence,
+            failed=failed,
+        )
+        run.state.privacy = replace(run.state.privacy, audited=view)
+    if failed:
+        run.warn(audited_words(event))
 
 
 def _inputs_of(trainer: Any) -> Inputs:

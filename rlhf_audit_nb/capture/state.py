@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 __all__ = [
     "PRIVATE_LOSS",
     "SMOOTHING",
+    "AuditedView",
     "InheritedView",
     "Point",
     "PrivacyView",
@@ -70,12 +71,28 @@ def smoothed_deviation(deviation: float, count: int, steps: int = SMOOTHING) -> 
 
 
 @dataclass(frozen=True, kw_only=True)
+class AuditedView:
+    """What ``canaries`` phantom units in a training showed of its epsilon, with ``confidence``.
+
+    ``ceiling`` is the most that so many can show; ``failed`` says that ``epsilon_lower`` exceeds ``epsilon_claimed``.
+    """
+
+    canaries: int
+    epsilon_claimed: float
+    epsilon_lower: float
+    ceiling: float
+    confidence: float
+    failed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrivacyView:
     """The guarantee of a private run, as a panel shows it.
 
     ``before`` is the composed epsilon of the population when the run reserved, ``planned`` the composed total at its
     planned end, ``budget`` what may not be crossed; ``curve[t]`` is the composed total after ``t`` steps.
-    ``loss_deviation`` is the standard deviation of the noise in one step's released loss, ``None`` where none is.
+    ``loss_deviation`` is the standard deviation of the noise in one step's released loss, ``None`` where none is;
+    ``audited`` what its canaries showed, once the training has ended.
     """
 
     unit: str
@@ -91,6 +108,7 @@ class PrivacyView:
     curve: list[float]
     sampled: str = "units"
     loss_deviation: float | None = None
+    audited: AuditedView | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values."""

@@ -256,6 +256,10 @@ def _privacy(evidence: Evidence, runs: tuple[RunFacts, ...], run: RunFacts | Non
         fields.append(
             Field("Other runs of this trail", f"{words.plural(composed.unbounded_runs, 'run')} {words.NO_BOUND}")
         )
+    fields += [
+        Field("Canaries", words.canary_words(event), cite([item.index]))
+        for item, event in filter(None, (spend.audited for spend in run.spends))
+    ]
     fields += [_checked(item.index, event) for item, event in evidence.of(PrivacyChecked)[-1:]]
     return Section(title, tuple(fields))
 
@@ -407,4 +411,6 @@ def _audit(evidence: Evidence, run: RunFacts | None) -> dict[str, Any]:
         "settled": spend.settled is not None,
         "entries": list(spend.indices),
     }
+    if any(one.contradicted for one in run.spends):
+        block["differential_privacy"]["contradicted_by_canaries"] = True
     return block

@@ -6,7 +6,7 @@ import argparse
 import base64
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -138,7 +138,20 @@ def _ledger_notes(verdict: Verdict, folder: Path) -> Notes:
         doubts = read_ledger(TrailReader.open(folder)).doubts()
     except PrivacyError as error:
         return (Reason(error.reason, "privacy ledger", error.message),)
-    return tuple(Reason("settlement-not-believed", f"entry {spend.settled_in}", str(spend.doubt)) for spend in doubts)
+    said = [Reason("settlement-not-believed", f"entry {spend.settled_in}", str(spend.doubt)) for spend in doubts]
+    return (*said, *_canary_notes(folder))
+
+
+def _canary_notes(folder: Path) -> Iterator[Reason]:
+    """Trainings whose own canaries contradict the epsilon that they claim."""
+    from rlhf_audit_nb.events import PrivacyAudited, decode_body
+    from rlhf_audit_nb.privacy.canaries import audited_words
+    from rlhf_audit_nb.trail import Reason, TrailReader
+
+    for entry in TrailReader.open(folder).entries(type=PrivacyAudited.TYPE):
+        event = decode_body(entry.type, entry.body)
+        if isinstance(event, PrivacyAudited) and event.contradicts:
+            yield Reason("contradicted-by-canaries", f"entry {entry.index}", audited_words(event))
 
 
 def _is_proof(target: str) -> bool:

@@ -18,6 +18,7 @@ from rlhf_audit_nb.events import (
     Event,
     LabelsReleased,
     ModelBound,
+    PrivacyAudited,
     PrivacyInherited,
     PrivacyPopulation,
     PrivacyReserved,
@@ -49,6 +50,7 @@ class Spend:
     """One private training: its reservation, and what it really spent once that was settled.
 
     ``doubt`` says why a settlement that stands in the trail is not believed; then it counts as not settled.
+    ``audited`` is what its canaries showed.
     """
 
     item: Item
@@ -56,6 +58,12 @@ class Spend:
     settled_item: Item | None = None
     settled: PrivacySettled | None = None
     doubt: str | None = None
+    audited: tuple[Item, PrivacyAudited] | None = None
+
+    @property
+    def contradicted(self) -> bool:
+        """Whether its canaries show more than the epsilon that is claimed."""
+        return self.audited is not None and self.audited[1].contradicts
 
     @property
     def total(self) -> Number:
@@ -144,7 +152,8 @@ class Composed:
     in an entry of their own. Where annotators of several populations were trained on, ``total`` and ``units`` are of
     the one that spent most, and ``trainings_of_most`` of all ``trainings`` are its own. ``releases`` are those of
     labels, on a trail that counts labels: there nothing is spent by trainings. ``inherited_runs`` charged nothing and
-    took what they learnt from private models.
+    took what they learnt from private models. ``contradicted`` are the entries of canaries that showed more than their
+    training claims.
     """
 
     total: Number | None
@@ -165,6 +174,7 @@ class Composed:
     trainings: int = 0
     releases: tuple[tuple[Item, LabelsReleased], ...] = ()
     inherited_runs: int = 0
+    contradicted: tuple[int, ...] = ()
 
     @property
     def whose(self) -> str:
@@ -208,6 +218,7 @@ class _Grouped:
         self._inherited = _by_run(evidence.of(PrivacyInherited))
         self._settled = {event.reservation: (item, event) for item, event in evidence.of(PrivacySettled)}
         self._doubts = _doubts(evidence)
+        self._audited = {event.reservation: (item, event) for item, event in evidence.of(PrivacyAudited)}
         self._finished = _by_run(evidence.of(RunFinished))
 
     def facts(self, item: Item, started: RunStarted, gone: tuple[Item, RunInterrupted] | None) -> RunFacts:
@@ -234,10 +245,10 @@ class _Grouped:
         settled = self._settled.get(reserved.reservation)
         doubt = self._doubts.get(reserved.reservation)
         if doubt is not None:
-            return Spend(item, reserved, doubt=doubt)
+            return Spend(item, reserved, doubt=doubt, audited=self._audited.get(reserved.reservation))
         if settled is None or settled[0].index < item.index:
             return Spend(item, reserved)
-        return Spend(item, reserved, *settled)
+        return Spend(item, reserved, *settled, audited=self._audited.get(reserved.reservation))
 
 
 def _doubts(evidence: Evidence) -> dict[str, str]:
@@ -306,6 +317,9 @@ def composed_privacy(
         trainings_of_most=len(whose),
         trainings=len(spends),
         inherited_runs=inherited,
+        contradicted=tuple(
+            spend.audited[0].index for spend in spends if spend.audited is not None and spend.contradicted
+        ),
     )
 
 

@@ -17,12 +17,15 @@ from rlhf_audit_nb.errors import ReportError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from rlhf_audit_nb.events import PrivacyAudited
+
 __all__ = [
     "LEVELS",
     "NO_BOUND",
     "LevelWords",
     "accountants_text",
     "adapter_text",
+    "canary_words",
     "count",
     "day_text",
     "delta_text",
@@ -187,6 +190,25 @@ def accountants_text(figures: Mapping[str, Any]) -> str:
         grid = figures.get(f"{name}_grid")
         said.append(f"{name.upper()} {stated}" + ("" if grid is None else f" (grid {number_text(grid)})"))
     return ", ".join(said) or "not stated"
+
+
+def canary_words(event: PrivacyAudited) -> str:
+    """What the canaries of a training showed beside its claimed ε, and how little that says."""
+    claimed = epsilon_text(event.epsilon_claimed)
+    shown = (
+        f"The {plural(event.canaries, 'canary', 'canaries')} of this training show ε ≥ "
+        f"{number_text(event.epsilon_lower)} with {100 * event.confidence:g} % of confidence, of the {claimed} claimed "
+        "for it alone"
+    )
+    if event.contradicts:
+        chance = number_text(100 * (1 - event.confidence))
+        return (
+            f"{shown}: that contradicts the claim, and its ε cannot be relied on. (Where a claim holds, canaries show "
+            f"more with a chance of {chance} % at most.)"
+        )
+    beyond = float(event.ceiling) <= float(event.epsilon_claimed)
+    reach = ", so they could not have contradicted it" if beyond else ""
+    return f"{shown}; so many can show {number_text(event.ceiling)} at most{reach}. A low bound is no proof of privacy."
 
 
 def plain_text(value: Any) -> str:

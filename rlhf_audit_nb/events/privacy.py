@@ -14,6 +14,7 @@ __all__ = [
     "PopulationKey",
     "PopulationRoster",
     "PopulationSecret",
+    "PrivacyAudited",
     "PrivacyChecked",
     "PrivacyEngine",
     "PrivacyInherited",
@@ -46,6 +47,8 @@ class PrivacyReserved(Event, frozen=True, kw_only=True):
     ``noise_multiplier`` is the gradient's, in units of the clipping norm. Where each step also releases a loss,
     ``loss_bound`` is what a unit's loss is clipped to, and ``loss_noise_multiplier`` the noise in units of its half;
     what is composed is then the noise multiplier of both together, (sigma_g^-2 + sigma_m^-2)^(-1/2).
+    ``canaries`` is how many phantom units take part in it beside the ``units`` (`PrivacyAudited`); gradients are
+    divided by the expected number of both.
     """
 
     TYPE: ClassVar[str] = "privacy.reserved"
@@ -74,6 +77,7 @@ class PrivacyReserved(Event, frozen=True, kw_only=True):
     sampled: str = "units"
     loss_noise_multiplier: float | None = None
     loss_bound: float | None = None
+    canaries: int | None = None
 
 
 class PrivacySettled(Event, frozen=True, kw_only=True):
@@ -169,6 +173,39 @@ class PrivacyChecked(Event, frozen=True, kw_only=True):
     epsilon_gaussian: Number
     confidence: float
     ceiling: Number
+
+
+class PrivacyAudited(Event, frozen=True, kw_only=True):
+    """What the canaries of one training show of its epsilon.
+
+    Each of ``canaries`` phantom units was in with chance 1/2, by the sealed seed, and brought in as much as a unit can;
+    from the gradients that ``steps`` steps released it was guessed of ``guesses`` of them whether they were in, and
+    ``right`` guesses were right. ``epsilon_lower`` is what that rules out at ``confidence`` and ``delta`` (the best of
+    several shares of guesses, which is paid for), ``epsilon_gaussian`` the same for a mechanism that is a Gaussian one;
+    ``ceiling`` the most that so many canaries can show, and ``epsilon_claimed`` what the accountant says of this
+    training alone. ``outcome`` is ``failed`` where the lower bound exceeds the claim, which a right mechanism does with
+    a chance of 1 - ``confidence`` at most, else ``not contradicted``: that is no proof of privacy.
+    """
+
+    TYPE: ClassVar[str] = "privacy.audited"
+
+    reservation: str
+    outcome: str
+    canaries: int
+    steps: int
+    guesses: int
+    right: int
+    delta: float
+    epsilon_claimed: Number
+    epsilon_lower: Number
+    epsilon_gaussian: Number
+    confidence: float
+    ceiling: Number
+
+    @property
+    def contradicts(self) -> bool:
+        """Whether the claim cannot be relied on."""
+        return self.outcome != "not contradicted" or float(self.epsilon_lower) > float(self.epsilon_claimed)
 
 
 class PopulationSecret(Private, frozen=True, kw_only=True):

@@ -72,6 +72,7 @@ _PRIVACY_OPTIONS = (
     "public_prompts",
     "loss_noise",
     "loss_bound",
+    "canaries",
 )
 _AUDIT_OPTIONS = ("trail", "origin", "durability", "asynchronous", "every_steps", "weights_every")
 
@@ -112,6 +113,7 @@ class AuditMagics(Magics):
     )
     @argument("--loss-noise", metavar="R", help="noise of the live loss, in the gradient's; off: none (default 10)")
     @argument("--loss-bound", type=float, metavar="B", help="clip of a unit's live loss (default: by the trainer)")
+    @argument("--canaries", type=int, metavar="M", help="canaries that audit the training's epsilon (default: none)")
     @argument("--model-name", metavar="NAME", help="the model's name, declared until a trainer shows it")
     @argument("--trail", metavar="FOLDER", help="where the trail lies (default: RLHF_AUDIT_TRAIL, else ./audit)")
     @argument("--origin", metavar="NAME", help="name of a new trail, such as example.com/alignment")

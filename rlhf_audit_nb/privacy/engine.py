@@ -8,9 +8,11 @@ everything back afterwards. One optimizer step is then
 2. a gradient engine (`unit_gradients`) adds to a sum in float64 the gradient of the trainer's own loss over each
    sampled unit's pairs, over all trainable parameters, scaled as a whole to an L2 norm of at most C. A unit whose loss
    or gradient is not finite, or cannot be computed at all, contributes nothing;
-3. once: N(0, (sigma C)^2) is added to each coordinate of every trainable parameter, and the result is divided by the
-   *expected* number of units q N (of places q k N) and written to ``.grad``. An empty sample gives noise alone. The
-   sample's loss is released beside it, clipped and noised as well (`live_loss`), unless that was turned off.
+3. canaries, where there are any, add what they bring in (`canaries`);
+4. once: N(0, (sigma C)^2) is added to each coordinate of every trainable parameter, and the result is divided by the
+   *expected* number of units q N (of places q k N), canaries counted among them, and written to ``.grad``. An empty
+   sample gives noise alone. The sample's loss is released beside it, clipped and noised as well (`live_loss`), unless
+   that was turned off.
 
 Dropout (of LoRA, for instance) draws from torch's generator, which is seeded apart for every unit and step from the
 sealed seed, so that one unit's masks do not depend on which units came before it; torch's global generator is neither
@@ -40,6 +42,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback
 
 from rlhf_audit_nb.errors import AuditError, PrivacyError, UnsupportedTrainerError
+from rlhf_audit_nb.privacy.canaries import Canaries
 from rlhf_audit_nb.privacy.engine_check import CheckedRows, FellBack
 from rlhf_audit_nb.privacy.engine_choice import ROWS
 from rlhf_audit_nb.privacy.live_loss import LossObserver
@@ -92,6 +95,7 @@ class PrivateTraining:
         steps: steps whose sampling has begun; these count as spent, even where one was cut short.
         stopped_by_budget: whether training ended because the next step would have crossed the budget.
         guarded: whether the guard stands in front of an optimizer's steps.
+        canaries: the canaries that take part; ``None`` before the first step, and where there are none.
     """
 
     def __init__(
@@ -118,6 +122,7 @@ class PrivateTraining:
         self._noised = False
         self._started = False
         self.guarded = False
+        self.canaries: Canaries | None = None
         self._metrics: dict[str, float | int | str] = {}
         self._loss_sum = 0.0
 
@@ -157,6 +162,8 @@ class PrivateTraining:
         refuse_gradient_hooks(parameters)
         self._buffers = watch_buffers(model)
         self._sums = Sums(parameters, self.plan.clipping_norm)
+        if self.plan.canaries:
+            self.canaries = Canaries(self._random, self._draws, parameters, self.plan.clipping_norm, self.plan.canaries)
         return self._sums
 
     def _prepare(self, trainer: Any, model: torch.nn.Module) -> Sums:
@@ -192,6 +199,8 @@ class PrivateTraining:
         seen = Seen()
         with own_generators(), unheard():
             self._add_gradients(trainer, model, self._sample(index), sums, seen)
+        if self.canaries is not None:
+            self.canaries.add(index, sums.tensors)
         refuse_moved_buffers(self._buffers)
         model.zero_grad(set_to_none=True)
         self._loss_sum = self.plan.live_loss.clipped_sum(seen.losses) if self.plan.live_loss is not None else 0.0
@@ -205,10 +214,12 @@ class PrivateTraining:
         deviation = plan.noise_multiplier * plan.clipping_norm
         for index, (parameter, total) in enumerate(zip(self._sums.parameters, self._sums.tensors, strict=True)):
             noise = torch.from_numpy(self._random.normals(self.steps - 1, index, total.numel()))
-            total.add_(noise.view(total.shape).to(total.device), alpha=deviation).div_(plan.expected_units)
+            total.add_(noise.view(total.shape).to(total.device), alpha=deviation).div_(plan.divisor)
             parameter.grad = total.to(device=parameter.device, dtype=parameter.dtype, copy=True)
             total.zero_()
         self._pending, self._noised = False, True
+        if self.canaries is not None:
+            self.canaries.look(self._sums.parameters)
         self._release_loss()
         if self._observer is not None:
             self._observer.on_private_step(self.steps, self.epsilon, self._metrics)

@@ -23,6 +23,7 @@ from rlhf_audit_nb.privacy.accountant import (
     epsilon_curve,
     max_steps,
 )
+from rlhf_audit_nb.privacy.canaries import check_room
 from rlhf_audit_nb.privacy.draws import Draws
 from rlhf_audit_nb.privacy.engine_choice import LOOP, Choice, choose_engine
 from rlhf_audit_nb.privacy.live_loss import LiveLoss, effective_noise, live_loss, usual_bound
@@ -117,11 +118,21 @@ class Plan:
 
     @property
     def expected_units(self) -> float:
-        """Expected sample size q N: what the noisy sum is divided by in every step, whatever was sampled.
+        """Expected sample size q N, whatever was sampled: what the noisy sum of losses is divided by in every step.
 
         Where pairs are sampled one by one it is q k N, as if every unit had k pairs: how many it has is private.
         """
         return self.sampling_rate * places(self.config, len(self.units))
+
+    @property
+    def canaries(self) -> int:
+        """m: how many canaries take part in it with chance 1/2."""
+        return self.config.canaries or 0
+
+    @property
+    def divisor(self) -> float:
+        """What the noisy sum of gradients is divided by in every step: q (N + m), with canaries counted as units."""
+        return self.expected_units + self.sampling_rate * places(self.config, self.canaries)
 
     @property
     def epsilon(self) -> float:
@@ -152,6 +163,7 @@ class Plan:
             self.sampling_rate,
             self.config.max_pairs_per_unit,
             pairs=self.config.sampled == "pairs",
+            canaries=self.canaries,
         )
 
     def replanned(self, prior: Sequence[Mechanism]) -> Plan:
@@ -190,6 +202,7 @@ def plan_training(
     Raises:
         UnsupportedTrainerError: the trainer, its loss or an option cannot be made private.
         DataError: the data has no rows, no such column, or a row without an id.
+        ConfigError: more canaries than trained numbers.
         BudgetExceededError: not a single step fits.
         PrivacyError: the accountants disagree, or no step remains (``no-steps-left``).
     """
@@ -198,6 +211,8 @@ def plan_training(
     if config.sampled == "pairs":
         check_unit(trainer, "pair")
     engine = choose_engine(trainer, config)
+    if config.canaries is not None:
+        check_room(trainer, config.canaries)
     if composed_epsilon(prior, config.delta) >= config.epsilon:  # said before even the roster is read
         raise _exhausted(config, composed_epsilon(prior, config.delta))
     dataset = _dataset(trainer)
@@ -306,6 +321,7 @@ def reserve_event(
         column=plan.config.unit_column,
         sampled=plan.config.sampled,
         population=population,
+        canaries=plan.config.canaries,
     )
 
 

@@ -8,7 +8,11 @@ it. Every draw has its own keystream, so that any part of a run can be recompute
 
     uniform    u = (word >> 11) * 2^-53, in [0, 1)
     Bernoulli  unit i is in the sample of a step when u_i < q                     purpose "sample", index 0
-               (pairs sampled one by one: place p of the k places of unit i, when u_(ik+p) < q)
+               (pairs sampled one by one: place p of the k places of unit i, when u_(ik+p) < q;
+               canaries are numbered after the units)
+    canary     canary i is in the training when u_i < 1/2                         purpose "canary", step and index 0
+    coordinate of canary i: word mod d, where that stands for no earlier one;     purpose "coordinate", step and
+               else the same of the next word                                     index 0
     flip       label i of a release is flipped when u_i < p                       purpose "label", step and index 0
     choice     the k rows with the least words of a unit's n rows                 purpose "choice", index = the unit
                (pairs sampled one by one: once for all steps)                     purpose "keep", step 0
@@ -112,6 +116,19 @@ class SealedRandom:
         """
         flipped: npt.NDArray[np.bool_] = _uniforms(self._words("label", 0, 0, count)) < probability
         return flipped
+
+    def canaries(self, count: int) -> npt.NDArray[np.bool_]:
+        """For each of ``count`` canaries, whether it is in the training (independently, chance 1/2)."""
+        included: npt.NDArray[np.bool_] = _uniforms(self._words("canary", 0, 0, count)) < 0.5  # noqa: PLR2004
+        return included
+
+    def coordinates(self, count: int, size: int) -> npt.NDArray[np.int64]:
+        """``count`` different ones of ``range(size)``, every such sequence equally likely (to size / 2^64)."""
+        chosen: dict[int, None] = {}
+        stream = self._stream("coordinate", 0, 0)
+        while len(chosen) < count:
+            chosen.setdefault(int(_next_words(stream, 1)[0]) % size)
+        return np.fromiter(chosen, np.int64, count)
 
     def choice(self, step: int, unit: int, size: int, count: int) -> tuple[int, ...]:
         """``size`` of ``range(count)``, every such set equally likely, in rising order; all where they are no more."""

@@ -24,6 +24,7 @@ from rlhf_audit_nb.events import (
     EnvironmentCaptured,
     Event,
     ModelBound,
+    PrivacyAudited,
     PrivacyEngine,
     PrivacyReserved,
     PrivacySettled,
@@ -69,6 +70,7 @@ _COMPARED: dict[type[Event], tuple[str, ...] | None] = {  # fields that are left
     PrivacyEngine: (),
     Step: ("epsilon",),
     PrivacySettled: ("reservation", "epsilon_run", "epsilon_total"),
+    PrivacyAudited: ("reservation", "epsilon_claimed"),
     RunFinished: (),
 }
 _MAX = 50

@@ -86,6 +86,8 @@ def composed_state(composed: Composed, *, trusted: bool) -> str:
     """The state of the composed guarantee, for colour and icon."""
     if not trusted:
         return "bad"
+    if composed.contradicted:
+        return "bad"
     bounded = composed.total is not None or bool(composed.releases or composed.inherited_runs)
     return "ok" if bounded and not composed.unbounded_runs else "warn"
 
@@ -113,6 +115,9 @@ def composed_words(composed: Composed, *, trusted: bool) -> str:
     )  # fmt: skip
     bound = f"ε = {words.epsilon_text(composed.total)}", f"δ = {words.delta_text(composed.delta or 0)}"
     epsilon, delta = (figure.replace(" ", "\u00a0") for figure in bound)
+    if composed.contradicted:
+        at = ", ".join(f"#{index}" for index in composed.contradicted)
+        said = f"Canaries of a training contradict the ε that it claims ({at}): what follows is claimed only. {said}"
     text = (
         f"{said}{epsilon} ({delta}), {settled} of "
         f"a budget of {words.number_text(composed.budget)}, "
@@ -180,8 +185,22 @@ def privacy_part(run: RunFacts, *, trusted: bool) -> PrivacyPart:
     facts = tuple(fact for number, one in enumerate(run.spends, 1) for fact in _spend_facts(one, number, run))
     if not trusted:
         return PrivacyPart(title, "bad", "not verified", _spend_words(spend), cite(spend.indices), facts)
+    contradicted = [one for one in run.spends if one.contradicted]
+    if contradicted:
+        said = " ".join(
+            [words.canary_words(one.audited[1]) for one in contradicted if one.audited] + [_spend_words(spend)]
+        )
+        indices = {*spend.indices, *(index for one in contradicted for index in _indices(one))}
+        return PrivacyPart(title, "bad", "contradicted by canaries", said, cite(sorted(indices)), facts)
     state = "ok" if spend.settled else "warn"
-    return PrivacyPart(title, state, _bound(spend), _spend_words(spend), cite(spend.indices), facts)
+    said = _spend_words(spend)
+    if spend.audited is not None:
+        said += f" {words.canary_words(spend.audited[1])}"
+    return PrivacyPart(title, state, _bound(spend), said, cite(_indices(spend)), facts)
+
+
+def _indices(spend: Spend) -> tuple[int, ...]:
+    return spend.indices + (() if spend.audited is None else (spend.audited[0].index,))
 
 
 def _inherited_part(run: RunFacts, *, trusted: bool) -> PrivacyPart:
@@ -310,6 +329,16 @@ def _spend_facts(spend: Spend, number: int, run: RunFacts) -> tuple[Fact, ...]:
         alone = f"this training alone {_epsilon(settled.epsilon_run)}"
         there = cite([spend.settled_item.index])
         facts.append(Fact("ε spent, composed", _epsilon(settled.epsilon_total), there, note=alone))
+    if spend.audited is not None:
+        found, where = spend.audited[1], cite([spend.audited[0].index])
+        facts.append(
+            Fact("ε shown by canaries", f"{found.outcome}: at least {words.number_text(found.epsilon_lower)} of the "
+                 f"{_epsilon(found.epsilon_claimed)} claimed, from {words.count(found.right)} right of "
+                 f"{words.count(found.guesses)} guesses about {words.count(found.canaries)} canaries", where,
+                 note=f"at most {words.number_text(found.ceiling)} can be shown")
+        )  # fmt: skip
+    elif reserved.canaries:
+        facts.append(Fact("ε shown by canaries", f"{words.count(reserved.canaries)} took part; nothing recorded", at))
     facts += [
         Fact("Accountants, planned total", accountants, at),
         Fact("Randomness", f"{reserved.generator}; seed {seed}", at),
@@ -344,6 +373,8 @@ def guarantee_fact(run: RunFacts, at: Cites, *, trusted: bool) -> list[Fact]:
     if run.guarantee == "bound":
         spend = run.spends[-1]
         value = _bound(spend)
+        if any(one.contradicted for one in run.spends):
+            value = f"contradicted by canaries; claimed is {value}"
         return [Fact("Differential privacy", value, cite(spend.indices))]
     if run.guarantee == "inherited":
         item, event = run.inherited[-1]

@@ -123,7 +123,7 @@ def test_every_option_reaches_its_setting(shell, tmp_path):
     line = (
         "--experiment all --epsilon 9 --delta 1e-6 --unit pair --run-epsilon 2 --noise-multiplier 1.5 "
         "--clipping-norm 0.5 --sampling-rate 0.25 --max-pairs-per-unit 3 --sampled units --annotator-column worker "
-        "--engine loop --micro-batch 4 --loss-noise 5 --loss-bound 1.5 "
+        "--engine loop --micro-batch 4 --loss-noise 5 --loss-bound 1.5 --canaries 50 "
         "--model-name example/m --trail elsewhere --origin example.com/t --durability always --every-steps 4 "
         "--asynchronous --weights-every 2 --compliance-mode eu_ai_act"
     )
@@ -152,6 +152,7 @@ def test_every_option_reaches_its_setting(shell, tmp_path):
         "anonymize_annotators": True,
         "adjacency": "zero-out",
         "public_prompts": False,
+        "canaries": 50,
     }
 
 

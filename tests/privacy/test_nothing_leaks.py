@@ -90,6 +90,17 @@ def test_nobody_can_tell_a_canary_in_dpo(lab: LeakLab, without: Any, kind: str) 
     same(without(trainer="dpo"), lab.seen(with_canary(CANARIES[kind]), trainer="dpo", speed=1.7))
 
 
+@pytest.mark.parametrize("trainer", ["reward", pytest.param("dpo", marks=pytest.mark.slow)])
+def test_nor_with_canaries_of_the_mechanism_in_the_training(lab: LeakLab, without: Any, trainer: str) -> None:
+    """What they show is told in the open: an entry, the panel; it follows from what was released."""
+    kind = "with rare words and many rows"
+    job = {"trainer": trainer, "line": f"{LINE} --canaries 200"}
+    first = without(**job)
+    same(first, lab.seen(with_canary(CANARIES[kind]), speed=1.7, **job))
+    assert [path for path, content in first.items() if b"privacy.audited" in content]
+    assert b"200 canaries show" in first["seen/displays.json"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", CANARIES)
 @pytest.mark.parametrize("trainer", ["reward", "sft", "kto"])

@@ -20,6 +20,7 @@ from rlhf_audit_nb.privacy.sampling import SealedRandom
 FOLDER = Path(__file__).parents[1] / "vectors" / "privacy"
 GOLDEN = json.loads((FOLDER / "sealed_random.json").read_text(encoding="utf-8"))
 DRAWS = [(one["seed"], draw) for one in GOLDEN["seeds"] for draw in one["draws"]]
+NAMED = ("sampled", "flipped", "chosen", "included", "coordinates", "torch_seed")
 NAMES = [f"{seed[:4]}-{draw['purpose']}-{draw['step']}-{draw['index']}" for seed, draw in DRAWS]
 
 
@@ -39,6 +40,10 @@ def drawn(random: SealedRandom, draw: dict[str, Any]) -> Any:
             return random.normals(step, index, draw["count"]).tolist()
         case "loss":
             return [random.loss_normal(step)]
+        case "canary":
+            return random.canaries(count).nonzero()[0].tolist()
+        case "coordinate":
+            return random.coordinates(draw["count"], draw["size"]).tolist()
         case "dropout":
             return random.torch_seed(step, index)
     raise AssertionError(draw["purpose"])
@@ -48,7 +53,7 @@ def drawn(random: SealedRandom, draw: dict[str, Any]) -> Any:
 def test_each_purpose_draws_what_the_golden_file_says(seed: str, draw: dict[str, Any]) -> None:
     found = drawn(SealedRandom(bytes.fromhex(seed)), draw)
     if "normals" not in draw:
-        (expected,) = (draw[name] for name in ("sampled", "flipped", "chosen", "torch_seed") if name in draw)
+        (expected,) = (draw[name] for name in NAMED if name in draw)
         assert found == expected
         assert found not in ([], None)
         return

@@ -16,6 +16,23 @@ __all__ = ["InheritedLike", "LevelLike", "PrivacyLike", "ReasonLike", "StateLike
 Point = tuple[float, float]
 
 
+class AuditedLike(Protocol):
+    """What the canaries of a training showed of its ε."""
+
+    @property
+    def canaries(self) -> int: ...
+    @property
+    def epsilon_claimed(self) -> float: ...
+    @property
+    def epsilon_lower(self) -> float: ...
+    @property
+    def ceiling(self) -> float: ...
+    @property
+    def confidence(self) -> float: ...
+    @property
+    def failed(self) -> bool: ...
+
+
 class PrivacyLike(Protocol):
     """The plan of a private run; ``curve[t]`` is the composed ε after t steps, over all runs of the population."""
 
@@ -45,6 +62,8 @@ class PrivacyLike(Protocol):
     def curve(self) -> Sequence[float]: ...
     @property
     def loss_deviation(self) -> float | None: ...
+    @property
+    def audited(self) -> AuditedLike | None: ...
 
 
 class InheritedLike(Protocol):

@@ -174,9 +174,22 @@ def _plan_view(state: StateLike, privacy: PrivacyLike) -> View:
         ],
         "chart": _chart_view(state, privacy, spent),
         "note": f"Protects {each}, {privacy.units:,} of them. {privacy.adjacency.capitalize()} adjacency. "
-        "Composed over all runs, not added.",
+        "Composed over all runs, not added." + _audited(privacy),
         "label": sentence,
     }
+
+
+def _audited(privacy: PrivacyLike) -> str:
+    """What the canaries of the training showed, as a sentence; nothing where there were none, or it goes on."""
+    found = privacy.audited
+    if found is None:
+        return ""
+    shown, claimed = say_number(found.epsilon_lower), say_bound(found.epsilon_claimed)
+    text = (
+        f" {say_count(found.canaries, 'canary', 'canaries')} show ε ≥ {shown} of the {claimed} claimed for this "
+        f"training ({100 * found.confidence:g} % of confidence; so many can show {say_number(found.ceiling)} at most)."
+    )
+    return f"{text} That contradicts the claim: do not release the model." if found.failed else text
 
 
 def _chart_view(state: StateLike, privacy: PrivacyLike, spent: float) -> View:

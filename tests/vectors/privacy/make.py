@@ -83,6 +83,10 @@ def cases(seed: bytes) -> list[dict[str, Any]]:
         made[-1]["normals"] = [number.hex() for number in normals(words, count)]
     words = case("loss", 6, 0, 2, count=1)
     made[-1]["normals"] = [number.hex() for number in normals(words, 1)]
+    words = case("canary", 0, 0, 24)
+    made[-1]["included"] = below(words, 0.5)
+    words = case("coordinate", 0, 0, 12, size=20, count=6)
+    made[-1]["coordinates"] = list(dict.fromkeys(word % 20 for word in words))[:6]
     words = case("dropout", 4, 11, 1)
     made[-1]["torch_seed"] = words[0] >> 1
     return made
