@@ -39,7 +39,17 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.compliance.evidence import Evidence, Item
     from rlhf_audit_nb.events import Number
 
-__all__ = ["Composed", "Raise", "RunFacts", "Spend", "composed_privacy", "origin_of", "run_facts"]
+__all__ = [
+    "Composed",
+    "Raise",
+    "RunFacts",
+    "Spend",
+    "Steps",
+    "composed_privacy",
+    "origin_of",
+    "run_facts",
+    "training_steps",
+]
 
 EventT = TypeVar("EventT", bound=Event)
 Guarantee = Literal["bound", "inherited", "none", "asked", "untrained"]
@@ -79,6 +89,14 @@ class Spend:
     def indices(self) -> tuple[int, ...]:
         """The entries that say so."""
         return (self.item.index,) + (() if self.settled_item is None else (self.settled_item.index,))
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of one training: the entry of its first, and the number of its last."""
+
+    first_entry: int
+    last: int
 
 
 @dataclass(frozen=True)
@@ -198,6 +216,22 @@ def run_facts(evidence: Evidence) -> tuple[RunFacts, ...]:
         )
     found: tuple[RunFacts, ...] = evidence.memo["runs"]
     return found
+
+
+def training_steps(evidence: Evidence) -> dict[int, Steps]:
+    """The steps of each training that took any, by the entry of its trainer."""
+    if "steps" not in evidence.memo:
+        found: dict[int, Steps] = {}
+        now: dict[str | None, int] = {}
+        for item in evidence.items:
+            if isinstance(item.event, TrainerAttached):
+                now[item.run] = item.index
+            elif isinstance(item.event, Step) and item.run in now:
+                before = found.get(now[item.run], Steps(item.index, 0))
+                found[now[item.run]] = Steps(before.first_entry, max(before.last, item.event.step))
+        evidence.memo["steps"] = found
+    steps: dict[int, Steps] = evidence.memo["steps"]
+    return steps
 
 
 class _Grouped:

@@ -1,12 +1,14 @@
 """The lineage of a trail: which data and models went into which training, what came out, and with what ε. Floor 3.
 
 `lineage` folds verified evidence into a graph. Its nodes are data sets (by the digest of their rows; under differential
-privacy that is sealed, so such a data set is known by its entry alone), models (by the digest of their weights) and
-trainings; each carries the entries that show it. A model's bound is what the trail recorded for the training that left
-it: its own composed total, or what it inherits. Where it also descends from a training without a bound, that is said
-beside it, for then no figure covers all that it learnt. Nothing is computed here that the trail does not hold.
+privacy that is sealed, so such a data set is known by its entry alone), models (by the digest of their weights),
+trainings and evaluations; each carries the entries that show it. A model's bound is what the trail recorded for the
+training that left it: its own composed total, or what it inherits. Where it also descends from a training without a
+bound, that is said beside it, for then no figure covers all that it learnt. Nothing is computed here that the trail
+does not hold.
 
-`Lineage.to_prov` writes W3C PROV-JSON: data sets, models and folders are entities, trainings are activities.
+`Lineage.to_prov` writes W3C PROV-JSON: data sets, models and folders are entities, trainings and
+evaluations are activities.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf_audit_nb.compliance.facts import run_facts
+from rlhf_audit_nb.compliance.facts import run_facts, training_steps
+from rlhf_audit_nb.compliance.thresholds import evaluations
 from rlhf_audit_nb.compliance.words import NO_BOUND, delta_text, epsilon_text
 from rlhf_audit_nb.events import ModelBound, PrivacyReserved, PublicDeclared
 from rlhf_audit_nb.privacy.descent import DATA, Descent, Training
@@ -24,11 +27,13 @@ if TYPE_CHECKING:
 
     from rlhf_audit_nb.compliance.evidence import Evidence
     from rlhf_audit_nb.compliance.facts import Spend
+    from rlhf_audit_nb.compliance.thresholds import Evaluated
     from rlhf_audit_nb.events import DataBound, Number
 
-__all__ = ["Bound", "Edge", "Lineage", "Node", "lineage"]
+__all__ = ["Bound", "Edge", "Folder", "Lineage", "Node", "lineage"]
 
-Kind = Literal["data", "model", "training"]
+Kind = Literal["data", "model", "training", "evaluation"]
+_ACTIVITIES = ("training", "evaluation")
 _DIGEST = 12
 _PROV = "http://www.w3.org/ns/prov#"
 _OWN = "urn:rlhf-audit:trail:"
@@ -73,8 +78,32 @@ class Bound:
 
 
 @dataclass(frozen=True)
+class Folder:
+    """A folder that a model was saved in, and the digest of its OpenSSF model signature; what the entry says of it."""
+
+    name: str
+    digest: str
+    signature: str | None
+    entry: int
+
+
+@dataclass(frozen=True)
 class Node:
-    """A data set, a model or a training; ``id`` is unique in its graph, ``lines`` are what a picture writes."""
+    """A data set, a model, a training or an evaluation.
+
+    Attributes:
+        id: unique in its graph.
+        kind: which of them.
+        label: what it is called.
+        bound: what bounds it; of an evaluation, that of the model that was evaluated.
+        entries: the entries that show it.
+        digest: of rows, weights or a folder.
+        run: the run that it belongs to.
+        detail: the experiment, or how much data it is.
+        folders: of a model, where it was saved after its training's last step.
+        lines: what else is to be told: figures and how they stand, or what a condensed picture left out.
+        state: of an evaluation, ``met`` (every threshold was set before and reached), ``not met``, or nothing.
+    """
 
     id: str
     kind: Kind
@@ -84,11 +113,14 @@ class Node:
     digest: str | None = None
     run: str | None = None
     detail: str = ""
+    folders: tuple[Folder, ...] = ()
+    lines: tuple[str, ...] = ()
+    state: str = ""
 
 
 @dataclass(frozen=True)
 class Edge:
-    """From what went in to the training, or from the training to what came out; ``role`` says as what."""
+    """From what went in to a training or evaluation, or from a training to what came out; ``role`` says as what."""
 
     source: str
     target: str
@@ -154,11 +186,11 @@ class Lineage:
             "wasGeneratedBy": {},
         }
         for node in self.nodes:
-            place = "activity" if node.kind == "training" else "entity"
+            place = "activity" if node.kind in _ACTIVITIES else "entity"
             found[place][_prov_name(node.id)] = dict(_prov_attributes(node))
         for number, edge in enumerate(self.edges, 1):
             about = {"prov:role": edge.role, "trail:entry": edge.entry}
-            if kinds[edge.target] == "training":
+            if kinds[edge.target] in _ACTIVITIES:
                 ends = {"prov:activity": _prov_name(edge.target), "prov:entity": _prov_name(edge.source)}
                 found["used"][f"_:u{number}"] = {**ends, **about}
             else:
@@ -190,12 +222,15 @@ class _Folded:
         self._experiments = {run.run: run.started.experiment for run in run_facts(evidence)}
         self._sealed = {item.index for item in evidence.items if item.sealed is not None}
         self._claims = {(event.kind, event.digest): (item.index, event) for item, event in evidence.of(PublicDeclared)}
+        self._steps = training_steps(evidence)
         self._nodes: dict[str, Node] = {}
         self._edges: list[Edge] = []
 
     def graph(self) -> Lineage:
         for training in self._descent.trainings:
             self._add(training)
+        for done in evaluations(self._evidence).done:
+            self._evaluated(done)
         verdict = self._evidence.verdict
         return Lineage(
             origin=verdict.origin or "",
@@ -217,7 +252,9 @@ class _Folded:
             Node(name, "training", training.trainer, bound, (training.index,), run=training.run, detail=experiment)
         )
         for index, model in training.of_role("final"):
-            self._link(name, self._model(index, model, bound), "final", index)
+            left = self._model(index, model, bound)
+            self._link(name, left, "final", index)
+            self._saved_as(left, training)
 
     def _link(self, source: str, target: str, role: str, entry: int) -> None:
         self._edges.append(Edge(source, target, role, entry))
@@ -231,6 +268,68 @@ class _Folded:
             node = replace(keeps, entries=entries)
         self._nodes[node.id] = node
         return node.id
+
+    def _saved_as(self, name: str, training: Training) -> None:
+        """The folders that were saved after the last step: each by its newest entry."""
+        steps = self._steps.get(training.index)
+        folders = {one.name: one for one in self._nodes[name].folders}
+        for index, saved in training.saved:
+            if saved.step is None or steps is None or saved.step >= steps.last:
+                folders[saved.name] = Folder(saved.name, saved.digest, saved.signature_digest, index)
+        self._nodes[name] = replace(self._nodes[name], folders=tuple(folders.values()))
+
+    # --- evaluations -------------------------------------------------------------------------------------------------
+
+    def _evaluated(self, done: Evaluated) -> None:
+        event, name = done.event, f"evaluation-{done.entry}"
+        model = self._evaluated_model(done)
+        self._link(model, name, "model", done.entry)
+        if event.data is not None or done.sealed:
+            self._link(self._evaluated_on(done), name, "data", done.entry)
+        outcomes = [one.outcome for one in done.judgements]
+        state = "met" if done.passed else "not met" if outcomes or done.problems else ""
+        self._put(
+            Node(
+                name,
+                "evaluation",
+                event.evaluator or "evaluation",
+                self._nodes[model].bound,
+                (done.entry,),
+                detail=done.model.experiment or event.experiment or "",
+                lines=tuple(_standing(done)),
+                state=state,
+            )
+        )
+
+    def _evaluated_model(self, done: Evaluated) -> str:
+        """The node of the model that was evaluated; where the trail does not know it, one of its own."""
+        event = done.event
+        entry = done.model.entries[0] if done.model.entries else None
+        training = self._descent.at(entry) if entry is not None else None
+        if training is not None:
+            shown = next((model for index, model in training.models if index == entry), None)
+            if shown is not None:
+                return _model_id(shown.weights_digest)
+            finals = training.of_role("final")
+            if done.model.as_ == "final" and finals:
+                return _model_id(finals[-1][1].weights_digest)
+            return self._checkpoint(entry, training)
+        digest = event.weights_digest or event.folder_digest or event.stated_digest or str(done.entry)
+        label = event.model_name or "a model by its digest"
+        bound = Bound("unknown", entries=(done.entry,))
+        return self._put(Node(_model_id(digest), "model", label, bound, (done.entry,), digest))
+
+    def _evaluated_on(self, done: Evaluated) -> str:
+        event = done.event
+        if event.data is None:
+            bound = Bound("unknown", entries=(done.entry,))
+            name = f"data-entry-{done.entry}"
+            return self._put(Node(name, "data", "data of an evaluation", bound, (done.entry,), detail="sealed"))
+        claim = self._claims.get((DATA, event.data))
+        bound = Bound("public", entries=(claim[0],)) if claim is not None else Bound("none", entries=(done.entry,))
+        amount = f"{event.samples:,} samples" if event.samples is not None else ""
+        name, label = f"data-{event.data[:_DIGEST]}", event.data_name or "data of an evaluation"
+        return self._put(Node(name, "data", label, bound, (done.entry,), event.data, detail=amount))
 
     # --- inputs ------------------------------------------------------------------------------------------------------
 
@@ -254,7 +353,7 @@ class _Folded:
         yield from self._claimed(training)
 
     def _checkpoint(self, entry: int | None, earlier: Training) -> str:
-        """The folder that a training went on from, which an earlier one had saved."""
+        """The folder that a training went on from, or that was evaluated, which an earlier one had saved."""
         index, saved = next((index, event) for index, event in earlier.saved if index == entry)
         name = f"saved-{index}"
         if name not in self._nodes:
@@ -361,6 +460,19 @@ def _model_id(digest: str) -> str:
     return f"model-{digest[:_DIGEST]}"
 
 
+def _standing(done: Evaluated) -> Iterator[str]:
+    """Each figure with what was set for it, in a few words."""
+    for metric in done.event.metrics:
+        judged = [one for one in done.judgements if one.metric == metric]
+        for one in judged:
+            late = " after the result" if one.order == "after result" else ""
+            outcome = one.outcome if one.outcome != "not judged" or not late else "set"
+            yield f"{done.figure(metric)}, {one.threshold.condition} {outcome}{late}"
+        if not judged:
+            yield f"{done.figure(metric)}, no threshold"
+    yield from done.problems
+
+
 def _prov_name(name: str) -> str:
     return f"trail:{name}"
 
@@ -378,3 +490,12 @@ def _prov_attributes(node: Node) -> Iterable[tuple[str, Any]]:
         yield "trail:sha256", node.digest
     if node.run is not None:
         yield "trail:run", node.run
+    if node.detail:
+        yield "trail:detail", node.detail
+    if node.lines:
+        yield "trail:figure", list(node.lines)
+    if node.folders:
+        yield "trail:folder", [f"{one.name} sha256 {one.digest}" for one in node.folders]
+    signed = [f"{one.name} OpenSSF model signature sha256 {one.signature}" for one in node.folders if one.signature]
+    if signed:
+        yield "trail:signature", signed

@@ -20,8 +20,9 @@ import operator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf_audit_nb.compliance.facts import training_steps
 from rlhf_audit_nb.compliance.words import number_text
-from rlhf_audit_nb.events import EvaluationRecorded, ModelBound, RunStarted, Step, ThresholdSealed
+from rlhf_audit_nb.events import EvaluationRecorded, ModelBound, RunStarted, ThresholdSealed
 from rlhf_audit_nb.privacy.descent import Descent, Training
 
 if TYPE_CHECKING:
@@ -235,9 +236,7 @@ class _Reader:
         ]  # fmt: skip
         self._descent = Descent((item.index, item.run, item.event) for item in evidence.items if item.event is not None)
         self._experiments = {item.run: event.experiment for item, event in evidence.of(RunStarted)}
-        self._steps: dict[str | None, list[tuple[int, int]]] = {}
-        for item, event in evidence.of(Step):
-            self._steps.setdefault(item.run, []).append((item.index, event.step))
+        self._steps = training_steps(evidence)
         self._models = {index: self._model(index, event) for index, _, event, _ in self._told}
         self._used: set[int] = set()
 
@@ -340,8 +339,8 @@ class _Reader:
             for training in reversed(self._descent.saved(str(digest))):
                 for index, saved in reversed(training.saved):
                     if saved.digest == digest and index < entry:
-                        last = max((step for _, step in self._steps_of(training)), default=0)
-                        whole = saved.step is None or saved.step >= last
+                        steps = self._steps.get(training.index)
+                        whole = saved.step is None or steps is None or saved.step >= steps.last
                         return self._known("final" if whole else "checkpoint", training, (index,))
         return None
 
@@ -354,15 +353,10 @@ class _Reader:
         return None
 
     def _known(self, as_: Any, training: Training, entries: tuple[int, ...]) -> Known:
-        first = min((at for at, _ in self._steps_of(training)), default=min(entries))
+        steps = self._steps.get(training.index)
+        first = steps.first_entry if steps is not None else min(entries)
         experiment = self._experiments.get(training.run)
         return Known(as_, entries, training.index, first, training.run, experiment)
-
-    def _steps_of(self, training: Training) -> list[tuple[int, int]]:
-        """The entries of its steps, and their numbers."""
-        after = [one.index for one in self._descent.trainings if one.run == training.run and one.index > training.index]
-        end = min(after, default=math.inf)
-        return [(at, step) for at, step in self._steps.get(training.run, ()) if training.index < at < end]
 
 
 def _is_it(model: ModelBound, event: EvaluationRecorded) -> bool:

@@ -3,6 +3,11 @@
 The picture is laid out in layers from top to bottom: what went in stands above the training, what came out below.
 Edges that skip a layer keep a place of their own in it, and each layer is ordered by where its neighbours stand, so
 that few lines cross. Colours are those of the other figures, so a page restyles them alike.
+
+A large graph is *condensed* before it is drawn: first what one box alone uses and nothing here made is written into
+that box, then models and evaluations into the box of their training, so that what is left are the trainings and what
+went from one to the next. Beyond `MOST_EVER` boxes only the nearest ancestors of the newest training are drawn, and the
+title says so.
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
 from itertools import pairwise
@@ -23,20 +28,31 @@ from rlhf_audit_nb.errors import ReportError
 from rlhf_audit_nb.reports.figures import Figure
 
 if TYPE_CHECKING:
-    from rlhf_audit_nb.compliance.lineage import Edge, Lineage, Node
+    from rlhf_audit_nb.compliance.lineage import Edge, Folder, Lineage, Node
 
-__all__ = ["MOST_DRAWN", "LineageView", "draw", "drawable", "lineage_figure", "lineage_words"]
+__all__ = ["MOST_DRAWN", "MOST_EVER", "LineageView", "condensed", "draw", "drawable", "lineage_figure", "lineage_words"]
 
 MOST_DRAWN = 24
-"""Larger graphs are drawn only as far as the newest model descends from them."""
-_MOST_EVER = 48
+"""Larger graphs are condensed before they are drawn."""
+MOST_EVER = 48
+"""Of a graph that is larger still, the nearest ancestors of the newest model are drawn."""
 
-_WIDE, _HIGH, _GAP, _BETWEEN, _EDGE = 214, 74, 22, 42, 14
+_WIDE, _GAP, _BETWEEN, _EDGE = 214, 22, 42, 14
+_HEAD, _LINE, _MARK = 46, 14, 13
+_LEGEND = 24
+_MOST_MARKS = 8
 _DUMMY = 26
 _INK, _INK_2 = "#1b2430", "#4d5a6a"
 _COLOURS = {"own": "#17704f", "inherited": "#0f5e7a", "public": "#3150b4", "protected": "#1b2430", "none": "#8f5200",
-            "unknown": "#66707c"}  # fmt: skip
-_KINDS = {"data": "data", "model": "model", "training": "training"}
+            "unknown": "#66707c", "open": "#4d5a6a"}  # fmt: skip
+_BOUNDED = ("own", "inherited", "protected")
+_STATES = {"met": "#17704f", "not met": "#b3261e", "": "#66707c"}
+_LEGENDS = {
+    "own": "private, with an ε of its own", "inherited": "inherits an ε", "public": "declared public",
+    "protected": "protected data", "none": "no bound", "unknown": "not known to this trail",
+    "open": "no differential privacy: no bound",
+}  # fmt: skip
+_KINDS = {"data": "data", "model": "model", "training": "training", "evaluation": "evaluation"}
 _LETTER = 5.6  # width of a letter at size 10.5, on average
 
 
@@ -54,7 +70,7 @@ class LineageView:
 
     @cached_property
     def svg(self) -> str | None:
-        """The picture; ``None`` where nothing was trained, or the graph is too large to be read as one."""
+        """The picture; ``None`` where nothing was trained."""
         shown = drawable(self.graph)
         return draw(shown) if shown is not None else None
 
@@ -83,7 +99,7 @@ class LineageView:
         text = self.prov if target.suffix.lower() == ".json" else self.svg
         if text is None:
             raise ReportError(
-                "There is no lineage to draw: no training is recorded, or the graph is too large to be read.",
+                "There is no lineage to draw: no training is recorded.",
                 next_step="Save it as .json, which holds all of it.",
                 code="nothing-to-draw",
             )
@@ -102,7 +118,8 @@ class LineageView:
 
     def __repr__(self) -> str:
         graph = self.graph
-        counts = ", ".join(words.plural(len(graph.of(kind)), _KINDS[kind]) for kind in ("training", "model"))
+        kinds = ("training", "model", *(("evaluation",) if graph.of("evaluation") else ()))
+        counts = ", ".join(words.plural(len(graph.of(kind)), _KINDS[kind]) for kind in kinds)
         return f"<Lineage of {graph.origin}, {self.level}: {counts}>"
 
     def _repr_html_(self) -> str:
@@ -112,7 +129,7 @@ class LineageView:
 
 
 def lineage_words(graph: Lineage) -> list[str]:
-    """The graph in sentences, one a training."""
+    """The graph in sentences, one for each training and each evaluation."""
     names = {node.id: node for node in graph.nodes}
     found = []
     for training in graph.of("training"):
@@ -124,23 +141,112 @@ def lineage_words(graph: Lineage) -> list[str]:
             f"{', '.join(took) or 'nothing that was recorded'} and {outcome}."
         )
         found.append(words.visible(said))
+    for evaluation in graph.of("evaluation"):
+        took = [f"{edge.role} {_named(names[edge.source])}" for edge in graph.into(evaluation.id)]
+        said = f"{evaluation.label} (#{evaluation.entries[0]}) tested {', '.join(took)}: {'; '.join(evaluation.lines)}."
+        found.append(words.visible(said))
     return found
 
 
 def _named(node: Node) -> str:
-    return f"{node.label} #{node.entries[0]} ({node.bound.words})"
+    signed = "".join(f"; saved as {one.name}, {_signed(one)}" for one in node.folders)
+    return f"{node.label} #{node.entries[0]} ({node.bound.words}{signed})"
+
+
+def _signed(folder: Folder) -> str:
+    return f"signed #{folder.entry}" if folder.signature else f"not signed #{folder.entry}"
+
+
+# --- what is drawn of a large graph ----------------------------------------------------------------------------------
 
 
 def drawable(graph: Lineage) -> Lineage | None:
-    """The part of the graph that a picture can show: all of it, or what the newest model descends from."""
+    """What a picture shows of the graph: all of it while that can be read, else condensed, else its newest part."""
     if not graph.of("training"):
         return None
-    if len(graph.nodes) > MOST_DRAWN:
-        made = [edge.target for edge in graph.edges if edge.role == "final"]
-        if not made:
-            return None
-        graph = graph.ancestors(made[-1])
-    return graph if len(graph.nodes) <= _MOST_EVER else None
+    for level in (0, 1, 2):
+        shown = condensed(graph, level)
+        if len(shown.nodes) <= MOST_DRAWN:
+            return shown
+    return _newest(shown) if len(shown.nodes) > MOST_EVER else shown
+
+
+def condensed(graph: Lineage, level: int) -> Lineage:
+    """The graph with fewer boxes and the same facts in them.
+
+    Args:
+        graph: the whole.
+        level: 0: as it is; 1: data sets and unknown models that only one box uses are told in that box; 2: models and
+            evaluations are told in the box of the training that they came from.
+    """
+    if level >= 1:
+        graph = _absorbed(graph)
+    return _trainings_only(graph) if level > 1 else graph
+
+
+def _absorbed(graph: Lineage) -> Lineage:
+    """What nothing made and one box alone uses becomes a line of that box."""
+    lines: dict[str, list[str]] = {}
+    gone: set[str] = set()
+    for node in graph.nodes:
+        uses = [edge for edge in graph.edges if edge.source == node.id]
+        made = bool(graph.into(node.id))
+        if len({edge.target for edge in uses}) == 1 and not made and node.kind in ("data", "model"):
+            gone.add(node.id)
+            said = f"{uses[0].role}: {node.label}{f', {node.detail}' if node.kind == 'data' and node.detail else ''}"
+            lines.setdefault(uses[0].target, []).append(said)
+    return replace(
+        graph,
+        nodes=tuple(
+            replace(node, lines=(*lines.get(node.id, ()), *node.lines)) for node in graph.nodes if node.id not in gone
+        ),
+        edges=tuple(edge for edge in graph.edges if edge.source not in gone),
+    )
+
+
+def _trainings_only(graph: Lineage) -> Lineage:
+    """Models and evaluations become lines of the training that left them."""
+    names = {node.id: node for node in graph.nodes}
+    maker: dict[str, str] = {}
+    for edge in graph.edges:
+        if names[edge.source].kind == "training":
+            maker.setdefault(edge.target, edge.source)  # weights that two trainings left are told with the first
+    for edge in graph.edges:
+        if names[edge.target].kind == "evaluation" and edge.source in maker:
+            maker[edge.target] = maker[edge.source]
+    lines: dict[str, list[str]] = {}
+    for name, training in maker.items():
+        node = names[name]
+        told = list(node.lines) if node.kind == "evaluation" else [_folder_line(one) for one in node.folders]
+        lines.setdefault(training, []).extend(told)
+    edges = [
+        replace(edge, source=maker.get(edge.source, edge.source))
+        for edge in graph.edges
+        if edge.target not in maker
+    ]  # fmt: skip
+    used = {name for edge in edges for name in (edge.source, edge.target)}
+    kept = [node for node in graph.nodes if node.id not in maker and (node.id in used or node.kind == "training")]
+    return replace(
+        graph,
+        nodes=tuple(replace(node, lines=(*node.lines, *lines.get(node.id, ()))) for node in kept),
+        edges=tuple(edge for edge in edges if edge.source != edge.target),
+    )
+
+
+def _newest(graph: Lineage) -> Lineage:
+    """The newest training and its nearest ancestors, as many as can be drawn."""
+    kept: list[str] = []
+    waiting = [graph.of("training")[-1].id]
+    while waiting and len(kept) < MOST_EVER:
+        here = waiting.pop(0)
+        if here not in kept:
+            kept.append(here)
+            waiting += [edge.source for edge in graph.into(here)]
+    return replace(
+        graph,
+        nodes=tuple(node for node in graph.nodes if node.id in kept),
+        edges=tuple(edge for edge in graph.edges if edge.source in kept and edge.target in kept),
+    )
 
 
 def lineage_figure(graph: Lineage, key: str = "lineage") -> Figure | None:
@@ -148,9 +254,11 @@ def lineage_figure(graph: Lineage, key: str = "lineage") -> Figure | None:
     shown = drawable(graph)
     if shown is None:
         return None
-    part = "" if len(shown.nodes) == len(graph.nodes) else " of the newest model"
-    entries = {entry for node in shown.nodes for entry in (*node.entries, *node.bound.entries)}
-    return Figure(key, f"Lineage{part}", draw(shown), " ".join(lineage_words(shown)), cite(entries))
+    missing = len(graph.of("training")) - len(shown.of("training"))
+    part = f" of the newest model; {words.plural(missing, 'training')} not drawn" if missing else ""
+    entries = {entry for node in graph.nodes for entry in (*node.entries, *node.bound.entries)}
+    entries |= {folder.entry for node in graph.nodes for folder in node.folders}
+    return Figure(key, f"Lineage{part}", draw(shown), " ".join(lineage_words(graph)), cite(entries))
 
 
 # --- layout ----------------------------------------------------------------------------------------------------------
@@ -164,10 +272,33 @@ class _Place:
     node: Node | None
     layer: int
     x: float = 0.0
+    top: float = 0.0
+    row: int = 0
+    quiet: bool = False
 
     @property
     def wide(self) -> int:
         return _WIDE if self.node is not None else _DUMMY
+
+    @property
+    def open(self) -> bool:
+        """Whether it has no bound in a graph where nothing has one: said once, under the picture."""
+        return self.quiet and self.node is not None and self.node.bound.how == "none"
+
+    @property
+    def bound_lines(self) -> list[str]:
+        """The bound as it is written in the box; an evaluation's is its model's."""
+        if self.node is None or self.node.kind == "evaluation" or self.open:
+            return []
+        return _wrapped(_short_bound(self.node))
+
+    @property
+    def high(self) -> int:
+        """Of the box; an edge that passes takes the height of its layer."""
+        if self.node is None:
+            return self.row
+        bound = len(self.bound_lines)
+        return _HEAD + _LINE * bound + _MARK * len(_marks(self.node)) - (0 if bound else 4)
 
 
 def _layers(graph: Lineage) -> dict[str, int]:
@@ -194,7 +325,8 @@ def _placed(graph: Lineage) -> tuple[list[list[_Place]], list[tuple[Edge, list[_
     """The layers with everything in them, and each edge with the places that it runs through."""
     order = _layers(graph)
     rows: list[list[_Place]] = [[] for _ in range(max(order.values()) + 1)]
-    places = {node.id: _Place(node.id, node, order[node.id]) for node in graph.nodes}
+    quiet = not any(node.bound.how in _BOUNDED for node in graph.nodes)
+    places = {node.id: _Place(node.id, node, order[node.id], quiet=quiet) for node in graph.nodes}
     for place in places.values():
         rows[place.layer].append(place)
     routes = []
@@ -207,6 +339,12 @@ def _placed(graph: Lineage) -> tuple[list[list[_Place]], list[tuple[Edge, list[_
             route.append(passing)
         routes.append((edge, [*route, end]))
     _arrange(rows, routes)
+    top = float(_EDGE)
+    for row in rows:
+        high = max(place.high for place in row)
+        for place in row:
+            place.top, place.row = top, high
+        top += high + _BETWEEN
     return rows, routes
 
 
@@ -245,7 +383,10 @@ def draw(graph: Lineage) -> str:
     """The graph as an SVG with a title and a description; it needs nothing from outside."""
     rows, routes = _placed(graph)
     wide = max(max(place.x + place.wide / 2 for place in row) for row in rows) + 2 * _EDGE
-    high = len(rows) * _HIGH + (len(rows) - 1) * _BETWEEN + 2 * _EDGE
+    foot = max(place.top + place.high for place in rows[-1]) + _LEGEND
+    shown = [place for row in rows for place in row if place.node is not None and place.node.kind != "evaluation"]
+    used = {"open" if place.open else place.node.bound.how for place in shown if place.node is not None}
+    legend, high = _legend(used, wide, foot)
     alt = escape(" ".join(lineage_words(graph)))
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide:.0f} {high:.0f}" width="{wide:.0f}" '
@@ -262,7 +403,25 @@ def draw(graph: Lineage) -> str:
         parts.append(path)
         labels.append(label)
     parts += [_box(place) for row in rows for place in row if place.node is not None]
-    return "".join([*parts, *labels, "</svg>"])
+    return "".join([*parts, *labels, legend, "</svg>"])
+
+
+def _legend(used: set[str], wide: float, top: float) -> tuple[str, float]:
+    """What the colours mean, as far as they are used, and where it ends."""
+    found, x, y = [], float(_EDGE), top
+    for how, said in _LEGENDS.items():
+        if how not in used:
+            continue
+        step = 24 + len(said) * 5.2
+        if x + step > wide and x > _EDGE:
+            x, y = float(_EDGE), y + 15
+        dash = ' stroke-dasharray="4 3"' if how in ("none", "unknown") else ""
+        found.append(
+            f'<path d="M{x:.1f},{y - 3:.1f}h14" stroke="{_COLOURS[how]}" stroke-width="2"{dash}/>'
+            f'<text x="{x + 18:.1f}" y="{y:.1f}" font-size="9.5" fill="{_INK_2}">{said}</text>'
+        )
+        x += step
+    return f'<g class="legend">{"".join(found)}</g>', y + _EDGE
 
 
 def _ports(routes: Sequence[tuple[Edge, list[_Place]]]) -> list[float]:
@@ -279,24 +438,23 @@ def _ports(routes: Sequence[tuple[Edge, list[_Place]]]) -> list[float]:
     return found
 
 
-def _top(place: _Place) -> float:
-    return _EDGE + place.layer * (_HIGH + _BETWEEN)
-
-
 def _edge(edge: Edge, route: Sequence[_Place], port: float) -> tuple[str, str]:
-    x, y = route[0].x + _EDGE, _top(route[0]) + _HIGH
+    x, y = route[0].x + _EDGE, route[0].top + route[0].high
     path = f"M{x:.1f},{y:.1f}"
+    if y < route[0].top + route[0].row:  # a low box in a high layer: straight down to the layer's end
+        y = route[0].top + route[0].row
+        path += f"V{y:.1f}"
     for place in route[1:]:
         last = place is route[-1]
-        to_x, to_y = (port if last else place.x) + _EDGE, _top(place)
+        to_x, to_y = (port if last else place.x) + _EDGE, place.top
         middle = (y + to_y) / 2
         path += f"C{x:.1f},{middle:.1f} {to_x:.1f},{middle:.1f} {to_x:.1f},{to_y - (1.5 if last else 0):.1f}"
         if not last:
-            path += f"V{to_y + _HIGH:.1f}"
-        x, y = to_x, to_y + _HIGH
-    side, anchor = (-5, "end") if route[-2].x > port else (5, "start")  # beside the line, where it does not come from
+            path += f"V{to_y + place.row:.1f}"
+        x, y = to_x, to_y + place.row
+    side, anchor = (-5, "end") if port < route[-1].x else (5, "start")  # outwards, where no other label stands
     label = (
-        f'<text x="{port + _EDGE + side:.1f}" y="{_top(route[-1]) - 4:.1f}" font-size="9.5" text-anchor="{anchor}" '
+        f'<text x="{port + _EDGE + side:.1f}" y="{route[-1].top - 4:.1f}" font-size="9.5" text-anchor="{anchor}" '
         f'fill="{_INK_2}">{escape(edge.role)}</text>'
     )
     line = f'<path d="{path}" fill="none" stroke="{_INK_2}" stroke-width="1.2" marker-end="url(#lineage-arrow)"/>'
@@ -306,25 +464,45 @@ def _edge(edge: Edge, route: Sequence[_Place], port: float) -> tuple[str, str]:
 def _box(place: _Place) -> str:
     node = place.node
     assert node is not None  # for the type checker: an edge's own place has no box
-    left, top = place.x - _WIDE / 2 + _EDGE, _top(place)
-    colour = _COLOURS[node.bound.how]
-    corner = 14 if node.kind == "training" else 4
-    dash = ' stroke-dasharray="4 3"' if node.bound.how in ("none", "unknown") else ""
+    left, top = place.x - _WIDE / 2 + _EDGE, place.top
+    evaluation = node.kind == "evaluation"
+    colour = _STATES[node.state] if evaluation else _COLOURS["open" if place.open else node.bound.how]
+    corner = {"training": 14, "evaluation": 0}.get(node.kind, 4)
+    dashed = node.bound.how in ("none", "unknown") and not evaluation and not place.open
+    dash = ' stroke-dasharray="4 3"' if dashed else ""
     head = " · ".join(part for part in (_KINDS[node.kind], _where(node)) if part)
     lines = [
         _text(left + 12, top + 17, head, 9.5, _INK_2),
         _text(left + 12, top + 33, node.label, 12, _INK, weight=600),
-        *(
-            _text(left + 12, top + 49 + 14 * number, line, 10.5, colour)
-            for number, line in enumerate(_wrapped(_short_bound(node)))
-        ),
     ]
-    whole = escape(words.visible(f"{node.label} {node.detail}: {node.bound.words}"))
+    y = top + 49
+    for line in place.bound_lines:
+        lines.append(_text(left + 12, y, line, 10.5, colour))
+        y += _LINE
+    for line in _marks(node):
+        lines.append(_text(left + 12, y, line, 9.5, colour if evaluation else _INK_2))
+        y += _MARK
+    told = "; ".join((*node.lines, *(_folder_line(one) for one in node.folders)))
+    whole = escape(words.visible(f"{node.label} {node.detail}: {node.bound.words}{f'; {told}' if told else ''}"))
     return (
         f"<g><title>{whole}</title>"
-        f'<rect x="{left:.1f}" y="{top:.1f}" width="{_WIDE}" height="{_HIGH}" rx="{corner}" fill="none" '
+        f'<rect x="{left:.1f}" y="{top:.1f}" width="{_WIDE}" height="{place.high}" rx="{corner}" fill="none" '
         f'stroke="{colour}" stroke-width="1.4"{dash}/>{"".join(lines)}</g>'
     )
+
+
+def _marks(node: Node) -> list[str]:
+    """The small lines of a box: what was told in it, then its folders; the last says how many more there are."""
+    found = [*node.lines, *(_folder_line(one) for one in node.folders)]
+    return (
+        found if len(found) <= _MOST_MARKS else [*found[: _MOST_MARKS - 1], f"and {len(found) - _MOST_MARKS + 1} more"]
+    )
+
+
+def _folder_line(folder: Folder) -> str:
+    if folder.signature is None:
+        return f"saved as {folder.name}, not signed"
+    return f"{folder.name}: signed {words.short(folder.signature, 4)} #{folder.entry}"
 
 
 def _where(node: Node) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -18,10 +19,12 @@ from rlhf_audit_nb.compliance import Evidence
 from rlhf_audit_nb.compliance.facts import run_facts
 from rlhf_audit_nb.compliance.lineage import lineage
 from rlhf_audit_nb.errors import ReportError
-from rlhf_audit_nb.reports.lineage import LineageView, draw, drawable, lineage_figure
+from rlhf_audit_nb.reports.lineage import MOST_EVER, LineageView, condensed, draw, drawable, lineage_figure
 from rlhf_audit_nb.reports.privacy import inherited_words, privacy_part
 
 PAIRS = synthetic_pairs(8)
+QUESTIONS = [{"prompt": f"A public question {number} for tests?"} for number in range(4)]
+SHOWN = {"trainer.attached", "data.bound", "model.bound", "evaluation.recorded"}
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -40,12 +43,16 @@ def chain(tmp_path_factory):
             sft = sft_trainer(PAIRS[:4], here / "sft", peft=None)
             sft.train()
         plain.declare_public_data(sft.train_dataset, reason="written by us", by="A. Keeper")
+        plain.declare_public_data(QUESTIONS, reason="written by us", by="A. Keeper")
+        plain.seal_threshold("accuracy", ">= 0.5", data=QUESTIONS)
         with held.track_training("reward"):
             reward = reward_trainer(PAIRS, here / "reward")
             reward.train()
         with held.track_training("policy"):
             policy = grpo_trainer([reward.model], here / "policy", model=sft.model, peft=None)
             policy.train()
+            policy.save_model(str(here / "model"))
+        held.log_evaluation({"accuracy": 0.75}, model=here / "model", data=QUESTIONS, evaluator="pairwise 1.0")
         with plain.track_training("further"):
             dpo_trainer(PAIRS[:6], here / "further", model=policy.model, peft=None).train()
         with plain.track_training("again"):
@@ -95,7 +102,7 @@ def test_each_node_carries_its_bound_and_the_entries_that_show_it(chain):
     assert [kinds[index] for index in policy.bound.entries] == ["privacy.inherited"]
     for node in graph.nodes:
         assert node.entries
-        assert {kinds[index] for index in node.entries} <= {"trainer.attached", "data.bound", "model.bound"}
+        assert {kinds[index] for index in node.entries} <= SHOWN
 
 
 def test_a_model_trained_further_without_privacy_inherits_and_has_no_bound_for_its_own_data(chain):
@@ -130,7 +137,8 @@ def test_the_graph_is_valid_prov_json_in_what_it_names(chain):
     graph = chain[0].graph
     prov = graph.to_prov()
     assert set(prov) == {"prefix", "entity", "activity", "used", "wasGeneratedBy"}
-    assert len(prov["activity"]) == len(graph.of("training")) == 5
+    assert len(prov["activity"]) == 6  # the evaluation is one
+    assert len(graph.of("training")) == 5
     assert len(prov["entity"]) + len(prov["activity"]) == len(graph.nodes)
     assert len(prov["used"]) + len(prov["wasGeneratedBy"]) == len(graph.edges)
     for relation in ("used", "wasGeneratedBy"):
@@ -142,6 +150,42 @@ def test_the_graph_is_valid_prov_json_in_what_it_names(chain):
     for place in ("entity", "activity"):
         for name, attributes in prov[place].items():
             assert {part.split(":")[0] for part in (name, *attributes)} <= prefixes
+
+
+def test_prov_json_is_read_back_by_the_library_of_its_standard(chain):
+    from prov.model import ProvActivity, ProvDocument, ProvEntity, ProvGeneration, ProvUsage
+
+    graph = chain[0].graph
+    read = ProvDocument.deserialize(content=chain[0].prov, format="json")
+    activities, entities = list(read.get_records(ProvActivity)), list(read.get_records(ProvEntity))
+    names = {record.identifier.uri.removeprefix("urn:rlhf-audit:trail:") for record in (*activities, *entities)}
+    assert names == {node.id for node in graph.nodes}
+    joined = {
+        tuple(str(value).removeprefix("trail:") for _, value in record.formal_attributes[:2])
+        for kind in (ProvUsage, ProvGeneration)
+        for record in read.get_records(kind)
+    }
+    assert joined == {(edge.target, edge.source) for edge in graph.edges}
+    figures = [value for record in activities for name, value in record.attributes if name.localpart == "figure"]
+    assert figures == ["accuracy 0.75, ≥ 0.5 met"]
+    signed = [value for record in entities for name, value in record.attributes if name.localpart == "signature"]
+    assert signed[0].startswith("model OpenSSF model signature sha256 ")
+
+
+def test_a_model_carries_the_signed_folder_that_its_training_left_and_the_evaluation_that_it_stood(chain):
+    graph = chain[0].graph
+    (left,) = [edge.target for edge in graph.edges if edge.source == training(graph, "policy").id]
+    (folder,) = graph.node(left).folders
+    assert folder.name == "model"
+    assert len(folder.signature) == 64
+    (evaluation,) = graph.of("evaluation")
+    into = roles(graph, evaluation)
+    assert into["model"].id == left
+    assert into["data"].bound.how == "public"
+    assert evaluation.bound == into["model"].bound
+    assert (evaluation.state, evaluation.lines) == ("met", ("accuracy 0.75, ≥ 0.5 met",))
+    assert f"model: signed {folder.signature[:4]}…{folder.signature[-4:]} #{folder.entry}" in chain[0].svg
+    assert "tested model" in str(chain[0])
 
 
 def test_the_picture_holds_every_node_and_stands_alone(chain):
@@ -162,7 +206,7 @@ def test_the_picture_draws_every_edge_downwards(chain):
     paths = [path.get("d") for path in root.findall(f"{SVG}path")]
     assert len(paths) == len(chain[0].graph.edges)
     for path in paths:
-        start = float(path[1:].split("C")[0].split(",")[1])
+        start = float(re.split("[CV]", path[1:])[0].split(",")[1])
         end = float(path.replace("V", " ").replace(",", " ").split()[-1])
         assert end > start
 
@@ -177,6 +221,7 @@ def test_a_lineage_saves_itself_and_names_what_it_cannot_write(chain, tmp_path):
         assert refused.value.reason == reason
     assert "<svg" in view._repr_html_()
     assert "5 trainings" in repr(view)
+    assert "1 evaluation" in repr(view)
 
 
 def test_report_and_card_say_what_a_policy_inherits_and_that_nothing_was_charged(chain):
@@ -224,13 +269,107 @@ def test_weights_that_come_back_to_where_they_were_make_no_endless_walk():
     assert ET.fromstring(figure.svg) is not None
 
 
-def test_a_large_graph_is_drawn_as_far_as_the_newest_model_descends_and_never_without_end():
+def chained(stages, *, sets=2):
+    """A trail of trainings, each from what the last one left, with ``sets`` data sets and a saved model each."""
+    teller = Teller()
+    created(teller)
+    teller.tell(ev.ThresholdSealed(metric="accuracy", relation=">=", bound=0.6))
+    for stage in range(stages):
+        run = f"{stage:032x}"
+        teller.tell(ev.RunStarted(experiment=f"stage {stage}", entry_point="cell", tool="t"), run)
+        teller.tell(ev.TrainerAttached(trainer="SFTTrainer", loss=None, max_steps=1, seed=1, hyperparameters={}), run)
+        for number in range(sets):
+            name = f"acme/data-{stage}-{number}"
+            data = ev.DataBound(role="train", columns=["text"], rows=3, digest=digest(name), source=name)
+            teller.tell(data, run)
+        for role, name in (("base", f"m{stage}"), ("final", f"m{stage + 1}")):
+            shown = {"architecture": "Llama", "parameters": 1, "trainable": 1, "config_digest": digest("c")}
+            teller.tell(ev.ModelBound(role=role, weights_digest=digest(name), **shown), run)
+            teller.tell(ev.Step(step=1), run)
+        folder = {"name": f"model-{stage}", "digest": digest(f"f{stage}"), "files": 1, "bytes": 1}
+        teller.tell(ev.WeightsSaved(step=1, signature_digest=digest(f"s{stage}"), **folder), run)
+    teller.tell(
+        ev.EvaluationRecorded(metrics={"accuracy": 0.5}, identified="live", weights_digest=digest(f"m{stages}"))
+    )
+    return Evidence(verdict(teller.entries), tuple(teller.entries))
+
+
+def boxes(picture):
+    root = ET.fromstring(picture)
+    return [tuple(float(box.get(name)) for name in ("x", "y", "width", "height")) for box in root.iter(f"{SVG}rect")]
+
+
+@pytest.mark.parametrize("stages", [3, 12, 30, 90])
+def test_a_picture_stays_readable_however_many_trainings_there_are(stages):
+    graph = lineage(chained(stages))
+    shown = drawable(graph)
+    picture = draw(shown)
+    placed = boxes(picture)
+    assert len(placed) == len(shown.nodes) <= MOST_EVER
+    for one, two in combinations(placed, 2):
+        beside = one[0] + one[2] < two[0] or two[0] + two[2] < one[0]
+        assert beside or one[1] + one[3] < two[1] or two[1] + two[3] < one[1]
+    assert len(shown.of("training")) == min(stages, MOST_EVER)
+    last = graph.of("training")[-1]
+    assert last.id in {node.id for node in shown.nodes}
+    for said in (f"acme/data-{stages - 1}-1", f"model-{stages - 1}: signed", "accuracy 0.5, ≥ 0.6 not met"):
+        assert said in picture  # condensed, and nothing of the newest training is lost
+    figure = lineage_figure(graph)
+    assert figure.title == ("Lineage" if stages <= MOST_EVER else "Lineage of the newest model; 42 trainings not drawn")
+
+
+def test_a_small_graph_is_drawn_as_it_is_and_a_large_one_condensed_step_by_step():
+    small, large = lineage(chained(3)), lineage(chained(12))
+    assert drawable(small) == small
+    assert len(condensed(large, 1).nodes) < len(large.nodes)
+    assert not condensed(large, 2).of("model")
+    assert not condensed(large, 2).of("data")
+    first = condensed(large, 2).nodes[0]
+    assert "train: acme/data-0-0, 3 rows" in first.lines
+    assert "base: Llama" in first.lines
+
+
+def test_where_nothing_was_trained_there_is_nothing_to_draw():
     assert drawable(lineage(told("a"))) is None
-    long = lineage(told(*(f"m{number}" for number in range(12))))
-    assert drawable(long) == long.ancestors(long.of("model")[-1].id)
-    assert drawable(lineage(told(*(f"m{number}" for number in range(40))))) is None
     with pytest.raises(ReportError, match="no lineage to draw"):
-        LineageView(lineage(told(*(f"m{number}" for number in range(40)))), "UNANCHORED").save("x.svg")
+        LineageView(lineage(told("a")), "UNANCHORED").save("x.svg")
+
+
+def test_a_trail_without_privacy_says_so_once_and_a_mixed_one_in_each_box():
+    plain = draw(lineage(chained(3)))
+    assert plain.count(">no differential privacy: no bound<") == 1
+    assert ">no bound<" not in plain
+    assert ">trained without differential" not in plain
+
+
+def test_the_model_of_an_evaluation_that_the_trail_does_not_know_is_a_node_of_its_own():
+    teller = Teller()
+    created(teller)
+    stranger = ev.EvaluationRecorded(metrics={"accuracy": 0.9}, identified="stated", stated_digest=digest("stranger"))
+    teller.tell(stranger)
+    graph = lineage(Evidence(verdict(teller.entries), tuple(teller.entries)))
+    (model,) = graph.of("model")
+    assert model.bound.how == "unknown"
+    assert graph.of("evaluation")[0].state == "not met"
+
+
+def test_an_evaluated_checkpoint_and_training_data_that_was_tested_on_are_shown_as_what_they_are():
+    teller = Teller()
+    teller.entries.extend(chained(1).entries)
+    run = "f" * 32
+    teller.tell(ev.RunStarted(experiment="more", entry_point="cell", tool="t"), run)
+    teller.tell(ev.TrainerAttached(trainer="SFTTrainer", loss=None, max_steps=2, seed=1, hyperparameters={}), run)
+    teller.tell(ev.Step(step=1), run)
+    teller.tell(ev.WeightsSaved(step=1, name="checkpoint-1", digest=digest("c1"), files=1, bytes=1), run)
+    teller.tell(ev.Step(step=2), run)
+    tested = {"identified": "folder", "folder_digest": digest("c1"), "data": digest("acme/data-0-0")}
+    teller.tell(ev.EvaluationRecorded(metrics={"accuracy": 0.9}, **tested))
+    graph = lineage(Evidence(verdict(teller.entries), tuple(teller.entries)))
+    into = roles(graph, graph.of("evaluation")[-1])
+    assert into["model"].label == "checkpoint-1"
+    first = {edge.source for edge in graph.into(graph.of("training")[0].id)}
+    assert into["data"].id in first
+    assert into["data"].label == "acme/data-0-0"
 
 
 def test_a_name_that_would_deceive_is_made_visible_in_the_picture():
