@@ -110,9 +110,12 @@ class AuditableRLHF:
         show_progress: bool = True,
     ) -> Run:
         """`track_training`, with what a notebook's cell has to add."""
+        from rlhf_audit_nb.capture.ranks import find_place, refuse_private_ranks
         from rlhf_audit_nb.capture.run import Run
 
-        privacy = self.privacy_config
+        privacy, place = self.privacy_config, find_place()
+        if privacy is not None:
+            refuse_private_ranks(place)
         return Run(
             self.trail,
             experiment,
@@ -124,6 +127,7 @@ class AuditableRLHF:
             entry_point=entry_point,
             cell_digest=cell_digest,
             show_progress=show_progress,
+            place=place,
         )
 
     def replay(
@@ -415,6 +419,8 @@ class AuditableRLHF:
     @property
     def trail(self) -> Trail:
         """The trail, opened (and made, with its keys) when it is first asked for.
+
+        Of several processes that train together only that of rank 0 opens it; the others get one that keeps nothing.
 
         Raises:
             TrailError: it cannot be opened or made.
@@ -990,17 +996,23 @@ def _known_mode(mode: object) -> str:
 # --- one trail, opened once ------------------------------------------------------------------------------------------
 
 _trails: dict[Path, Trail] = {}
+_openers: dict[Path, int] = {}
+"""In which process each was opened: a child that was forked later has a copy of it."""
 _lock = threading.Lock()
 
 
 def _shared_trail(config: AuditConfig) -> Trail:
+    from rlhf_audit_nb.capture.ranks import find_place, silent_trail
     from rlhf_audit_nb.trail import Trail
 
     location = config.trail_location().absolute()
     replaying = bool(os.environ.get(ENV_REPLAY))  # then the trail is the replay's own, whatever the code calls it
     origin = None if replaying else config.origin
+    place = find_place()
     with _lock:
         trail = _trails.get(location)
+        if place is not None and not place.writes and (trail is None or _openers[location] != os.getpid()):
+            return silent_trail(place)
         if trail is not None and not location.is_dir():
             # The folder was deleted under us: what is still open there is nobody's trail any more.
             _close(_trails.pop(location))
@@ -1013,7 +1025,7 @@ def _shared_trail(config: AuditConfig) -> Trail:
                 asynchronous=config.asynchronous,
                 create=not replaying,
             )
-            _trails[location] = trail
+            _trails[location], _openers[location] = trail, os.getpid()
     if origin not in (None, trail.origin):
         raise StoreError(
             f"The trail {config.trail_location()} is {trail.origin}, not {origin}.",

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from rlhf_audit_nb.capture.data import bind_data
+from rlhf_audit_nb.capture.ranks import training_in_ranks
 from rlhf_audit_nb.capture.resume import Resumption, find_resumption
 from rlhf_audit_nb.capture.run import InheritedPlan, PrivatePlan, Run, current_run, open_private_runs
 from rlhf_audit_nb.capture.settings import generators, hyperparameters, unchanged
@@ -208,6 +209,8 @@ def _record_training(run: Run, trainer: Any, train: Callable[[], Any], checkpoin
 
     opening = _Opening(run, trainer)
     with ExitStack() as stack:
+        resumed = bool(checkpoint or trainer.args.resume_from_checkpoint)
+        stack.enter_context(training_in_ranks(run, trainer, resumed=resumed))
         stack.callback(opening.record_trainer, max(int(trainer.args.max_steps), 0))
         inherited = run.privatiser.inherit(trainer) if run.privatiser is not None else None
         if inherited is not None:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from rlhf_audit_nb.capture.code import CodeSeen, code_since, look_at_code
 from rlhf_audit_nb.capture.environment import keep_environment
+from rlhf_audit_nb.capture.ranks import Birth, Place, Ranks, count_children
 from rlhf_audit_nb.capture.secrets import Scrubber
 from rlhf_audit_nb.capture.state import InheritedView, PrivacyView, RunState, Status
 from rlhf_audit_nb.capture.telemetry import no_telemetry
@@ -185,6 +186,7 @@ class Run:
         entry_point: ``cell`` or ``context``.
         cell_digest: hex SHA-256 of the cell's source.
         show_progress: whether a bar of steps may be printed under privacy; a cell has the panel instead.
+        place: which of several processes that train together this one is; ``None`` where it trains alone.
     """
 
     def __init__(
@@ -200,6 +202,7 @@ class Run:
         entry_point: str = "context",
         cell_digest: str | None = None,
         show_progress: bool = True,
+        place: Place | None = None,
     ) -> None:
         self.id = uuid.uuid4().hex
         self._scrubber = Scrubber()
@@ -211,6 +214,8 @@ class Run:
         self.state = RunState(experiment=self.experiment, run_id=self.id, private=privatiser is not None)
         self.stopped_by_budget = False
         self.training: Any = None
+        self.ranks = Ranks(place, self.experiment, trail) if place is not None else None
+        self.birth = Birth.now()
         self._started: dict[str, Any] = {
             "privacy": privacy,
             "declared_model": declared_model,
@@ -285,6 +290,8 @@ class Run:
             self.record(self._start_event())
             self._code = look_at_code(Path.cwd())
             self.record(keep_environment(self.trail.artifacts, self._code, private=self.private))
+            if self.ranks is not None:
+                self.ranks.opened(self)
             if self.private:
                 self._resolution_us = COARSE_US
             self._undo = undo.pop_all()
@@ -311,6 +318,10 @@ class Run:
         try:
             self._sign_changed_folders()
             self._record_new_code()
+            if self.ranks is not None:
+                self.ranks.ended(self, status, failure)
+            else:
+                count_children(self)
             self.record(
                 RunFinished(
                     status=status,
@@ -376,8 +387,10 @@ class Run:
             private=encode_private(private) if private is not None else None,
             resolution_us=self._resolution_us,
         )
-        if self.audit.waits:  # also where the trail was opened by somebody who asked for less
-            pending.wait()
+        if self.audit.waits or (self.ranks is not None and self.ranks.must_wait(self)):
+            pending.wait()  # also where the trail was opened by somebody who asked for less
+        if self.ranks is not None:
+            self.ranks.saw(self, event)
 
     @property
     def resolution_us(self) -> int:
@@ -396,7 +409,9 @@ class Run:
             _warn_user(sentence)
 
     def weights_saved(self, folder: Path, step: int | None) -> None:
-        """Sign the folder that a trainer saved and record it."""
+        """Sign the folder that a trainer saved and record it; of several processes only the one that writes does."""
+        if self.ranks is not None and not self.ranks.writes:
+            return
         self._sign(folder, step)
         self._saved[folder] = (step, folder_state(folder))
 

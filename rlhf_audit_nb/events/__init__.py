@@ -69,6 +69,7 @@ from rlhf_audit_nb.events.privacy import (
     PrivacySettled,
     PublicDeclared,
 )
+from rlhf_audit_nb.events.ranks import RankReported, RanksFormed
 from rlhf_audit_nb.events.records import (
     CardCreated,
     CellExecuted,
@@ -139,6 +140,8 @@ __all__ = [
     "PrivacySettled",
     "Private",
     "PublicDeclared",
+    "RankReported",
+    "RanksFormed",
     "RecordSealed",
     "RecordStarted",
     "ReplayStarted",
