@@ -38,6 +38,8 @@ SHARED = (TrainerAttached.TYPE, DataBound.TYPE, ModelBound.TYPE)
 """Entries that should be the same in every process."""
 POINTS_ON_THE_WAY = 64
 """How many of the newest weights digests a word on the way has; the last word has all."""
+MAX_POINTS = 10_000
+"""How many of the newest weights digests are kept for the end, so that memory does not grow with the run."""
 REPLICATED = "replicated"
 MAX_DIFFERENCES = 40
 
@@ -108,7 +110,8 @@ class Evidence:
         kind = event.TYPE
         self.counted(kind)
         if kind in SHARED:
-            self._shared.setdefault(kind, hashlib.sha256()).update(encode_body(event) + b"\n")
+            body = encode_body(_comparable(event))
+            self._shared.setdefault(kind, hashlib.sha256()).update(body + b"\n")
         if isinstance(event, Step):
             self._saw_step(event)
         elif isinstance(event, ModelBound):
@@ -127,7 +130,7 @@ class Evidence:
 
     def _saw_step(self, event: Step) -> None:
         if event.weights_digest is not None:
-            self._points[self._point(f"step {event.step}")] = event.weights_digest
+            self._keep(f"step {event.step}", event.weights_digest)
         loss = event.metrics.get("loss")
         if loss is None or "evaluation" in event.notes:
             return
@@ -138,12 +141,15 @@ class Evidence:
 
     def _saw_model(self, event: ModelBound) -> None:
         if event.role in ("base", "final"):
-            self._points[self._point(event.role)] = event.trainable_digest or event.weights_digest
+            self._keep(event.role, event.trainable_digest or event.weights_digest)
         if event.role == "final":
             self._final = event.weights_digest
 
-    def _point(self, name: str) -> str:
-        return name if self._trainings < 2 else f"training {self._trainings}, {name}"  # noqa: PLR2004
+    def _keep(self, point: str, digest: str) -> None:
+        name = point if self._trainings <= 1 else f"training {self._trainings}, {point}"
+        self._points[name] = digest
+        if len(self._points) > MAX_POINTS:
+            del self._points[next(iter(self._points))]
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
@@ -200,6 +206,11 @@ class Evidence:
             seconds=self.seconds,
             more=self.more,
         )
+
+
+def _comparable(event: Event) -> Event:
+    """Without what may differ between processes that train alike: where their generators of random numbers stand."""
+    return msgspec.structs.replace(event, generators={}) if isinstance(event, TrainerAttached) else event
 
 
 def _loss(losses: list[float]) -> dict[str, Number]:

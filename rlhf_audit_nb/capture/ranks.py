@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -200,8 +201,11 @@ class Ranks:
         self._exchange: Exchange | None = None
         self._told_at = 0.0
         self._looked_at = 0.0
+        self._diverged: dict[int, str] = {}
         self._formed = False
         self._ended = False
+        self._reported = False
+        self._lock = threading.Lock()
         self._before = dict(getattr(trail, "taken", {}))
 
     @property
@@ -255,9 +259,17 @@ class Ranks:
             return
         self._ended = True
         self._connect(run)
+        wait = _wait(WAIT_S if failure is None else WAIT_FAILED_S)
+        self._end(run, status, type(failure).__name__ if failure is not None else None, wait)
+
+    def process_ends(self, run: Run, reason: str) -> None:
+        """The process ends for ``reason``, at once: what was heard until now has to do. Called in any thread."""
+        self._end(run, "interrupted", reason, 0.0)
+
+    def _end(self, run: Run, status: str, reason: str | None, wait: float) -> None:
         self._form(run)
         word = self._word(run, final=True)
-        word.status, word.reason = status, type(failure).__name__ if failure is not None else None
+        word.status, word.reason = status, reason
         if not self.place.writes:
             if not self._tell(word):
                 run.warn(
@@ -265,10 +277,14 @@ class Ranks:
                     f"({self._exchange.failure if self._exchange else 'there is no process group'}); the trail says so."
                 )
             return
-        wait = _wait(WAIT_S if failure is None else WAIT_FAILED_S)
-        for event in self._reports(word, self._gather(wait)):
+        words = self._gather(wait)
+        with self._lock:
+            if self._reported:
+                return
+            self._reported = True
+        for event in self._reports(word, words):
             run.record(event)
-            if event.weights == "diverged":
+            if event.diverged_at is not None:
                 run.warn(_diverged(event.rank, event.diverged_at))
 
     # --- the exchange ------------------------------------------------------------------------------------------------
@@ -292,6 +308,8 @@ class Ranks:
             time.sleep(POLL_S)
         if found is not None:
             run.id = run.state.run_id = found.decode()
+        else:
+            run.warn("Rank 0 has opened no run of this experiment, so nothing of what this process sees is recorded.")
 
     def _form(self, run: Run) -> None:
         """Record that the run is trained by several processes, once."""
@@ -345,7 +363,8 @@ class Ranks:
         for rank in self._others():
             word = self._heard(rank)
             found = compare(mine, word) if word is not None else None
-            if found is not None and found.weights == "diverged":
+            if found is not None and found.diverged_at is not None and rank not in self._diverged:
+                self._diverged[rank] = found.diverged_at
                 run.warn(_diverged(rank, found.diverged_at))
 
     def _gather(self, seconds: float) -> dict[int, Word]:
@@ -380,7 +399,10 @@ class Ranks:
                 yield RankReported(rank=rank, world_size=self.place.world_size, heard="never")
                 continue
             heard = "reported" if word.final else "lost" if word.identity.is_gone() else "late"
-            yield self._report(word, compare(mine, word), heard, nodes)
+            found, before = compare(mine, word), self._diverged.get(rank)
+            if before is not None:  # seen on the way; what differed first may not be among the newest any more
+                found = Comparison("diverged", max(found.compared, 1), before, found.differs)
+            yield self._report(word, found, heard, nodes)
 
     def _report(self, word: Word, compared: Comparison, heard: str, nodes: list[str]) -> RankReported:
         same: tuple[str, ...] = (
@@ -409,7 +431,7 @@ class Ranks:
         )
 
 
-def _diverged(rank: int, at: str | None) -> str:
+def _diverged(rank: int, at: str) -> str:
     return f"The weights of rank {rank} are not those of rank 0 any more ({at}): the processes train different models."
 
 

@@ -18,7 +18,7 @@ from support.tiny import shared_folder
 from rlhf_audit_nb.capture import rank_exchange
 from rlhf_audit_nb.capture.rank_evidence import Evidence, compare, hear_rows
 from rlhf_audit_nb.capture.rank_exchange import Exchange, Identity
-from rlhf_audit_nb.capture.ranks import Place, Ranks, find_place
+from rlhf_audit_nb.capture.ranks import Birth, Place, Ranks, find_place, training_in_ranks
 from rlhf_audit_nb.capture.silent import SilentTrail
 from rlhf_audit_nb.errors import RunError
 from rlhf_audit_nb.events import (
@@ -160,12 +160,7 @@ class _Trainer:
     """As much of a trainer as draws batches, four rows ahead, and trains on them."""
 
     def __init__(self, batches):
-        from torch.utils.data import BatchSampler
-
-        class Given(BatchSampler):
-            def __init__(self):
-                pass
-
+        class Given:
             def __iter__(self):
                 yield from batches
 
@@ -314,6 +309,33 @@ def test_one_that_reports_one_that_only_began_and_how_long_is_waited(three):
     assert reports(three.runs[1]) == {}
 
 
+def test_where_the_process_is_told_to_end_what_was_heard_until_then_stands(three):
+    three.ranks[1].ended(three.runs[1], "completed", None)
+    three.ranks[0].process_ends(three.runs[0], "SIGTERM")
+    three.ranks[0].ended(three.runs[0], "completed", None)  # what the main thread was about to say comes too late
+    found = [event for event in three.runs[0].recorded if isinstance(event, RankReported)]
+    assert [(event.heard, event.status, event.reason) for event in found] == [
+        ("reported", "interrupted", "SIGTERM"),
+        ("reported", "completed", None),
+        ("late", None, None),
+    ]
+
+
+def test_a_difference_that_was_seen_on_the_way_stays_though_its_digest_is_not_kept(three, monkeypatch):
+    monkeypatch.setattr("rlhf_audit_nb.capture.rank_evidence.MAX_POINTS", 2)
+    for rank in (1, 0):
+        three.ranks[rank].evidence.strategy = "replicated"
+        three.ranks[rank].saw(three.runs[rank], step(1, str(rank) * 64))
+    assert len(three.runs[0].warned) == 1
+    for rank in (1, 0):
+        for number in range(2, 5):
+            three.ranks[rank].evidence.saw(step(number, "7" * 64))
+    three.ranks[1].ended(three.runs[1], "completed", None)
+    three.ranks[0].ended(three.runs[0], "completed", None)
+    found = reports(three.runs[0])[1]
+    assert (found.weights, found.compared, found.diverged_at) == ("diverged", 2, "step 1")
+
+
 def test_one_that_never_came_and_one_whose_word_cannot_be_read_are_shown_as_such(three):
     three.store.clear()
     three.store["rlhf-audit/" + three.ranks[0]._key + "/2"] = b"{not ours"
@@ -330,6 +352,27 @@ def test_without_a_process_group_nothing_is_waited_for(monkeypatch):
     assert time.monotonic() - began < 5
     assert [event.heard for event in reports(run).values()] == ["reported", "never", "never"]
     assert "there is no process group" in other.warned[0]
+
+
+def test_a_run_that_was_opened_too_early_to_know_says_so_and_is_still_gathered(three, monkeypatch):
+    run = _Run(0)
+    run.ranks, run.birth = None, Birth.now()
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(device=SimpleNamespace(type="cpu")),
+        is_deepspeed_enabled=False,
+        is_fsdp_enabled=False,
+        model=SimpleNamespace(parameters=list),
+        get_train_dataloader=None,
+        training_step=None,
+    )
+    monkeypatch.setattr("rlhf_audit_nb.capture.ranks.find_place", lambda: Place(0, 3, 0))
+    with training_in_ranks(run, trainer, resumed=False):
+        pass
+    formed = [event for event in run.recorded if isinstance(event, RanksFormed)]
+    assert [(event.world_size, event.late) for event in formed] == [(3, True)]
+    assert "before its process could know that it is rank 0 of 3" in run.warned[0]
+    run.ranks.ended(run, "completed", None)
+    assert len(reports(run)) == 3
 
 
 def test_what_other_parts_measure_in_a_rank_stands_with_it(three):
