@@ -166,7 +166,6 @@ def _fork(folder: Path, scenario: str, environment: dict[str, str]) -> int:
     code = 1
     try:
         os.environ.update(environment)
-        os.environ["RLHF_AUDIT_HOME"] = str(folder / "home")
         {"notebook": launch_from_notebook, "private": open_too_early}.get(scenario, lambda it: train(it, scenario))(
             folder
         )
