@@ -42,6 +42,8 @@ MAX_POINTS = 10_000
 """How many of the newest weights digests are kept for the end, so that memory does not grow with the run."""
 REPLICATED = "replicated"
 MAX_DIFFERENCES = 40
+_OWN = ("variables.RANK", "variables.LOCAL_RANK", "variables.CUDA_VISIBLE_DEVICES")
+"""What says which process it is, and so differs by its nature."""
 
 
 class Word(msgspec.Struct, kw_only=True):
@@ -271,7 +273,7 @@ def compare(mine: Word, other: Word) -> Comparison:
 def _differences(mine: Word, other: Word) -> list[str]:
     kinds = [kind for kind in SHARED if mine.shared.get(kind) != other.shared.get(kind)]
     names = sorted({*mine.environment, *other.environment})
-    parts = [name for name in names if mine.environment.get(name) != other.environment.get(name)]
+    parts = [name for name in names if name not in _OWN and mine.environment.get(name) != other.environment.get(name)]
     found = [*kinds, *parts]
     more = len(found) - MAX_DIFFERENCES
     return found if more <= 0 else [*found[:MAX_DIFFERENCES], f"and {more} more"]
