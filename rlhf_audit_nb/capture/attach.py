@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from rlhf_audit_nb.capture.data import bind_data
+from rlhf_audit_nb.capture.models import reward_models, with_origin
 from rlhf_audit_nb.capture.ranks import training_in_ranks
 from rlhf_audit_nb.capture.resume import Resumption, find_resumption
 from rlhf_audit_nb.capture.run import InheritedPlan, PrivatePlan, Run, current_run, open_private_runs
@@ -206,6 +207,7 @@ def _train_in_run(run: Run, trainer: Any, train: Callable[[], Any], checkpoint: 
 
 def _record_training(run: Run, trainer: Any, train: Callable[[], Any], checkpoint: Any) -> Any:
     from rlhf_audit_nb.capture.callback import StepRecorder
+    from rlhf_audit_nb.capture.streams import reading_stream
 
     opening = _Opening(run, trainer)
     with ExitStack() as stack:
@@ -228,6 +230,8 @@ def _record_training(run: Run, trainer: Any, train: Callable[[], Any], checkpoin
         stack.enter_context(_with_callback(trainer, recorder))
         if plan is None:
             stack.enter_context(_listening(trainer, recorder))
+            if inherited is None or inherited.units is None:  # of released rows nothing more than what is sealed
+                stack.enter_context(reading_stream(run, trainer))
         else:  # what a private step measures is the engine's to tell, and only to the recorder
             stack.enter_context(_without_bars(run, trainer))
         try:
@@ -297,16 +301,23 @@ class _Opening:
         self._recorded = True
         self._record_data(max_steps, None)
         base = describe_model(self._trainer.model, "base", self._trainer.processing_class)
-        self._run.record(base)
+        self._run.record(self._with_origin(base, self._trainer.model, self._trainer.processing_class))
         begun = _begun_from(self._trainer.model, base)
         if getattr(self._trainer, "ref_model", None) is not None:
             reference = describe_model(self._trainer.accelerator.unwrap_model(self._trainer.ref_model), "reference")
-            self._run.record(reference)
+            self._run.record(
+                self._with_origin(reference, self._trainer.accelerator.unwrap_model(self._trainer.ref_model))
+            )
             begun.add(reference.weights_digest)
+        for reward in reward_models(self._trainer):
+            self._run.record(self._with_origin(describe_model(reward, "reward"), reward))
         if self.inherited is not None:
             self._run.record(self.inherited.event())
         elif self._run.private:
             _warn_of_open_training(self._run, self._trainer, begun, self.resumed)
+
+    def _with_origin(self, model: ModelBound, shown: Any, processing_class: Any = None) -> ModelBound:
+        return with_origin(model, shown, processing_class, artifacts=self._run.trail.artifacts)
 
     def _record_data(self, max_steps: int, plan: PrivatePlan | None) -> None:
         self.record_trainer(max_steps)
@@ -314,7 +325,7 @@ class _Opening:
             return
         self._data_recorded = True
         for dataset, role in self._datasets():
-            self._run.record(*_bind(dataset, role, plan, self.inherited))
+            self._run.record(*_bind(dataset, role, plan, self.inherited, self._run.trail.artifacts))
 
     def _datasets(self) -> Iterator[tuple[Any, str]]:
         if self._trainer.train_dataset is not None:
@@ -325,12 +336,14 @@ class _Opening:
                 yield dataset, "evaluation"
 
 
-def _bind(dataset: Any, role: str, plan: PrivatePlan | None, inherited: InheritedPlan | None = None) -> tuple[Any, Any]:
+def _bind(
+    dataset: Any, role: str, plan: PrivatePlan | None, inherited: InheritedPlan | None, artifacts: Path
+) -> tuple[Any, Any]:
     if inherited is not None and inherited.units is not None:
         # Of released rows the texts are not protected, and are nobody's business either.
         return bind_data(dataset, role, private=True, unit=inherited.view.unit, units=inherited.units)
     if plan is None:
-        return bind_data(dataset, role)
+        return bind_data(dataset, role, artifacts=artifacts)
     is_train = role == "train"
     return bind_data(
         dataset,

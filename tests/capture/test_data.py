@@ -99,3 +99,79 @@ def test_the_digest_of_prompts_knows_them_in_any_order_and_number_and_stays_priv
     assert private is not None
     assert private.prompts == known
     assert known not in repr(event)
+
+
+def test_shards_tell_where_two_data_sets_differ(rows, monkeypatch):
+    from rlhf_audit_nb.capture import data as module
+
+    monkeypatch.setattr(module, "SHARD_ROWS", 2)
+    dataset = Dataset.from_list(rows)
+    event, _ = bind_data(dataset, "train")
+    assert event.shard_rows == 2
+    assert event.shards is not None
+    assert len(event.shards) == len(rows) // 2
+    assert event.shards[1] == digest_rows(dataset.select([2, 3]))
+    changed = [dict(row) for row in rows]
+    changed[2]["rejected"] += " "
+    other, _ = bind_data(Dataset.from_list(changed), "train")
+    assert [a == b for a, b in zip(event.shards, other.shards or [], strict=True)] == [True, False, True, True]
+    monkeypatch.setattr(module, "MAX_SHARDS", 2)
+    assert bind_data(dataset, "train")[0].shard_rows == 4
+    monkeypatch.setattr(module, "SHARD_ROWS", 65_536)
+    assert bind_data(dataset, "train")[0].shards is None
+
+
+def test_the_files_of_a_data_set_have_names_and_digests_and_no_path(rows, tmp_path):
+    import hashlib
+
+    folder = tmp_path / "somebody" / "data"
+    Dataset.from_list(rows).save_to_disk(folder)
+    event, _ = bind_data(Dataset.load_from_disk(folder), "train")
+    assert event.files is not None
+    (file,) = event.files.files
+    (path,) = folder.glob("*.arrow")
+    assert (file.name, file.digest) == (path.name, hashlib.sha256(path.read_bytes()).hexdigest())
+    assert "somebody" not in repr(event)
+    assert event.fingerprint == Dataset.load_from_disk(folder)._fingerprint
+    assert event.features == {name: str(kind) for name, kind in Dataset.from_list(rows).features.items()}
+    assert bind_data(Dataset.from_list(rows), "train")[0].files is None
+
+
+def test_every_transformation_changes_the_fingerprint(rows):
+    dataset = Dataset.from_list(rows)
+    prints = [
+        bind_data(one, "train")[0].fingerprint
+        for one in (dataset, dataset.select([0, 1]), dataset.remove_columns("chosen"), dataset.shuffle(seed=1))
+    ]
+    assert len(set(prints)) == 4
+    assert None not in prints
+
+
+def test_the_hubs_commit_is_read_off_the_cache_and_off_the_addresses(rows, tmp_path):
+    commit = "c0ffee" + "0" * 34
+    folder = tmp_path / "someone___things" / "default" / "0.0.0" / commit
+    folder.mkdir(parents=True)
+    Dataset.from_list(rows).save_to_disk(tmp_path / "made")
+    (made,) = (tmp_path / "made").glob("*.arrow")
+    made.rename(folder / "things-train.arrow")
+    cached = Dataset.from_file(str(folder / "things-train.arrow"))
+    assert bind_data(cached, "train")[0].revision == commit
+    assert bind_data(Dataset.from_list(rows), "train")[0].revision is None
+    address = f"hf://datasets/someone/things@{commit}/data/train.parquet"
+    info = DatasetInfo(download_checksums={address: {"num_bytes": 7, "checksum": "0" * 64}})
+    event, _ = bind_data(Dataset.from_list(rows, info=info), "train")
+    assert event.revision == commit
+    assert event.files is not None
+    assert [(file.name, file.bytes, file.digest) for file in event.files.files] == [("data/train.parquet", 7, "0" * 64)]
+
+
+def test_under_privacy_none_of_it_stands_in_the_open(rows, tmp_path):
+    Dataset.from_list(rows).save_to_disk(tmp_path / "data")
+    dataset = Dataset.load_from_disk(tmp_path / "data")
+    event, half = bind_data(dataset, "train", private=True, unit="annotator", units=4, artifacts=tmp_path)
+    assert (event.files, event.fingerprint, event.features, event.revision, event.shards) == (None,) * 5
+    assert half is not None
+    assert half.files is not None
+    assert half.fingerprint == dataset._fingerprint
+    assert half.features is not None
+    assert not list(tmp_path.glob("*.json"))
