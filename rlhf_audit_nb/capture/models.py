@@ -2,11 +2,11 @@
 
 A trainer shows a model in memory, and its weights digest is what a run names it by (`weights`). Here the files that it
 was loaded from are found again, by the name that transformers keeps with it: a local folder, or a snapshot in the hub's
-cache, whose commit is the revision. Each is digested, and each safetensors header by itself; the tensors in the files get a digest
-in the form of a weights digest, so that it can be compared: equal, the weights in memory are the files' own; else the
-two lists of tensors, kept beside the trail as ``artifacts/DIGEST.tensors``, name the tensors that differ (a tied or
-newly initialised head, another precision, a quantised or merged model, a change after loading). The digests are of the
-files as they lie there when training begins. No path is recorded, only names within the folder.
+cache, whose commit is the revision. Each is digested, and each safetensors header by itself. The tensors in the files
+get a digest in the form of a weights digest: where the two are equal, the weights in memory are the files' own; else
+the two lists of tensors, kept beside the trail as ``artifacts/DIGEST.tensors``, name those that differ (a tied or newly
+initialised head, another precision, a quantised or merged model, a change after loading). The digests are of the files
+as they lie there when training begins. No path is recorded, only names within the folder.
 """
 
 from __future__ import annotations
