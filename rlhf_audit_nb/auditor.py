@@ -30,6 +30,7 @@ from rlhf_audit_nb.events import (
 if TYPE_CHECKING:
     from rlhf_audit_nb.capture.annotations import AnnotationImport, Headers, ImportSummary, OpenedAnnotation
     from rlhf_audit_nb.capture.evaluation import LoggedEvaluation
+    from rlhf_audit_nb.capture.overhead import RunOverhead
     from rlhf_audit_nb.capture.run import Run
     from rlhf_audit_nb.labelling import LabelRelease
     from rlhf_audit_nb.privacy.pseudonyms import AnnotatorTable
@@ -445,6 +446,25 @@ class AuditableRLHF:
     def status(self) -> Status:
         """Where the trail stands: its name, size and last commit."""
         return Status.of(self.trail)
+
+    def overhead(self, run: str | None = None) -> RunOverhead:
+        """What recording cost a run: its share of the training, and each part's p50 and p99 in a step.
+
+        A private run's figures lie in the vault, because times depend on private data.
+
+        Args:
+            run: the run's id or its beginning; ``None`` takes the last one that trained.
+
+        Raises:
+            DataError: no such run has trained and ended.
+            VaultError: a private run's figures cannot be opened.
+        """
+        from rlhf_audit_nb.capture.overhead import read_overhead, sealed_payload
+        from rlhf_audit_nb.trail import Vault
+
+        trail = self.trail
+        with closing(Vault(trail.vault.path, trail.keys.master)) as vault:
+            return read_overhead(trail.reader(), functools.partial(sealed_payload, vault), run)
 
     def budget(self) -> Budget:
         """What the trail's population has spent and reserved, and what is left, composed from the trail itself."""

@@ -15,6 +15,7 @@ from rlhf_audit_nb.events import (
     PrivacyPopulation,
     PrivacySealed,
     RunFinished,
+    RunInterrupted,
     Step,
     StepPrivate,
     decode_body,
@@ -99,7 +100,7 @@ def test_private_halves_come_back_and_belong_to_their_type():
     with pytest.raises(EntryError):
         decode_private(Step.TYPE, encode_private(PrivacySealed(seed="00")))
     with pytest.raises(EntryError, match="no private half"):
-        decode_private(RunFinished.TYPE, payload)
+        decode_private(RunInterrupted.TYPE, payload)
 
 
 def test_no_public_event_has_a_field_for_the_seed_or_for_what_only_the_private_half_holds():

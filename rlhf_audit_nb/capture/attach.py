@@ -234,6 +234,7 @@ def _record_training(run: Run, trainer: Any, train: Callable[[], Any], checkpoin
                 stack.enter_context(reading_stream(run, trainer))
         else:  # what a private step measures is the engine's to tell, and only to the recorder
             stack.enter_context(_without_bars(run, trainer))
+        stack.enter_context(run.overhead.training())
         try:
             with _around(run, trainer, recorder, plan, inherited):
                 if plan is not None:
@@ -241,7 +242,8 @@ def _record_training(run: Run, trainer: Any, train: Callable[[], Any], checkpoin
                 result = train()
         finally:
             recorder.flush()
-        run.record(describe_model(trainer.model, "final", trainer.processing_class))
+        with run.overhead.part("inputs"):
+            run.record(describe_model(trainer.model, "final", trainer.processing_class))
     return result
 
 

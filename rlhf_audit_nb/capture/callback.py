@@ -97,12 +97,15 @@ class StepRecorder(TrainerCallback):
         self._smoothed = Smoothed()
         self._last: _Scalars | None = None
         self._resumed_at = 0
+        self._overhead = run.overhead
+        self._recording, self._norming = run.overhead.part("recorder"), run.overhead.part("update norm")
 
     # --- what the wrapped trainer tells it ---------------------------------------------------------------------------
 
     def saw_loss(self, loss: torch.Tensor) -> None:
         """A micro-batch's loss, already divided by the number of micro-batches."""
-        self._losses.append(loss.detach())
+        with self._recording:
+            self._losses.append(loss.detach())
 
     def saw_gradient_norm(self, norm: torch.Tensor | float | None) -> None:
         """The gradient's norm before clipping; under privacy, of the privatised gradient."""
@@ -130,7 +133,8 @@ class StepRecorder(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """The plan is known and nothing was trained yet."""
-        self._opening(int(state.max_steps))
+        with self._overhead.part("inputs"):
+            self._opening(int(state.max_steps))
         self._resumed_at = int(state.global_step)
         self._run.state.max_steps = self._first_step + int(state.max_steps) - self._resumed_at
         self._run.state.status = "training"
@@ -139,30 +143,35 @@ class StepRecorder(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Remember how much TRL has measured before this step."""
+        self._overhead.step_begins()
         if not self._private:
-            self._marks = {name: len(values) for name, values in self._measured().items()}
+            with self._recording:
+                self._marks = {name: len(values) for name, values in self._measured().items()}
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Keep what the step is about to change."""
         self._learning_rate = float(kwargs["optimizer"].param_groups[0]["lr"])
         if self._norm is not None:
-            self._norm.before_step(int(state.global_step) + 1)
+            with self._norming:
+                self._norm.before_step(int(state.global_step) + 1)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Measure what it changed."""
-        self._update_norm = self._norm.after_step() if self._norm is not None else None
+        with self._norming:
+            self._update_norm = self._norm.after_step() if self._norm is not None else None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """One optimizer step is done."""
-        step = int(state.global_step)
-        self._run.state.step = self._run_step(step)
-        scalars = self._scalars(step)
-        if not self._private:
-            self._covered.append({**scalars.losses, **self._fresh_metrics()})
-        self._show(scalars)
-        self._last = scalars
-        if step % self._run.audit.every_steps == 0:
-            self.flush()
+        with self._recording:
+            step = int(state.global_step)
+            self._run.state.step = self._run_step(step)
+            scalars = self._scalars(step)
+            if not self._private:
+                self._covered.append({**scalars.losses, **self._fresh_metrics()})
+            self._show(scalars)
+            self._last = scalars
+            if step % self._run.audit.every_steps == 0:
+                self.flush()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:  # noqa: ARG002
         """An evaluation inside the training; its data may be private too."""
@@ -178,7 +187,8 @@ class StepRecorder(TrainerCallback):
         """A checkpoint was written."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if folder.is_dir() and state.is_world_process_zero:
-            self._run.weights_saved(folder, int(state.global_step))
+            with self._overhead.part("checkpoints"):
+                self._run.weights_saved(folder, int(state.global_step))
 
     # --- one event ---------------------------------------------------------------------------------------------------
 
@@ -200,14 +210,19 @@ class StepRecorder(TrainerCallback):
             epsilon=number(last.epsilon) if last.epsilon is not None else None,
             gradient_norm=number(last.gradient_norm) if last.gradient_norm is not None else None,
             update_norm=number(last.update_norm) if last.update_norm is not None else None,
-            weights_digest=trainable_digest(self._trainer.model) if every and last.step % every == 0 else None,
+            weights_digest=self._digest() if every and last.step % every == 0 else None,
             notes=notes,
         )
         self._run.record(event, StepPrivate(metrics=metrics) if self._private else None)
         if not self._private:
-            for name, value in metrics.items():
-                if name != "loss":
-                    self._run.state.add(name, self._run_step(last.step), _float(value))
+            with self._overhead.part("panel"):
+                for name, value in metrics.items():
+                    if name != "loss":
+                        self._run.state.add(name, self._run_step(last.step), _float(value))
+
+    def _digest(self) -> str:
+        with self._overhead.part("weights digest"):
+            return trainable_digest(self._trainer.model)
 
     def _run_step(self, step: int) -> int:
         return self._first_step + step - self._resumed_at
@@ -218,7 +233,8 @@ class StepRecorder(TrainerCallback):
         if self._losses:
             tensors["loss"] = torch.stack([loss.float() for loss in self._losses]).sum()
         self._losses = []
-        values = _read(tensors)
+        with self._overhead.part("device"):
+            values = _read(tensors)
         losses = {"loss": values["loss"]} if "loss" in values else {}
         return _Scalars(
             step=step,
@@ -239,9 +255,10 @@ class StepRecorder(TrainerCallback):
             "gradient_norm": scalars.gradient_norm,
             "update_norm": scalars.update_norm,
         }
-        for name, value in series.items():
-            if value is not None:
-                state.add(name, at, value)
+        with self._overhead.part("panel"):
+            for name, value in series.items():
+                if value is not None:
+                    state.add(name, at, value)
 
     def _measured(self) -> Mapping[str, list[Any]]:
         """What TRL has measured since its last log: values by name, or nothing for a plain trainer."""

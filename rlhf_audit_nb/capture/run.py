@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from rlhf_audit_nb.capture.code import CodeSeen, code_since, look_at_code
 from rlhf_audit_nb.capture.environment import keep_environment
 from rlhf_audit_nb.capture.ranks import Birth, Place, Ranks, count_children
+from rlhf_audit_nb.capture.overhead import Overhead
 from rlhf_audit_nb.capture.secrets import Scrubber
 from rlhf_audit_nb.capture.state import InheritedView, PrivacyView, RunState, Status
 from rlhf_audit_nb.capture.telemetry import no_telemetry
@@ -38,6 +39,7 @@ from rlhf_audit_nb.events import (
     Number,
     Private,
     RunFinished,
+    RunFinishedPrivate,
     RunStarted,
     Step,
     WeightsSaved,
@@ -216,6 +218,7 @@ class Run:
         self.training: Any = None
         self.ranks = Ranks(place, self.experiment, trail) if place is not None else None
         self.birth = Birth.now()
+        self.overhead = Overhead()
         self._started: dict[str, Any] = {
             "privacy": privacy,
             "declared_model": declared_model,
@@ -322,13 +325,16 @@ class Run:
                 self.ranks.ended(self, status, failure)
             else:
                 count_children(self)
+            measured = self.overhead.to_dict()
             self.record(
                 RunFinished(
                     status=status,
                     steps=self.steps,
                     trained=self.steps > 0,
                     reason=type(failure).__name__ if failure is not None else None,
-                )
+                    overhead=None if self.private else measured,
+                ),
+                RunFinishedPrivate(overhead=measured) if self.private and measured is not None else None,
             )
             self.trail.flush()
         finally:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from rlhf_audit_nb.events.base import Event
+from rlhf_audit_nb.events.base import Event, Private
 from rlhf_audit_nb.events.inputs import CodeFiles  # noqa: TC001 - the decoder reads the annotation
 
 __all__ = [
     "EnvironmentCaptured",
     "ReplayStarted",
     "RunFinished",
+    "RunFinishedPrivate",
     "RunInterrupted",
     "RunResumed",
     "RunStarted",
@@ -96,15 +97,27 @@ class ReplayStarted(Event, frozen=True, kw_only=True):
     reservations: list[int]
 
 
+class RunFinishedPrivate(Private, frozen=True, kw_only=True):
+    """What a private run's times tell: the overhead of recording, as in `RunFinished`."""
+
+    overhead: dict[str, Any]
+
+
 class RunFinished(Event, frozen=True, kw_only=True):
-    """The run was closed: ``status`` is ``completed``, ``failed``, ``interrupted`` or ``stopped-by-budget``."""
+    """The run was closed: ``status`` is ``completed``, ``failed``, ``interrupted`` or ``stopped-by-budget``.
+
+    ``overhead`` is what recording cost the thread that trained, as `rlhf_audit_nb.capture.overhead` measured it;
+    ``None`` where nothing was trained, and under differential privacy, where it is private.
+    """
 
     TYPE: ClassVar[str] = "run.finished"
+    PRIVATE: ClassVar[type[Private] | None] = RunFinishedPrivate
 
     status: str
     steps: int
     trained: bool
     reason: str | None = None
+    overhead: dict[str, Any] | None = None
 
 
 class RunInterrupted(Event, frozen=True, kw_only=True):
