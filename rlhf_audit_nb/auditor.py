@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.capture.evaluation import LoggedEvaluation
     from rlhf_audit_nb.capture.overhead import RunOverhead
     from rlhf_audit_nb.capture.run import Run
+    from rlhf_audit_nb.health import Examination
     from rlhf_audit_nb.labelling import LabelRelease
     from rlhf_audit_nb.privacy.pseudonyms import AnnotatorTable
     from rlhf_audit_nb.privacy.self_audit import SelfAudit
@@ -447,6 +448,26 @@ class AuditableRLHF:
         """Where the trail stands: its name, size and last commit."""
         return Status.of(self.trail)
 
+    def doctor(
+        self, *, full: bool = False, policy: Path | str | None = None, published: str | None = None
+    ) -> Examination:
+        """Look whether keys, trail, vault, disk, clock, versions and anchors are as they should be; changes nothing.
+
+        Args:
+            full: verify every entry, not only the newest.
+            policy: a trust policy's file; ``None`` looks for ``trust.policy`` beside the trail.
+            published: the folder or address of a published copy, to tell how far it lags.
+
+        Raises:
+            ConfigError: the policy that was named is not there.
+        """
+        from rlhf_audit_nb.health import examine
+
+        location = self.audit_config.trail_location()
+        with _lock:
+            trail = _trails.get(location.absolute())
+        return examine(location, full=full, policy=policy, published=published, trail=trail)
+
     def overhead(self, run: str | None = None) -> RunOverhead:
         """What recording cost a run: its share of the training, and each part's p50 and p99 in a step.
 
@@ -459,12 +480,10 @@ class AuditableRLHF:
             DataError: no such run has trained and ended.
             VaultError: a private run's figures cannot be opened.
         """
-        from rlhf_audit_nb.capture.overhead import read_overhead, sealed_payload
-        from rlhf_audit_nb.trail import Vault
+        from rlhf_audit_nb.capture.overhead import read_overhead
 
-        trail = self.trail
-        with closing(Vault(trail.vault.path, trail.keys.master)) as vault:
-            return read_overhead(trail.reader(), functools.partial(sealed_payload, vault), run)
+        with self.trail.reading_vault() as vault:
+            return read_overhead(self.trail.reader(), vault.half, run)
 
     def budget(self) -> Budget:
         """What the trail's population has spent and reserved, and what is left, composed from the trail itself."""

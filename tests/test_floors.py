@@ -22,6 +22,7 @@ FLOORS = {
     "records": 3,
     "compliance": 3,
     "privatiser": 3,
+    "health": 4,
     "replaying": 4,
     "reports": 4,
     "cards": 4,

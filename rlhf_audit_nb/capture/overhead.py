@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import threading
 import time
-from base64 import b64decode
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,8 +26,9 @@ from rlhf_audit_nb.events import RunFinished, RunFinishedPrivate, RunStarted, de
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.trail import Entry, TrailReader
+    from rlhf_audit_nb.trail.vault import Half
 
-__all__ = ["PARTS", "STEP_PARTS", "Histogram", "Overhead", "RunOverhead", "read_overhead", "sealed_payload"]
+__all__ = ["PARTS", "STEP_PARTS", "Histogram", "Overhead", "RunOverhead", "read_overhead"]
 
 STEP_PARTS: Mapping[str, str] = {
     "recorder": "metrics, encoding, and handing the entry to the writer",
@@ -267,17 +267,17 @@ def _us(part: Mapping[str, float], name: str) -> str:
     return f"{part[name]:,.3g} µs" if name in part else ""
 
 
-def read_overhead(reader: TrailReader, open_payload: Callable[[Entry], bytes], run: str | None = None) -> RunOverhead:
+def read_overhead(reader: TrailReader, half: Callable[[Entry], Half], run: str | None = None) -> RunOverhead:
     """What recording cost a run, from the entry that closed it.
 
     Args:
         reader: the trail.
-        open_payload: gives the private half of an entry, or raises why it cannot.
+        half: gives the private half of an entry (`Vault.half`).
         run: the run's id, or its beginning; ``None`` takes the last one that trained.
 
     Raises:
-        DataError: there is none.
-        VaultError: a private run's figures cannot be opened.
+        DataError: there is none, or a private run's figures are gone from the vault.
+        VaultError: they cannot be opened.
     """
     found = None
     for entry in reader.entries(type=RunFinished.TYPE):
@@ -296,15 +296,15 @@ def read_overhead(reader: TrailReader, open_payload: Callable[[Entry], bytes], r
     entry, finished = found
     figures = finished.overhead
     if figures is None:
-        half = decode_private(entry.type, open_payload(entry))
-        assert isinstance(half, RunFinishedPrivate)
-        figures = half.overhead
+        opened = half(entry)
+        if opened.payload is None:
+            raise DataError(
+                f"What recording cost the private run {entry.run} is {opened.state} in the vault.", code="overhead"
+            )
+        private = decode_private(entry.type, opened.payload)
+        assert isinstance(private, RunFinishedPrivate)
+        figures = private.overhead
     started = next(reader.entries(type=RunStarted.TYPE, run=entry.run), None)
     event = decode_body(started.type, started.body) if started is not None else None
     experiment = event.experiment if isinstance(event, RunStarted) else "unnamed"
     return RunOverhead(run=entry.run or "", experiment=experiment, private=finished.overhead is None, figures=figures)
-
-
-def sealed_payload(vault: Any, entry: Entry) -> bytes:
-    """The private half of an entry from the vault."""
-    return bytes(vault.open_payload(entry.run, entry.seq, b64decode(entry.envelope.sealed or "")))

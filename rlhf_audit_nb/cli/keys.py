@@ -413,7 +413,7 @@ def _do_export(args: argparse.Namespace) -> int:
 
 def _do_backup(args: argparse.Namespace) -> int:
     from rlhf_audit_nb.trail.durable import write_durably
-    from rlhf_audit_nb.trail.key_care import backup_keys
+    from rlhf_audit_nb.trail.key_care import backup_keys, note_backup
 
     home = _home()
     origin, path = _origin(args, home), Path(args.file)
@@ -423,6 +423,7 @@ def _do_backup(args: argparse.Namespace) -> int:
     data = backup_keys(home, origin, passphrase or _new_passphrase("passphrase of the backup"))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, data)
+    note_backup(home, origin)
     words = [
         f"backup   {path}: all keys of {origin}, encrypted",
         "Keep it and its passphrase apart from this machine. Make a new one after each rotation and each erasure.",

@@ -54,6 +54,7 @@ argument: Any = _arguments.argument
 CELL = "audit_train"
 LINE = "audit"
 COMMANDS = ("status", "verify", "report", "card", "budget", "lineage", "evaluations", "privacy-check")
+COMMANDS += ("doctor", "overhead")
 _MATCHER = "rlhf_audit_nb"
 _VERDICT = ("rlhf_audit_nb.trail.verdict", "Verdict")
 
@@ -170,10 +171,11 @@ class AuditMagics(Magics):
     @argument("--json", action="store_true", help="budget: as plain values")
     @argument("--compliance-mode", metavar="MODE", help="framework of the report (default eu_ai_act)")
     @argument("--record", action="store_true", help="privacy-check: write what was found into the trail")
+    @argument("--full", action="store_true", help="doctor: verify every entry, not only the newest")
     @line_magic
     def audit(self, line: str) -> Any:
         """Look at the trail: ``%audit status``, ``verify``, ``report``, ``card``, ``budget``, ``lineage``,
-        ``evaluations`` or ``privacy-check``.
+        ``evaluations``, ``privacy-check``, ``doctor`` or ``overhead``.
 
         ``%audit report --format html --out report.html`` writes the compliance report; without ``--out`` it is shown.
         ``%audit budget --noise-multiplier 2 --sampling-rate 0.1`` tells how many steps are left.
@@ -242,6 +244,26 @@ class AuditMagics(Magics):
                 code="privacy-check",
             )
         return found
+
+    def _doctor(self, auditor: AuditableRLHF, options: Any) -> Any:
+        found = auditor.doctor(full=options.full)
+        if found.exit_code:
+            from IPython.display import display
+
+            display(found)  # type: ignore[no-untyped-call]
+            failed = [finding for finding in found.findings if finding.status == "fail"]
+            raise TrailError(f"{failed[0].check}: {failed[0].message}", next_step=failed[0].next_step, code="doctor")
+        return found
+
+    def _overhead(self, auditor: AuditableRLHF, options: Any) -> Any:
+        found = auditor.overhead()
+        if found.private:
+            raise PrivacyError(
+                "The last run was private: how long it took depends on private data, and a notebook is passed on.",
+                next_step="Run `rlhf-audit overhead` in a terminal.",
+                code="private-times",
+            )
+        return _plain_or_shown(found, options)
 
     # --- auditors ----------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from rlhf_audit_nb.errors import UnsupportedTrainerError
 
-__all__ = ["HOOKS", "check_hooks"]
+__all__ = ["HOOKS", "check_classes", "check_hooks"]
 
 HOOKS: dict[str, tuple[str, ...]] = {
     "_clip_grad_norm": ("model",),
@@ -45,14 +45,7 @@ def check_hooks(trainer: Any) -> None:
     Raises:
         UnsupportedTrainerError: it names the hook and the versions of the libraries.
     """
-    for name, expected in HOOKS.items():
-        owners = [kind for kind in type(trainer).__mro__ if name in vars(kind)]
-        if not owners:
-            raise _refusal(f"{type(trainer).__name__}.{name} does not exist")
-        for owner in owners:
-            found = tuple(inspect.signature(vars(owner)[name]).parameters)[1:]
-            if found not in (expected, _ANY):
-                raise _refusal(f"{owner.__name__}.{name} takes ({', '.join(found)}) and not ({', '.join(expected)})")
+    _check_methods(type(trainer))
     for name in ("_metrics", "_total_train_tokens", "callback_handler", "data_collator"):
         if not hasattr(trainer, name):
             raise _refusal(f"{type(trainer).__name__}.{name} does not exist")
@@ -60,6 +53,31 @@ def check_hooks(trainer: Any) -> None:
         raise _refusal(f'{type(trainer).__name__}._metrics has no "train"')
     if not callable(getattr(trainer.data_collator, "torch_call", None)):
         raise _refusal(f"{type(trainer.data_collator).__name__}.torch_call does not exist")
+
+
+def check_classes() -> None:
+    """Hold the methods of the installed trainers that can be made private against those that were verified.
+
+    What only a built trainer shows is left to `check_hooks`. Loads transformers and TRL.
+
+    Raises:
+        UnsupportedTrainerError: it names the hook and the versions of the libraries.
+    """
+    from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
+
+    for kind in (DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer):
+        _check_methods(kind)
+
+
+def _check_methods(trainer: type) -> None:
+    for name, expected in HOOKS.items():
+        owners = [kind for kind in trainer.__mro__ if name in vars(kind)]
+        if not owners:
+            raise _refusal(f"{trainer.__name__}.{name} does not exist")
+        for owner in owners:
+            found = tuple(inspect.signature(vars(owner)[name]).parameters)[1:]
+            if found not in (expected, _ANY):
+                raise _refusal(f"{owner.__name__}.{name} takes ({', '.join(found)}) and not ({', '.join(expected)})")
 
 
 def _refusal(what: str) -> UnsupportedTrainerError:

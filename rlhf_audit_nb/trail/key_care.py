@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -29,13 +30,25 @@ from rlhf_audit_nb.trail.signers import HeldKey, kind_of, load_public, read_publ
 from rlhf_audit_nb.trail.succession import Limit, known_limits
 from rlhf_audit_nb.trail.vault_key import backup_master, reseal_master, restore_master, unusable_keys
 
-__all__ = ["KeyInfo", "backup_keys", "check_passphrase", "encrypt_keys", "key_id", "list_keys", "restore_keys"]
+__all__ = [
+    "KeyInfo",
+    "backup_keys",
+    "changed_since_backup",
+    "check_passphrase",
+    "encrypt_keys",
+    "key_id",
+    "last_backup",
+    "list_keys",
+    "note_backup",
+    "restore_keys",
+]
 
 _BACKUP_VERSION = 1
 _BACKUP_SCRYPT = {"n": 1 << 16, "r": 8, "p": 1}
 _BACKUP_CONTEXT = b"rlhf-audit/keys-backup/v1"
 _SALT_BYTES, _NONCE_BYTES = 16, 12
 _LEAST_PASSPHRASE = 8
+_NOTED = ".backup.json"
 _NAMES = {ED25519: "Ed25519", ECDSA: "ECDSA P-256", MLDSA44: "ML-DSA-44"}
 
 
@@ -141,6 +154,55 @@ def backup_keys(home: Path, origin: str, passphrase: str) -> bytes:
         "sealed": base64.b64encode(sealed).decode(),
     }
     return json.dumps(form).encode() + b"\n"
+
+
+def note_backup(home: Path, origin: str) -> None:
+    """Remember that a backup of the ring, as it is now, was written: when, and the digests of its files.
+
+    Raises:
+        KeyFileError: it cannot be written.
+    """
+    folder = RingFolder(keys_folder(home, origin))
+    noted = {"time": time.time(), "files": _digests(folder.path)}
+    try:
+        write_durably(folder.path / _NOTED, json.dumps(noted).encode() + b"\n")
+    except OSError as error:
+        raise unusable_keys(folder.path, error) from error
+
+
+def last_backup(ring: Path) -> float | None:
+    """When the last backup of the ring in this folder was made (POSIX seconds); ``None`` where none is known of.
+
+    Raises:
+        KeyFileError: what is remembered of it cannot be read.
+    """
+    noted = _noted(ring)
+    return None if noted is None else float(noted["time"])
+
+
+def changed_since_backup(ring: Path) -> tuple[str, ...]:
+    """The files of the ring that are not as they were in its last backup; errors as `last_backup`."""
+    before, now = (_noted(ring) or {"files": {}})["files"], _digests(ring)
+    return tuple(sorted(name for name in {*before, *now} if before.get(name) != now.get(name)))
+
+
+def _noted(ring: Path) -> dict[str, Any] | None:
+    try:
+        noted: dict[str, Any] = json.loads((ring / _NOTED).read_bytes())
+        return {"time": float(noted["time"]), "files": dict(noted["files"])}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise KeyFileError(
+            f"{_NOTED}, which says when the keys were backed up, cannot be read.",
+            next_step="Make a new backup: `rlhf-audit keys backup FILE`.",
+            code="backup",
+        ) from error
+
+
+def _digests(ring: Path) -> dict[str, str]:
+    paths = [*_kept(ring), ring / VAULT_KEY]
+    return {path.relative_to(ring).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def _kept(folder: Path) -> list[Path]:

@@ -14,6 +14,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
+from contextvars import ContextVar
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -28,12 +29,13 @@ from rlhf_audit_nb.errors import StoreError
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
-__all__ = ["Database", "Session", "Statement", "Writing", "reading", "store_errors"]
+__all__ = ["Database", "Session", "Statement", "Writing", "leaving_no_trace", "reading", "store_errors"]
 
 BUSY_SECONDS = 60.0
 
 _DIALECT = SQLiteDialect_pysqlite(paramstyle="named")
 _NOTHING: Mapping[str, Any] = {}
+_IMMUTABLE = "mode=ro&immutable=1"
 
 _FREE = "Free some space, then open the trail again."
 _ALLOW = "Make the file and its folder writable, or name another folder with trail=."
@@ -271,6 +273,22 @@ class Writing(Generic[_Given]):
             raise _advice(path, error) from error
 
 
+_no_trace: ContextVar[bool] = ContextVar("rlhf_audit_no_trace", default=False)
+
+
+@contextmanager
+def leaving_no_trace() -> Iterator[None]:
+    """Inside, `reading` on this thread makes and changes no file at all, not even the log and its index beside it.
+
+    Only where nobody writes meanwhile: it takes no locks, so that what another process commits could be half seen.
+    """
+    token = _no_trace.set(True)
+    try:
+        yield
+    finally:
+        _no_trace.reset(token)
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[Session]:
     """One consistent state of the file, on a connection of its own: safe from any thread.
@@ -278,7 +296,10 @@ def reading(path: Path) -> Iterator[Session]:
     Raises:
         StoreError: the file cannot be read.
     """
-    with store_errors(path), closing(_connect(path, _reading_mode(path))) as raw:
+    untouched = _no_trace.get()
+    with store_errors(path), closing(_connect(path, _untouching(path) if untouched else _reading_mode(path))) as raw:
+        if untouched:
+            raw.execute("PRAGMA locking_mode=EXCLUSIVE")  # the index of the log is then made in memory
         raw.execute("BEGIN")
         yield Session(raw)
 
@@ -293,7 +314,13 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
 def _reading_mode(path: Path) -> str:
     # SQLite cannot make the shared-memory file of a WAL database in a folder that cannot be written. Without a
     # log to read, the file itself is all there is, and it may be read as one that nobody changes.
+    return _IMMUTABLE if not os.access(path.parent, os.W_OK) and not _has_log(path) else "mode=ro"
+
+
+def _untouching(path: Path) -> str:
+    return "mode=ro&vfs=unix-none" if _has_log(path) else _IMMUTABLE
+
+
+def _has_log(path: Path) -> bool:
     log = path.with_name(path.name + "-wal")
-    if not os.access(path.parent, os.W_OK) and (not log.exists() or log.stat().st_size == 0):
-        return "mode=ro&immutable=1"
-    return "mode=ro"
+    return log.exists() and log.stat().st_size > 0

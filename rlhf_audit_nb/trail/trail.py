@@ -23,7 +23,7 @@ from typing import Self
 import msgspec
 
 from rlhf_audit_nb.config import DEFAULT_TRAIL, ENV_TRAIL, Durability
-from rlhf_audit_nb.errors import FormatError, StoreError
+from rlhf_audit_nb.errors import AuditError, FormatError, StoreError
 from rlhf_audit_nb.trail.checkpoint import checkpoint_of
 from rlhf_audit_nb.trail.durable import locked, sync_folder
 from rlhf_audit_nb.trail.ending import watch
@@ -507,6 +507,11 @@ class Trail:
             raise StoreError("The trail has no state yet.", code="closed")
         head, root = committed.head, committed.checkpoint.root
         return TrailStatus(head.size, root, head.note, head.time, writer.unsynced, self._vkey)
+
+    @property
+    def failure(self) -> AuditError | None:
+        """The commit that failed, after which nothing more can be appended here; ``None`` while all is well."""
+        return self._writer.failure
 
     def close(self) -> None:
         """Make everything durable and let go. Raises the `StoreError` of a failed commit."""

@@ -223,6 +223,19 @@ class Vault:
         except InvalidTag as error:
             raise self._wrong_key() from error
 
+    def check_key(self) -> None:
+        """Look whether the key opens this file, on one owner's key; changes nothing.
+
+        Raises:
+            StoreError: the file cannot be read.
+            VaultError: ``vault-key``, ``vault-old`` or ``key-old`` where it does not.
+        """
+        with reading(self.path) as session:
+            row = session.execute(ALL_OWNERS).fetchone()
+            wrapping = self._wrapping_now(session)
+            if row is not None:
+                self._unwrap(wrapping, row[2], row[1])
+
     # --- sealing and opening ---
 
     def seal(self, items: Sequence[Sealed]) -> None:

@@ -492,6 +492,11 @@ class Writer:
         """How many entries were handed in and are not durable yet."""
         return len(self._queue)
 
+    @property
+    def failure(self) -> AuditError | None:
+        """The commit that failed, after which this writer takes no more."""
+        return self._failure
+
     def submit(self, item: Pending) -> None:
         """Queue an entry; waits only while 1,000 are not durable yet.
 

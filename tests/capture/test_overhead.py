@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from support.tiny import dpo_trainer, synthetic_pairs
 from support.trails import events
 
 from rlhf_audit_nb.capture import callback
-from rlhf_audit_nb.capture.overhead import PARTS, STEP_PARTS, Histogram, Overhead, read_overhead, sealed_payload
+from rlhf_audit_nb.capture.overhead import PARTS, STEP_PARTS, Histogram, Overhead, read_overhead
 from rlhf_audit_nb.capture.run import Run
 from rlhf_audit_nb.config import AuditConfig
 from rlhf_audit_nb.errors import DataError
@@ -180,12 +179,12 @@ def test_a_run_says_what_recording_cost_it(trained: tuple[Trail, Run]) -> None:
 
 def test_the_last_runs_overhead_is_found_and_told(trained: tuple[Trail, Run]) -> None:
     trail, run = trained
-    found = read_overhead(trail.reader(), lambda _: b"")
+    found = read_overhead(trail.reader(), trail.vault.half)
     assert (found.run, found.experiment, found.private) == (run.id, "measured", False)
     assert "weights digest" in str(found)
     assert "measured: recording took" in str(found)
     assert "weights digest" in found._repr_html_()
-    assert read_overhead(trail.reader(), lambda _: b"", run.id[:8]) == found
+    assert read_overhead(trail.reader(), trail.vault.half, run.id[:8]) == found
 
 
 def test_a_trail_without_a_training_says_so(tmp_path: Path) -> None:
@@ -193,7 +192,7 @@ def test_a_trail_without_a_training_says_so(tmp_path: Path) -> None:
         with Run(trail, "nothing"):
             pass
         with pytest.raises(DataError, match="none was closed after a training"):
-            read_overhead(trail.reader(), lambda _: b"")
+            read_overhead(trail.reader(), trail.vault.half)
 
 
 class Pretending:
@@ -211,7 +210,7 @@ def test_a_private_runs_figures_lie_in_the_vault_alone(tmp_path: Path, clock: Cl
             train(run.overhead, clock, steps=3)
         (finished,) = events(trail, RunFinished, run.id)
         assert finished.overhead is None
-        found = read_overhead(trail.reader(), functools.partial(sealed_payload, trail.vault))
+        found = read_overhead(trail.reader(), trail.vault.half)
         assert found.private
         assert found.figures["steps"] == 3
         assert "keep them to yourself" in str(found)
@@ -236,7 +235,7 @@ def test_a_run_that_an_earlier_version_closed_is_read(tmp_path: Path) -> None:
         assert half == b'{"overhead":{}}'
         assert events(trail, RunFinished)[0].overhead is None
         with pytest.raises(DataError):
-            read_overhead(trail.reader(), lambda _: b"")
+            read_overhead(trail.reader(), trail.vault.half)
 
 
 def test_every_part_is_told_of() -> None:
