@@ -19,7 +19,7 @@ QUIET = 0.02
 
 
 def _figures(folder: Path, only: str | None, *, quick: bool) -> list[Figure]:
-    from benchmarks import annotations, labels, planning, startup, trails, training, verifying
+    from benchmarks import annotations, capture, labels, planning, startup, trails, training, verifying
 
     rooms: dict[str, Callable[[], Iterable[Figure]]] = {
         "startup": startup.measure,
@@ -27,7 +27,8 @@ def _figures(folder: Path, only: str | None, *, quick: bool) -> list[Figure]:
         "verifying": lambda: verifying.measure(folder / "verifying", quick=quick),
         "annotations": lambda: annotations.measure(folder, quick=quick),
         "planning": lambda: planning.measure(quick=quick),
-        "training": lambda: training.measure(folder, quick=quick),
+        "capture": lambda: capture.measure(folder / "capture", quick=quick),
+        "training": lambda: training.measure(folder / "training", quick=quick),
         "labels": lambda: labels.measure(folder / "labels", quick=quick),
     }
     found = []
@@ -44,8 +45,10 @@ def _trust(figures: list[Figure]) -> str:
     from benchmarks.training import CONTROL
 
     for figure in figures:
-        if figure.what == CONTROL and abs(figure.value - 1) > QUIET:
-            return f"\nThe control is {figure.value:.3f}, not 1: the machine was not quiet, and the ratios say little."
+        if figure.what.startswith(CONTROL) and abs(figure.value - 1) > QUIET:
+            return (
+                f"\nA control is {figure.value:.3f}, not 1: the machine was not quiet; the ratio beside it says little."
+            )
     return ""
 
 
@@ -54,10 +57,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer repeats: shows that it runs, not what it costs")
     parser.add_argument("--json", metavar="FILE", help="also write the figures as JSON")
+    parser.add_argument("--peers", metavar="PYTHON", help="an interpreter that has trackio, wandb and mlflow")
     parser.add_argument(
-        "--only", choices=("startup", "trail", "verifying", "annotations", "planning", "training", "labels")
+        "--only", choices=("startup", "trail", "verifying", "annotations", "planning", "capture", "training", "labels")
     )
     args = parser.parse_args()
+    if args.peers:
+        os.environ["RLHF_AUDIT_BENCH_PEERS"] = args.peers
     with tempfile.TemporaryDirectory(prefix="rlhf-audit-bench-") as name:
         os.environ["RLHF_AUDIT_HOME"] = str(Path(name) / "home")
         figures = _figures(Path(name), args.only, quick=args.quick)

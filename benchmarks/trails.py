@@ -1,4 +1,4 @@
-"""What the trail costs: recording a step, appending, reporting (`verifying` has what checking costs).
+"""What the trail costs: appending, reporting (`capture` has what recording costs, `verifying` checking).
 
 Appending is measured beside what others need for less: a bare append and fsync, an insert and commit in plain SQLite,
 witness-log's journal (a hash chain without a query, several writers or a checkpoint for each commit). They take turns,
@@ -18,39 +18,17 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+from benchmarks.capture import step_of
 from benchmarks.figures import Figure, quantile
 from rlhf_audit_nb import AuditableRLHF, AuditConfig
-from rlhf_audit_nb.events import Step
 from rlhf_audit_nb.trail import Draft, Trail
 
 __all__ = ["measure"]
 
-PACE_SECONDS = 0.001
 WARM = 300
 """Durable entries before any is timed: until the write-ahead log has its size, each makes that file longer too."""
 
 BODY = b'{"note":"' + b"x" * 180 + b'"}'
-
-
-def _step(number: int) -> Step:
-    """A step with eight numbers and four strings."""
-    metrics: dict[str, float | int | str] = {f"metric/{n}": 0.1 * n + number for n in range(7)}
-    return Step(step=number, metrics=metrics, learning_rate=1e-4, notes=["one", "two", "three", "four"])
-
-
-def _recording(folder: Path, steps: int) -> Iterator[Figure]:
-    auditor = AuditableRLHF(audit_config=AuditConfig(trail=str(folder / "steps")))
-    taken = []
-    with auditor.track_training("recording") as run:
-        for number in range(1, steps + 1):
-            event = _step(number)
-            began = time.perf_counter()
-            run.record(event)
-            taken.append(1e6 * (time.perf_counter() - began))
-            time.sleep(PACE_SECONDS)
-    how = f"{steps:,} steps, one a millisecond, training thread"
-    yield Figure("recording one step, p50", quantile(taken, 0.5), "µs", 25, how=how)
-    yield Figure("recording one step, p99", quantile(taken, 0.99), "µs", 100, how=how)
 
 
 Append = Callable[[bytes], object]
@@ -178,7 +156,7 @@ def _reporting(folder: Path, entries: int) -> Iterator[Figure]:
     auditor = AuditableRLHF(audit_config=AuditConfig(trail=str(folder / "long")))
     with auditor.track_training("long") as run:
         for number in range(1, entries + 1):
-            run.record(_step(number))
+            run.record(step_of(number))
     auditor.verify()
     for suffix, bound in (("html", 5), ("pdf", 10)):
         began = time.perf_counter()
@@ -188,7 +166,6 @@ def _reporting(folder: Path, entries: int) -> Iterator[Figure]:
 
 def measure(folder: Path, *, quick: bool) -> Iterator[Figure]:
     """All of it, in new trails under ``folder``."""
-    yield from _recording(folder, 1000 if quick else 5000)
     entries = 10_000 if quick else 100_000
     yield from _durable(folder / "durable", 50 if quick else 400)
     yield from _batched(folder, entries)

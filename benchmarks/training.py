@@ -1,7 +1,8 @@
 """What a training step costs: audited against plain, private against plain; DPO with LoRA.
 
-The two trainings that are compared run in one process and take turns step by step, so that whatever else the machine
-does hits both alike.
+The trainings that are compared run in one process and take turns step by step, so that whatever else the machine does
+hits all of them alike. A second plain training takes its turns too: what it comes out at is how far a ratio of that
+very run can be trusted.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from benchmarks.figures import Figure
 from rlhf_audit_nb import AuditableRLHF, AuditConfig, PrivacyConfig
 from rlhf_audit_nb.demo import load_preferences, train_tokenizer
 
-__all__ = ["CONTROL", "measure"]
+__all__ = ["CONTROL", "audited", "measure"]
 
 PAIRS = 16
 PAIRS_A_UNIT = 4
@@ -37,26 +38,33 @@ Context = Callable[[], AbstractContextManager[Any]]
 
 
 class _Baton:
-    """Lets two threads take turns; whoever is done no longer counts."""
+    """Lets threads take turns; whoever is done no longer counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int = 2) -> None:
         self._changed = threading.Condition()
         self._turn = 0
+        self._count = count
         self._done: set[int] = set()
 
     def take(self, me: int) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._turn == me or 1 - me in self._done)
+            self._changed.wait_for(lambda: self._turn == me or len(self._done) >= self._count - 1)
 
     def give(self, me: int) -> None:
         with self._changed:
-            self._turn = 1 - me
+            self._turn = self._next(me)
             self._changed.notify_all()
 
     def leave(self, me: int) -> None:
         with self._changed:
             self._done.add(me)
+            if self._turn == me:
+                self._turn = self._next(me)
             self._changed.notify_all()
+
+    def _next(self, me: int) -> int:
+        others = ((me + offset) % self._count for offset in range(1, self._count + 1))
+        return next((other for other in others if other not in self._done), me)
 
 
 class _Clock(TrainerCallback):
@@ -124,10 +132,10 @@ def _trainer(folder: Path, steps: int, clock: _Clock) -> Any:
     )
 
 
-def _side_by_side(folder: Path, steps: int, contexts: tuple[Context, Context]) -> tuple[list[float], list[float]]:
-    """Seconds of each step of two trainings that take turns."""
-    baton = _Baton()
-    clocks = tuple(_Clock(baton, me) for me in (0, 1))
+def _side_by_side(folder: Path, steps: int, contexts: Sequence[Context]) -> list[list[float]]:
+    """Seconds of each step of trainings that take turns."""
+    baton = _Baton(len(contexts))
+    clocks = [_Clock(baton, me) for me in range(len(contexts))]
     trainers = [_trainer(folder / str(me), steps + WARM + 1, clock) for me, clock in enumerate(clocks)]
     failures: list[BaseException] = []
 
@@ -140,35 +148,53 @@ def _side_by_side(folder: Path, steps: int, contexts: tuple[Context, Context]) -
         finally:
             baton.leave(me)
 
-    threads = [threading.Thread(target=train, args=(me,)) for me in (0, 1)]
+    threads = [threading.Thread(target=train, args=(me,)) for me in range(len(contexts))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     if failures:
         raise failures[0]
-    return clocks[0].steps[WARM:], clocks[1].steps[WARM:]
+    return [clock.steps[WARM:] for clock in clocks]
 
 
-def _compare(what: str, target: float | None, folder: Path, steps: int, treated: Context, note: str = "") -> Figure:
-    plain, other = _side_by_side(folder, steps, (nullcontext, treated))
-    ratio = statistics.median(b / a for a, b in zip(plain, other, strict=True))
+def _ratio(plain: Sequence[float], other: Sequence[float]) -> float:
+    return statistics.median(b / a for a, b in zip(plain, other, strict=True))
+
+
+def _compare(
+    what: str, target: float | None, folder: Path, steps: int, treated: Context, note: str = ""
+) -> Iterator[Figure]:
+    plain, control, other = _side_by_side(folder, steps, (nullcontext, nullcontext, treated))
     base = f"plain {1e3 * statistics.median(plain):.0f} ms"
     how = f"DPO LoRA, {PAIRS} pairs, {steps} steps in turns, {base}; median ratio{note}"
-    return Figure(what, ratio, "", target, how=how)
+    yield Figure(what, _ratio(plain, other), "", target, how=how)
+    load = os.getloadavg()[0]
+    yield Figure(f"{CONTROL} of: {what}", _ratio(plain, control), "", how=f"the same run, load {load:.1f}")
 
 
-def measure(folder: Path, *, quick: bool) -> Iterator[Figure]:
-    """The ratios and, as a control, plain against plain; new trails under ``folder``."""
+def audited(folder: Path, *, quick: bool) -> Iterator[Figure]:
+    """A step of 100 ms or more, audited at the defaults, against a plain one; and what the run itself says of it."""
+    _quiet()
+    auditor = AuditableRLHF(audit_config=AuditConfig(trail=str(folder / "trail")))
+    context = lambda: auditor.track_training("audited")  # noqa: E731
+    yield from _compare("audited without DP / plain step", 1.01, folder, 4 if quick else 120, context)
+    found = auditor.overhead().figures
+    how = "the run's own measurement (auditor.overhead), p50 of a step; it counts the training thread alone"
+    yield Figure("recording, by its own clock", found["recording_us"]["p50"], "µs a step", how=how)
+
+
+def _quiet() -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    steps = 5 if quick else 100
-    yield _compare(CONTROL, None, folder, steps, nullcontext)
-    audited = AuditableRLHF(audit_config=AuditConfig(trail=str(folder / "audited")))
-    context = lambda: audited.track_training("audited")  # noqa: E731
-    yield _compare("audited without DP / plain step", 1.05, folder, steps, context)
-    yield from _private(folder, steps)
+
+
+def measure(folder: Path, *, quick: bool) -> Iterator[Figure]:
+    """The ratios, each with its control; new trails under ``folder``."""
+    _quiet()
+    folder.mkdir(parents=True, exist_ok=True)
+    yield from _private(folder, 3 if quick else 40)
     yield from _memory(folder)
 
 
@@ -179,18 +205,34 @@ def _private(folder: Path, steps: int) -> Iterator[Figure]:
     # The loop is given the same 16 pairs in several batches, each padded to its own longest answer and small enough for
     # the processor's caches: on a CPU that can outweigh what clipping and noise cost.
     apart = "; the same pairs, each unit's padded apart"
-    for what, target, settings, note in (
-        (f"private, annotators of {PAIRS_A_UNIT} pairs (loop) / plain step", 1.15, {**annotators}, apart),
-        ("private, pairs (rows) / plain step", 1.5, {**pairs, "engine": "rows"}, ""),
-        ("private, pairs (loop) / plain step", None, {**pairs, "engine": "loop"}, apart),
+    for name, what, target, settings, note in (
+        ("annotators", f"private, annotators of {PAIRS_A_UNIT} pairs (loop) / plain step", 1.15, annotators, apart),
+        ("rows", "private, pairs (rows) / plain step", 1.5, {**pairs, "engine": "rows"}, ""),
+        ("loop", "private, pairs (loop) / plain step", None, {**pairs, "engine": "loop"}, apart),
     ):
-        context = _privately(folder / f"private-{len(list(folder.iterdir()))}", settings)
-        yield _compare(what, target, folder, steps // 2, context, note)
+        auditor = _private_auditor(folder / f"private-{name}", settings)
+        context = lambda auditor=auditor: auditor.track_training("private")  # noqa: E731
+        yield from _compare(what, target, folder / name, steps, context, note)
+        if name == "annotators":
+            yield _recording_share(auditor, steps)
+
+
+def _recording_share(auditor: AuditableRLHF, steps: int) -> Figure:
+    """What the ledger's entries and the panel's numbers cost a private step, by the recorder's own clock."""
+    found = auditor.overhead().figures
+    ours = sum(found["parts"][name]["p50"] for name in ("recorder", "panel") if name in found["parts"])
+    alone = 1e3 * found["step_ms"]["p50"] / 3  # three trainings take turns, and a step's time counts all of them
+    how = f"recorder and panel, p50 of {steps} steps, by the run's own clock, of a third of a turn of three"
+    return Figure("private: per-step entry and panel / step", ours / alone, "", 0.01, how=how)
+
+
+def _private_auditor(folder: Path, settings: dict[str, Any]) -> AuditableRLHF:
+    private = PrivacyConfig(epsilon=1e6, noise_multiplier=1.0, sampling_rate=1.0, **settings)
+    return AuditableRLHF(privacy_config=private, audit_config=AuditConfig(trail=str(folder)))
 
 
 def _privately(folder: Path, settings: dict[str, Any]) -> Context:
-    private = PrivacyConfig(epsilon=1e6, noise_multiplier=1.0, sampling_rate=1.0, **settings)
-    auditor = AuditableRLHF(privacy_config=private, audit_config=AuditConfig(trail=str(folder)))
+    auditor = _private_auditor(folder, settings)
     return lambda: auditor.track_training("private")
 
 

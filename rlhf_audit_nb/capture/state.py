@@ -1,8 +1,9 @@
 """What an open run shows of itself while it trains: plain values that panels poll. Floor 2.
 
-One thread writes (the one that trains), any number read. Nothing is ever removed or changed in place: points are
-only appended, and the scalar fields are replaced whole, so a reader needs no lock and sees at worst a slightly older
-value. No torch, no transformers: a panel imports this module in milliseconds.
+One thread writes (the one that trains), any number read. Nothing is ever changed in place: points are only appended,
+and the scalar fields are replaced whole, so a reader needs no lock and sees at worst a slightly older value. Of each
+series the newest points are kept (`Series`), so that memory does not grow with the run; the trail has all of them. No
+torch, no transformers: a panel imports this module in milliseconds.
 
 Only public values come here. Under differential privacy that leaves epsilon, the learning rate, the norm of the
 privatised gradient, the norm of the parameter update, and the loss that was released through the mechanism.
@@ -12,17 +13,19 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, overload
 
 __all__ = [
+    "KEPT",
     "PRIVATE_LOSS",
     "SMOOTHING",
     "AuditedView",
     "InheritedView",
-    "Point",
     "PrivacyView",
     "RunState",
+    "Series",
     "Smoothed",
     "Status",
     "smoothed_deviation",
@@ -30,18 +33,52 @@ __all__ = [
 
 PRIVATE_LOSS = "private_loss"
 """The loss released under differential privacy: a step's metric in the trail, and smoothed a series of the state."""
+KEPT = 10_000
+"""How many points of each series are kept, at least."""
 SMOOTHING = 20
 """Over how many steps a smoothed series reaches, about: the newest weighs 2 / (steps + 1)."""
 
 Status = Literal["open", "training", "completed", "failed", "interrupted", "stopped-by-budget"]
 
 
-class Point(NamedTuple):
-    """One value of a public series; ``value`` may be ``nan`` or infinite."""
+class Series(Sequence[tuple[int, float]]):
+    """Points ``(step, value)`` that are only appended; a value may be ``nan`` or infinite.
 
-    name: str
-    step: int
-    value: float
+    Its length is how many there ever were, and a place keeps its meaning; the newest `KEPT` (at least) can be had.
+    """
+
+    def __init__(self) -> None:
+        # Replaced together, so that a reader on another thread sees points and how many are gone as they belong.
+        self._held: tuple[int, list[tuple[int, float]]] = (0, [])
+
+    def append(self, step: int, value: float) -> None:
+        """One more point."""
+        gone, points = self._held
+        points.append((step, value))
+        if len(points) >= 2 * KEPT:
+            self._held = (gone + len(points) - KEPT, points[-KEPT:])
+
+    def __len__(self) -> int:
+        gone, points = self._held
+        return gone + len(points)
+
+    @overload
+    def __getitem__(self, place: int) -> tuple[int, float]: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[tuple[int, float]]: ...
+
+    def __getitem__(self, place: int | slice) -> tuple[int, float] | list[tuple[int, float]]:
+        gone, points = self._held
+        if isinstance(place, slice):
+            start, stop, step = place.indices(gone + len(points))
+            return points[max(start - gone, 0) : max(stop - gone, 0) : step]
+        if 0 <= place < gone:
+            raise IndexError(f"the point {place} is no longer kept")
+        return points[place - gone if place >= 0 else place]
+
+    def __iter__(self) -> Iterator[tuple[int, float]]:
+        return iter(list(self._held[1]))
 
 
 class Smoothed:
@@ -140,8 +177,7 @@ class RunState:
         max_steps: steps planned by the training that goes on, 0 while unknown.
         private: whether the run trains under differential privacy; not where all it trains inherits.
         inherited: what the last training that charged nothing inherits.
-        series: public series by name, each a list of ``(step, value)``.
-        points: the same points in the order of their arrival, for `points_since`.
+        series: public series by name.
         warnings: sentences for a person.
     """
 
@@ -155,8 +191,7 @@ class RunState:
     max_steps: int = 0
     privacy: PrivacyView | None = None
     inherited: InheritedView | None = None
-    series: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
-    points: list[Point] = field(default_factory=list)
+    series: dict[str, Series] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -174,15 +209,13 @@ class RunState:
 
     def add(self, name: str, step: int, value: float) -> None:
         """Append one point of the public series ``name``."""
-        self.series.setdefault(name, []).append((step, value))
-        self.points.append(Point(name, step, value))
-
-    def points_since(self, cursor: int) -> list[Point]:
-        """The points that arrived after the first ``cursor`` ones; the next cursor is ``cursor + len(result)``."""
-        return self.points[cursor:]
+        series = self.series.get(name)
+        if series is None:
+            series = self.series[name] = Series()
+        series.append(step, value)
 
     def snapshot(self) -> dict[str, Any]:
-        """Everything at this moment, as plain values that do not change afterwards."""
+        """Everything at this moment, as plain values that do not change; the newest points of each series."""
         return {
             "experiment": self.experiment,
             "run_id": self.run_id,

@@ -90,11 +90,11 @@ def check_backup(place: Place) -> Finding:
     if not place.ring.exists:
         raise UnknownError("there are no keys here")
     step = "Run `rlhf-audit keys backup FILE`, and keep the file apart from this machine."
-    when = last_backup(place.ring.path)
+    when = last_backup(place.home, place.origin)
     if when is None:
         found.warn("No backup of the keys was made with this home folder.", step)
         return found.finding("backup", "")
-    changed = changed_since_backup(place.ring.path)
+    changed = changed_since_backup(place.home, place.origin)
     found.facts |= {"time": when, "changed": list(changed)}
     if changed:
         found.warn(f"Since the last backup, {ago(place.now - when)} ago, {', '.join(changed)} changed.", step)

@@ -53,8 +53,8 @@ argument: Any = _arguments.argument
 
 CELL = "audit_train"
 LINE = "audit"
-COMMANDS = ("status", "verify", "report", "card", "budget", "lineage", "evaluations", "privacy-check")
-COMMANDS += ("doctor", "overhead")
+_SHOWN = ("status", "verify", "report", "card", "budget", "lineage", "evaluations")
+COMMANDS = (*_SHOWN, "privacy-check", "doctor", "overhead")
 _MATCHER = "rlhf_audit_nb"
 _VERDICT = ("rlhf_audit_nb.trail.verdict", "Verdict")
 

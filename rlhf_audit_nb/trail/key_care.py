@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from rlhf_audit_nb.errors import FormatError, KeyFileError
 from rlhf_audit_nb.trail.durable import sync_folder, write_durably
 from rlhf_audit_nb.trail.encoding import decode_base64
-from rlhf_audit_nb.trail.home import keys_folder
+from rlhf_audit_nb.trail.home import folder_name, keys_folder
 from rlhf_audit_nb.trail.key_files import RESEALED, Change, RingFolder, read_retired
 from rlhf_audit_nb.trail.keys import VAULT_KEY, KeyRing, load_keys, no_ring, open_ring, private_files, ring_not_written
 from rlhf_audit_nb.trail.note import ECDSA, ED25519, MLDSA44, parse_vkey
@@ -48,7 +48,6 @@ _BACKUP_SCRYPT = {"n": 1 << 16, "r": 8, "p": 1}
 _BACKUP_CONTEXT = b"rlhf-audit/keys-backup/v1"
 _SALT_BYTES, _NONCE_BYTES = 16, 12
 _LEAST_PASSPHRASE = 8
-_NOTED = ".backup.json"
 _NAMES = {ED25519: "Ed25519", ECDSA: "ECDSA P-256", MLDSA44: "ML-DSA-44"}
 
 
@@ -157,44 +156,50 @@ def backup_keys(home: Path, origin: str, passphrase: str) -> bytes:
 
 
 def note_backup(home: Path, origin: str) -> None:
-    """Remember that a backup of the ring, as it is now, was written: when, and the digests of its files.
+    """Remember in ``HOME/backups/`` that a backup of the ring, as it is now, was written: when, and files' digests.
 
     Raises:
         KeyFileError: it cannot be written.
     """
-    folder = RingFolder(keys_folder(home, origin))
-    noted = {"time": time.time(), "files": _digests(folder.path)}
+    path = _noted_path(home, origin)
+    noted = {"time": time.time(), "files": _digests(keys_folder(home, origin))}
     try:
-        write_durably(folder.path / _NOTED, json.dumps(noted).encode() + b"\n")
+        path.parent.mkdir(exist_ok=True, mode=0o700)
+        write_durably(path, json.dumps(noted).encode() + b"\n")
     except OSError as error:
-        raise unusable_keys(folder.path, error) from error
+        raise unusable_keys(path.parent, error) from error
 
 
-def last_backup(ring: Path) -> float | None:
-    """When the last backup of the ring in this folder was made (POSIX seconds); ``None`` where none is known of.
+def last_backup(home: Path, origin: str) -> float | None:
+    """When the last backup of the ring was made (POSIX seconds); ``None`` where none is known of.
 
     Raises:
         KeyFileError: what is remembered of it cannot be read.
     """
-    noted = _noted(ring)
+    noted = _noted(home, origin)
     return None if noted is None else float(noted["time"])
 
 
-def changed_since_backup(ring: Path) -> tuple[str, ...]:
+def changed_since_backup(home: Path, origin: str) -> tuple[str, ...]:
     """The files of the ring that are not as they were in its last backup; errors as `last_backup`."""
-    before, now = (_noted(ring) or {"files": {}})["files"], _digests(ring)
+    before, now = (_noted(home, origin) or {"files": {}})["files"], _digests(keys_folder(home, origin))
     return tuple(sorted(name for name in {*before, *now} if before.get(name) != now.get(name)))
 
 
-def _noted(ring: Path) -> dict[str, Any] | None:
+def _noted_path(home: Path, origin: str) -> Path:
+    return home / "backups" / f"{folder_name(origin)}.json"
+
+
+def _noted(home: Path, origin: str) -> dict[str, Any] | None:
+    path = _noted_path(home, origin)
     try:
-        noted: dict[str, Any] = json.loads((ring / _NOTED).read_bytes())
+        noted: dict[str, Any] = json.loads(path.read_bytes())
         return {"time": float(noted["time"]), "files": dict(noted["files"])}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise KeyFileError(
-            f"{_NOTED}, which says when the keys were backed up, cannot be read.",
+            f"{path}, which says when the keys were backed up, cannot be read.",
             next_step="Make a new backup: `rlhf-audit keys backup FILE`.",
             code="backup",
         ) from error

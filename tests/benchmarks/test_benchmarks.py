@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import planning
+from benchmarks import capture, planning
 from benchmarks.figures import Figure, quantile, table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -56,15 +56,44 @@ def test_startup_and_trail_are_measured_in_one_command(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_trainings_take_turns_and_a_slower_one_shows(tmp_path):
+def test_three_trainings_take_turns_and_one_of_them_is_recorded(tmp_path):
     from benchmarks import training
     from rlhf_audit_nb import AuditableRLHF, AuditConfig
 
     auditor = AuditableRLHF(audit_config=AuditConfig(trail=str(tmp_path / "audit")))
-    plain, audited = training._side_by_side(tmp_path, 3, (nullcontext, lambda: auditor.track_training("x")))
-    assert len(plain) == len(audited) == 3
+    contexts = (nullcontext, nullcontext, lambda: auditor.track_training("x"))
+    taken = training._side_by_side(tmp_path, 3, contexts)
+    assert [len(steps) for steps in taken] == [3, 3, 3]
     verdict = auditor.verify()
     assert [run.status for run in verdict.runs] == ["completed"]
+
+
+def test_turns_go_round_and_pass_over_whoever_has_left():
+    from benchmarks.training import _Baton
+
+    baton, turns = _Baton(3), []
+    for _ in range(4):
+        turns.append(baton._turn)
+        baton.give(baton._turn)
+    baton.leave(2)
+    for _ in range(3):
+        turns.append(baton._turn)
+        baton.give(baton._turn)
+    assert turns == [0, 1, 2, 0, 1, 0, 1]
+
+
+def test_what_a_killed_process_lost_and_what_it_held_is_measured(tmp_path):
+    lost_ms, lost = capture._kill_once(tmp_path, 0.2)
+    assert 0 <= lost_ms < 1000
+    assert 0 <= lost < 1000
+
+
+def test_a_peer_that_is_not_installed_is_left_out_with_a_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(capture.ENV_PEERS, sys.executable)
+    found = list(capture._peers(tmp_path, 10))
+    said = capsys.readouterr().err
+    assert len(found) == 2 * (len(capture.PEERS) - said.count("left out: "))
+    assert said.count("left out: ") == said.count("No module named")
 
 
 def test_whoever_waits_for_a_turn_is_let_go_when_the_other_leaves():

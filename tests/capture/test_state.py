@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 
-from rlhf_audit_nb.capture.state import Point, PrivacyView, RunState
+from rlhf_audit_nb.capture.state import KEPT, PrivacyView, RunState
 
 
 def view(**changes):
@@ -29,12 +29,29 @@ def view(**changes):
 def test_a_reader_that_keeps_its_cursor_sees_every_point_once():
     state = RunState(experiment="e", run_id="r")
     state.add("loss", 1, 0.7)
-    seen = state.points_since(0)
+    loss = state.series["loss"]
+    seen = loss[0:]
     state.add("loss", 2, 0.6)
-    state.add("update_norm", 2, 0.1)
-    later = state.points_since(len(seen))
-    assert seen == [Point("loss", 1, 0.7)]
-    assert later == [Point("loss", 2, 0.6), Point("update_norm", 2, 0.1)]
+    later = loss[len(seen) :]
+    assert seen == [(1, 0.7)]
+    assert later == [(2, 0.6)]
+
+
+def test_a_cursor_holds_and_memory_does_not_grow_however_long_the_run_is():
+    state = RunState(experiment="e", run_id="r")
+    seen = []
+    for step in range(5 * KEPT):
+        state.add("loss", step, float(step))
+        if step % 997 == 0:
+            seen += state.series["loss"][len(seen) :]
+    loss = state.series["loss"]
+    seen += loss[len(seen) :]
+    assert seen == [(step, float(step)) for step in range(5 * KEPT)]
+    assert len(loss) == 5 * KEPT
+    assert KEPT <= len(list(loss)) <= 2 * KEPT
+    assert loss[-1] == loss[5 * KEPT - 1] == (5 * KEPT - 1, 5 * KEPT - 1.0)
+    assert loss[:10] == []  # what is gone is not given as something else
+    assert len(state.snapshot()["series"]["loss"]) <= 2 * KEPT
 
 
 def test_a_snapshot_does_not_change_when_the_run_goes_on():
