@@ -29,6 +29,7 @@ from rlhf_audit_nb.events import (
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.capture.annotations import AnnotationImport, Headers, ImportSummary, OpenedAnnotation
+    from rlhf_audit_nb.capture.completions import OpenedSamples
     from rlhf_audit_nb.capture.evaluation import LoggedEvaluation
     from rlhf_audit_nb.capture.overhead import RunOverhead
     from rlhf_audit_nb.capture.run import Run
@@ -289,6 +290,22 @@ class AuditableRLHF:
         from rlhf_audit_nb.capture.annotations import summarize_annotations
 
         return summarize_annotations(self.trail.reader())
+
+    def samples(self, *, run: str | None = None) -> Iterator[OpenedSamples]:
+        """What policies wrote while they were trained, opened, in the trail's order: for whoever holds the vault's key.
+
+        Args:
+            run: only those of one run, by its id.
+
+        Raises:
+            VaultError: the vault does not open with this trail's key, or an opening is not its commitment's.
+        """
+        from rlhf_audit_nb.capture.completions import read_samples
+
+        trail = self.trail
+        trail.flush()
+        with trail.reading_vault() as vault:
+            yield from read_samples(trail.reader(), vault, run=run)
 
     def release_labels(
         self,

@@ -257,6 +257,8 @@ class AuditConfig:
             it does, else it does not.
         every_steps: audit frequency: one step entry every so many optimizer steps (>= 1).
         weights_every: digest of the trainable weights every so many steps; 0 leaves it to the end of the run.
+        samples_every: what a trainer samples (prompts, completions, rewards, advantages) goes into the vault for one
+            draw in so many, with its figures in the open; 0 records none. The vault grows by their size.
     """
 
     trail: str | None = None
@@ -265,6 +267,7 @@ class AuditConfig:
     asynchronous: bool | None = None
     every_steps: int = 1
     weights_every: int = 0
+    samples_every: int = 1
 
     def __post_init__(self) -> None:
         if self.durability not in get_args(Durability):
@@ -279,7 +282,7 @@ class AuditConfig:
                 next_step="Leave it out, or write asynchronous=True or asynchronous=False.",
                 code="asynchronous",
             )
-        for name, least in (("every_steps", 1), ("weights_every", 0)):
+        for name, least in (("every_steps", 1), ("weights_every", 0), ("samples_every", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(

@@ -69,7 +69,14 @@ def test_a_privacy_configuration_cannot_be_changed_afterwards():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("durability", "never"), ("every_steps", 0), ("every_steps", 1.5), ("weights_every", -1), ("every_steps", True)],
+    [
+        ("durability", "never"),
+        ("every_steps", 0),
+        ("every_steps", 1.5),
+        ("weights_every", -1),
+        ("every_steps", True),
+        ("samples_every", -1),
+    ],
 )
 def test_every_audit_setting_is_checked(field, value):
     with pytest.raises(ConfigError, match=field):

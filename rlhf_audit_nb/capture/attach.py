@@ -11,6 +11,7 @@ optimizer), since nothing may be trained without it in silence. All of it is put
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -20,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from rlhf_audit_nb.capture.data import bind_data
-from rlhf_audit_nb.capture.models import reward_models, with_origin
+from rlhf_audit_nb.capture.models import with_origin
 from rlhf_audit_nb.capture.ranks import training_in_ranks
 from rlhf_audit_nb.capture.resume import Resumption, find_resumption
+from rlhf_audit_nb.capture.rewards import describe_company
 from rlhf_audit_nb.capture.run import InheritedPlan, PrivatePlan, Run, current_run, open_private_runs
 from rlhf_audit_nb.capture.settings import generators, hyperparameters, unchanged
 from rlhf_audit_nb.capture.weights import describe_model, digest_tensors, final_tensors
@@ -305,14 +307,10 @@ class _Opening:
         base = describe_model(self._trainer.model, "base", self._trainer.processing_class)
         self._run.record(self._with_origin(base, self._trainer.model, self._trainer.processing_class))
         begun = _begun_from(self._trainer.model, base)
-        if getattr(self._trainer, "ref_model", None) is not None:
-            reference = describe_model(self._trainer.accelerator.unwrap_model(self._trainer.ref_model), "reference")
-            self._run.record(
-                self._with_origin(reference, self._trainer.accelerator.unwrap_model(self._trainer.ref_model))
-            )
-            begun.add(reference.weights_digest)
-        for reward in reward_models(self._trainer):
-            self._run.record(self._with_origin(describe_model(reward, "reward"), reward))
+        for event in describe_company(self._trainer, base, self._with_origin):
+            self._run.record(event)
+            if isinstance(event, ModelBound) and event.role == "reference":
+                begun.add(event.weights_digest)
         if self.inherited is not None:
             self._run.record(self.inherited.event())
         elif self._run.private:
@@ -467,14 +465,21 @@ def _with_callback(trainer: Any, callback: Any) -> Iterator[None]:
 @contextmanager
 def _listening(trainer: Any, recorder: Any) -> Iterator[None]:
     """Let the recorder hear what the trainer's own methods return."""
+    from rlhf_audit_nb.capture.completions import SampleRecorder
+
     with ExitStack() as stack:
-        for name, listener in (("training_step", recorder.saw_loss), ("_get_grad_norm", recorder.saw_gradient_norm)):
+        heard = [
+            ("training_step", lambda result, *_: recorder.saw_loss(result)),
+            ("_get_grad_norm", lambda result, *_: recorder.saw_gradient_norm(result)),
+            *SampleRecorder(recorder.run, trainer).listeners(),
+        ]
+        for name, listener in heard:
             stack.enter_context(_heard(trainer, name, listener))
         yield
 
 
 @contextmanager
-def _heard(trainer: Any, name: str, listener: Callable[[Any], None]) -> Iterator[None]:
+def _heard(trainer: Any, name: str, listener: Callable[..., None]) -> Iterator[None]:
     if not hasattr(trainer, name):  # another version of transformers: go without this number
         yield
         return
@@ -482,9 +487,10 @@ def _heard(trainer: Any, name: str, listener: Callable[[Any], None]) -> Iterator
 
     def method(*args: Any, **kwargs: Any) -> Any:
         # Found anew at each call: under privacy the trainer's class changes while it trains.
-        bound = before if before is not _MISSING else functools.partial(getattr(type(trainer), name), trainer)
+        kind = type(trainer)
+        bound = before if before is not _MISSING else inspect.getattr_static(kind, name).__get__(trainer, kind)
         result = bound(*args, **kwargs)
-        listener(result)
+        listener(result, args, kwargs)
         return result
 
     setattr(trainer, name, method)

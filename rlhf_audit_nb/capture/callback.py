@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 
 from rlhf_audit_nb.capture.state import PRIVATE_LOSS, Smoothed
 from rlhf_audit_nb.capture.weights import trainable_digest
-from rlhf_audit_nb.events import Number, Step, StepPrivate, number
+from rlhf_audit_nb.events import Number, Step, StepPrivate, TrainerLogged, number
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.capture.run import Run
@@ -32,6 +32,9 @@ __all__ = ["NORM_EVERY_STEP", "NORM_NEVER", "StepRecorder", "UpdateNorm"]
 
 NORM_EVERY_STEP = 20_000_000
 NORM_NEVER = 500_000_000
+
+_LOGGED_ANYWAY = frozenset({"loss", "grad_norm", "learning_rate", "epoch", "step", "total_flos"})
+"""What transformers logs of every step; the step's entry has it, or it follows."""
 
 
 class UpdateNorm:
@@ -99,13 +102,24 @@ class StepRecorder(TrainerCallback):
         self._resumed_at = 0
         self._overhead = run.overhead
         self._recording, self._norming = run.overhead.part("recorder"), run.overhead.part("update norm")
+        self._told: set[str] = set()
+
+    @property
+    def run(self) -> Run:
+        """The run that is recorded into."""
+        return self._run
 
     # --- what the wrapped trainer tells it ---------------------------------------------------------------------------
 
-    def saw_loss(self, loss: torch.Tensor) -> None:
-        """A micro-batch's loss, already divided by the number of micro-batches."""
+    def saw_loss(self, loss: Any) -> None:
+        """A micro-batch's loss, already divided by the number of micro-batches; of several values the first is it."""
         with self._recording:
-            self._losses.append(loss.detach())
+            if isinstance(loss, tuple | list) and loss:
+                loss = loss[0]
+            if isinstance(loss, torch.Tensor):
+                self._losses.append(loss.detach().mean())
+            elif isinstance(loss, int | float):
+                self._losses.append(torch.tensor(float(loss)))
 
     def saw_gradient_norm(self, norm: torch.Tensor | float | None) -> None:
         """The gradient's norm before clipping; under privacy, of the privatised gradient."""
@@ -168,10 +182,24 @@ class StepRecorder(TrainerCallback):
             scalars = self._scalars(step)
             if not self._private:
                 self._covered.append({**scalars.losses, **self._fresh_metrics()})
+                self._told.update(self._covered[-1])
             self._show(scalars)
             self._last = scalars
             if step % self._run.audit.every_steps == 0:
                 self.flush()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
+        """What the trainer logs of itself beside what its steps were seen to measure."""
+        if self._private or not state.global_step:
+            return
+        found = {
+            name: value
+            for name, value in _numbers(logs or {}).items()
+            if name not in self._told and name not in _LOGGED_ANYWAY and not name.startswith(("eval_", "train_"))
+        }
+        if found:
+            self.flush()
+            self._run.record(TrainerLogged(step=int(state.global_step), metrics=found))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:  # noqa: ARG002
         """An evaluation inside the training; its data may be private too."""
@@ -261,10 +289,16 @@ class StepRecorder(TrainerCallback):
                     state.add(name, at, value)
 
     def _measured(self) -> Mapping[str, list[Any]]:
-        """What TRL has measured since its last log: values by name, or nothing for a plain trainer."""
-        every_mode = getattr(self._trainer, "_metrics", None)
-        measured = every_mode.get("train") if isinstance(every_mode, Mapping) else None
-        return measured if isinstance(measured, Mapping) else {}
+        """What TRL has measured since its last log: values by name, or nothing for a plain trainer.
+
+        Most of its trainers keep that by mode in ``_metrics``, older ones in ``_stored_metrics`` or flat in ``stats``.
+        """
+        for attribute in ("_metrics", "_stored_metrics", "stats"):
+            kept = getattr(self._trainer, attribute, None)
+            measured = kept.get("train", kept) if isinstance(kept, Mapping) else None
+            if isinstance(measured, Mapping) and all(isinstance(values, list) for values in measured.values()):
+                return measured
+        return {}
 
     def _fresh_metrics(self) -> dict[str, float]:
         found = {}

@@ -16,7 +16,7 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from rlhf_audit_nb.capture.code import keep_list
 from rlhf_audit_nb.capture.weights import digest_json
 from rlhf_audit_nb.events import InputFile, InputFiles, ModelBound
 
-__all__ = ["file_tensors", "model_files", "reward_models", "safetensors_header", "with_origin"]
+__all__ = ["file_tensors", "model_files", "safetensors_header", "with_origin"]
 
 TENSORS_SUFFIX = ".tensors"
 MAX_HEADER = 100_000_000  # the format's own bound
@@ -87,14 +87,6 @@ def with_origin(
         chat_template_digest=_template_digest(processing_class),
         quantization=_quantization(plain),
     )
-
-
-def reward_models(trainer: Any) -> Iterator[Any]:
-    """The models among what an online trainer takes its rewards from."""
-    rewards = getattr(trainer, "reward_funcs", None)
-    for reward in rewards if isinstance(rewards, list | tuple) else [rewards]:
-        if hasattr(reward, "state_dict") and hasattr(reward, "config"):
-            yield trainer.accelerator.unwrap_model(reward)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -365,7 +365,7 @@ class Run:
             experiment=self.experiment,
             tool=f"{TOOL}/{__version__}",
             record=os.environ.get(ENV_RECORD),
-            audit={"every_steps": self.audit.every_steps, "weights_every": self.audit.weights_every},
+            audit={name: getattr(self.audit, name) for name in ("every_steps", "weights_every", "samples_every")},
             **self._started,
         )
 

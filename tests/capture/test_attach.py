@@ -74,6 +74,7 @@ def test_a_trainer_built_before_the_run_is_recorded(trail, tmp_path):
         "trainer.attached",
         "data.bound",
         "model.bound",
+        "reference.used",
         "train.step",
         "train.step",
         "train.step",

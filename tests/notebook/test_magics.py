@@ -132,7 +132,7 @@ def test_every_option_reaches_its_setting(shell, tmp_path):
     (started,) = events(opened, RunStarted)
     assert opened.origin == "example.com/t"
     assert started.declared_model == "example/m"
-    assert started.audit == {"every_steps": 4, "weights_every": 2}
+    assert started.audit == {"every_steps": 4, "weights_every": 2, "samples_every": 1}
     assert shell.find_line_magic("audit").__self__._auditor.audit_config.asynchronous is True
     assert started.privacy == {
         "epsilon": 9.0,
