@@ -50,10 +50,8 @@ class TrailPrivatiser:
         self._seeds = seeds
 
     def quiet(self) -> AbstractContextManager[Any]:
-        """Keeps libraries from telling about private rows."""
-        from rlhf_audit_nb.privacy.quiet import quiet_preparation
-
-        return quiet_preparation()
+        """Keeps libraries from telling about private rows, in messages and in exceptions."""
+        return _quiet()
 
     def inherit(self, trainer: Any) -> InheritedTraining | None:
         """What ``trainer`` inherits where it charges nothing, else ``None``; refusals as of `plan_inheritance`."""
@@ -92,6 +90,14 @@ class TrailPrivatiser:
             return PlannedTraining(self.trail, plan, seeds=seeds)
         plan = plan_training(trainer, self.config, certain, prior_of, done=done)
         return PlannedTraining(self.trail, plan, _raised(ledger, self.config))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from rlhf_audit_nb.privacy.quiet import concealed_errors, quiet_preparation
+
+    with concealed_errors(), quiet_preparation():
+        yield
 
 
 class PlannedTraining:

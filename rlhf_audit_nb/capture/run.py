@@ -312,8 +312,8 @@ class Run:
             error.add_note(f"The run's end could not be recorded: {late}")
         finally:
             self._open = False
-            self._undo.close()
             self.state.finished_at = time.time()
+            self._undo.__exit__(kind, error, trace)  # under privacy, an exception that may quote rows leaves as another
 
     def _close(self, error: BaseException | None) -> None:
         failure = error or self._failure

@@ -8,6 +8,9 @@ and in a notebook they would stand in its outputs. Whether a message comes at al
 So it is not looked at what a message says, but at where it is made: what is logged or warned of while rows go through
 `datasets`, or while a unit's gradient is computed (`unheard`), is not heard, at any level. Some messages that libraries
 make of the data afterwards are known by their words.
+
+Exceptions are told apart in the same way. One that was raised while a library handled rows may quote them, as Arrow
+does with a value that has not its column's type; `concealed_errors` has a sentence shown in its place.
 """
 
 from __future__ import annotations
@@ -16,12 +19,15 @@ import contextlib
 import logging
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-__all__ = ["quiet_preparation", "unheard"]
+from rlhf_audit_nb.errors import AuditError, PrivacyError
+
+__all__ = ["concealed_errors", "quiet_preparation", "unheard"]
 
 _TELLING = (
     "tokenized prompt is not a prefix",
@@ -33,6 +39,8 @@ _LIBRARIES = ("trl", "transformers", "accelerate")
 _OF_ROWS = ("datasets", "filelock", "fsspec")
 """Libraries whose every message is about data: their row counts, sizes, and the hashes in their files' names."""
 _ROWS_PASS = "datasets.arrow_dataset"
+_HANDLE_ROWS = ("datasets", "pyarrow", "tokenizers", "trl.data_utils", "transformers.tokenization")
+"""Modules, or what their names begin with, whose errors may quote what they were given."""
 _NOWHERE = -1  # below every handler's level, NOTSET included
 
 _unheard = threading.local()
@@ -63,6 +71,47 @@ def quiet_preparation() -> Iterator[None]:
     """
     with _without_progress_bars(), _without_telling_logs(), _without_telling_warnings():
         yield
+
+
+@contextlib.contextmanager
+def concealed_errors() -> Iterator[None]:
+    """An exception that leaves it, and was raised while a library handled rows, leaves as a sentence without its words.
+
+    Enter it around what a private run shows; whoever is to keep the exception has to see it before.
+
+    Raises:
+        PrivacyError: in that exception's place, which is not shown with it (code ``private-rows``).
+    """
+    try:
+        yield
+    except AuditError:  # ours quote nobody
+        raise
+    except Exception as error:
+        if not _raised_over_rows(error):
+            raise
+        raise PrivacyError(
+            f"A library could not handle the data ({type(error).__name__}). What it says may quote private rows, so it "
+            "is not shown.",
+            next_step="To see it in full, prepare the data outside of the private run, where nothing is recorded: what "
+            "is shown there is shown to you alone.",
+            code="private-rows",
+        ) from None
+
+
+def _raised_over_rows(error: BaseException) -> bool:
+    """Whether one of the exceptions that led to ``error``, or itself, passed through a library that handles rows."""
+    pending, seen = [error], set[int]()
+    while pending:
+        one = pending.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        pending += [other for other in (one.__cause__, one.__context__) if other is not None]
+        for frame, _ in traceback.walk_tb(one.__traceback__):
+            name = str(frame.f_globals.get("__name__", ""))
+            if any(name == module or name.startswith((f"{module}.", f"{module}_")) for module in _HANDLE_ROWS):
+                return True
+    return False
 
 
 @contextlib.contextmanager

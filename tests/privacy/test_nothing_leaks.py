@@ -139,6 +139,17 @@ def test_a_canary_whose_rows_cannot_be_computed_with_is_not_noticed(lab: LeakLab
     same(without(trainer=trainer), lab.seen(with_canary(PLAIN), trainer=trainer, breaks=True, speed=1.7))
 
 
+def test_rows_that_a_trainer_cannot_be_built_with_are_not_quoted(lab: LeakLab) -> None:
+    """Both jobs fail, which can be seen; by whose text, or with what in it, cannot."""
+    texts = ("maybe", f"{RARE} " * 7)
+    first, second = (
+        lab.seen(with_canary([{**PLAIN[0], "margin": text}]), trainer="reward", fails=True, speed=speed)
+        for text, speed in zip(texts, (1.0, 1.7), strict=True)
+    )
+    same(first, second)
+    assert b"A library could not handle the data (Arrow" in first["seen/stdout.txt"]
+
+
 @pytest.mark.parametrize("leak", [LEAKS[0], *(pytest.param(leak, marks=pytest.mark.slow) for leak in LEAKS[1:])])
 def test_the_comparison_notices(lab: LeakLab, leak: str) -> None:
     rows = with_canary(CANARIES["with rare words and many rows"])
