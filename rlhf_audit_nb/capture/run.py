@@ -214,6 +214,7 @@ class Run:
         self.audit = audit or AuditConfig()
         self.show_progress = show_progress
         self.state = RunState(experiment=self.experiment, run_id=self.id, private=privatiser is not None)
+        self.state.clean = self._scrubber.text
         self.stopped_by_budget = False
         self.training: Any = None
         self.ranks = Ranks(place, self.experiment, trail) if place is not None else None

@@ -63,7 +63,7 @@ def _pattern(what: str, hints: tuple[str, ...], rule: str, flags: int = 0, *, ce
 
 
 _NAMES = r"(?:api[_-]?key|access[_-]?key|secret|private[_-]?key|passw(?:or)?d|pwd|passphrase|credentials?)"
-_BEFORE = r"(?<![A-Za-z0-9_-])"
+_BEFORE = r"(?<![A-Za-z0-9])"
 
 PATTERNS: tuple[Pattern, ...] = (
     _pattern(
@@ -86,7 +86,9 @@ PATTERNS: tuple[Pattern, ...] = (
         _BEFORE + r"(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{22,})",
     ),
     _pattern("GitLab token", ("glpat-",), _BEFORE + r"glpat-[A-Za-z0-9_-]{20,}"),
-    _pattern("AWS key", ("akia", "asia", "abia", "acca"), r"\b(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}\b"),
+    _pattern(
+        "AWS key", ("akia", "asia", "abia", "acca"), _BEFORE + r"(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}(?![A-Za-z0-9])"
+    ),
     _pattern("Google key", ("aiza", "ya29."), _BEFORE + r"(?:AIza[A-Za-z0-9_-]{35}|ya29\.[A-Za-z0-9_-]{20,})"),
     _pattern("Slack token", ("xox",), _BEFORE + r"xox[abeoprs]-[A-Za-z0-9-]{10,}"),
     _pattern("Slack address", ("hooks.slack.com",), r"hooks\.slack\.com/services/(?P<secret>[A-Za-z0-9/_-]{20,})"),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, overload
 
@@ -179,6 +179,7 @@ class RunState:
         inherited: what the last training that charged nothing inherits.
         series: public series by name.
         warnings: sentences for a person.
+        clean: what takes secrets out of a new series' name.
     """
 
     experiment: str
@@ -193,6 +194,7 @@ class RunState:
     inherited: InheritedView | None = None
     series: dict[str, Series] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    clean: Callable[[str], str] = field(default=str, repr=False, compare=False)
 
     @property
     def finished(self) -> bool:
@@ -211,7 +213,8 @@ class RunState:
         """Append one point of the public series ``name``."""
         series = self.series.get(name)
         if series is None:
-            series = self.series[name] = Series()
+            name = self.clean(name)
+            series = self.series.setdefault(name, Series())
         series.append(step, value)
 
     def snapshot(self) -> dict[str, Any]:

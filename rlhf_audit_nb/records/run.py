@@ -446,10 +446,13 @@ def run_notebook(
         NotebookFailedError, NotebookRefusedError: a cell failed; the record is sealed, its ``result`` says where.
         KeyboardInterrupt, Terminated: this process was interrupted or told to end; the record is sealed as aborted.
     """
+    from rlhf_audit_nb.records.session import refuse_secrets
+
     source, target = Path(notebook), Path(output)
     node = _load(source)
     values = dict(parameters or {})
     check_parameters(source, values)
+    refuse_secrets(node, values)
     _check_output(source, target)
     location = Path(trail) if trail is not None else AuditConfig().trail_location()
     return _execute(node, source, target, values, location.absolute(), progress, kernel_name, cwd, cell_timeout)

@@ -55,11 +55,20 @@ from rlhf_audit_nb.records.statement import build_statement, encode_statement, e
 from rlhf_audit_nb.trail import Trail
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from rlhf_audit_nb.trail import Entry, Pending, TrailReader
 
-__all__ = ["COARSE_SECONDS", "ENV_RECORD", "Outcome", "RecordSession", "coarsen_times", "record_entries"]
+__all__ = [
+    "COARSE_SECONDS",
+    "ENV_RECORD",
+    "Outcome",
+    "RecordSession",
+    "coarsen_times",
+    "record_entries",
+    "refuse_secrets",
+]
 
 ENV_RECORD = "RLHF_AUDIT_RECORD"
 DISTRIBUTION = "rlhf-audit-trail"
@@ -113,13 +122,16 @@ def record_entries(reader: TrailReader, record: str) -> list[Entry]:
     return [found[index] for index in sorted(found)]
 
 
-def _refuse_secrets(notebook: dict[str, Any]) -> None:
-    """A record keeps every cell and parameter as it is, and goes to others: no token may stand in it."""
+def refuse_secrets(notebook: dict[str, Any], parameters: Mapping[str, Any]) -> None:
+    """A record keeps every cell and parameter as it is, and goes to others: no token may stand in it.
+
+    Raises:
+        RecordError: one does; the message names the cell or the parameter, and not the secret.
+    """
     for number, cell in enumerate(notebook["cells"], start=1):
         kind = find_secret(cell["source"])
         if kind is not None:
             raise _secret(f"Cell {number} holds a secret ({kind})")
-    parameters = notebook["metadata"].get("papermill", {}).get("parameters", {})
     for name, value in parameters.items():
         kind = find_secret(value, name) if isinstance(value, str) else None
         if kind is not None:
@@ -163,10 +175,10 @@ class RecordSession:
             NormalFormError: a parameter or a cell cannot stand in JSON.
             RecordError: a cell or a parameter holds a token or a key.
         """
-        _refuse_secrets(notebook)
+        parameters = notebook["metadata"].get("papermill", {}).get("parameters", {})
+        refuse_secrets(notebook, parameters)
         notebook["metadata"].pop(SEAL_KEY, None)
         notebook["metadata"]["kernelspec"] = dict(kernel)
-        parameters = notebook["metadata"].get("papermill", {}).get("parameters", {})
         started = RecordStarted(
             record=uuid4().hex,
             notebook_digest=source_digest(notebook),

@@ -48,7 +48,14 @@ INNOCENT = (
 def test_a_credential_of_a_known_shape_is_taken_out_of_any_text(kind):
     secret = SECRETS[kind]
     assert find_secret(secret) is not None
-    for text in (secret, f"could not log in with {secret}.", f'{{"a": "{secret}"}}', f"x({secret!r})"):
+    for text in (
+        secret,
+        f"name-{secret}",
+        f"name_{secret}",
+        f"could not log in with {secret}.",
+        f'{{"a": "{secret}"}}',
+        f"x({secret!r})",
+    ):
         assert secret not in scrub(text)
         assert "[removed: " in scrub(text)
 
