@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.capture.evaluation import LoggedEvaluation
     from rlhf_audit_nb.capture.overhead import RunOverhead
     from rlhf_audit_nb.capture.run import Run
+    from rlhf_audit_nb.compliance.compute import Ledger
+    from rlhf_audit_nb.compliance.weights import WeightsVerdict
     from rlhf_audit_nb.health import Examination
     from rlhf_audit_nb.labelling import LabelRelease
     from rlhf_audit_nb.privacy.pseudonyms import AnnotatorTable
@@ -461,6 +463,29 @@ class AuditableRLHF:
         self.trail.flush()
         return verify_trail(self.trail.location)
 
+    def verify_model(
+        self, folder: Path | str, *, against: Path | str | None = None, policy: TrustPolicy | None = None
+    ) -> WeightsVerdict:
+        """Whether a folder of weights is what a run saved: which entry, run and step it is, and what was changed.
+
+        Args:
+            folder: a saved model or checkpoint.
+            against: a trail's folder, a published trail or a record; ``None`` takes this auditor's own trail.
+            policy: whom to trust; ``None`` trusts the user's own keys.
+
+        Raises:
+            ConfigError: there are no weights in that folder.
+            AuditError: what it should be checked against cannot be read.
+        """
+        from rlhf_audit_nb.compliance.weights import check_weights
+        from rlhf_audit_nb.reports.sources import evidence_of
+
+        if against is None:
+            self.trail.flush()
+        evidence = evidence_of(against if against is not None else self.trail.location, policy)
+        beside = Path(against) / "artifacts" if against is not None else self.trail.artifacts
+        return check_weights(folder, evidence, artifacts=beside if beside.is_dir() else None)
+
     def status(self) -> Status:
         """Where the trail stands: its name, size and last commit."""
         return Status.of(self.trail)
@@ -756,6 +781,26 @@ class AuditableRLHF:
         evidence = self._evidence(None)
         return EvaluationsView(evaluations(evidence), evidence.level)
 
+    def declare_base_compute(
+        self, model: str, *, flop: float | None = None, systemic: bool = False, source: str, by: str
+    ) -> int:
+        """State the training compute of the model that this trail's trainings began with; the entry's index.
+
+        Args:
+            model: the model's name.
+            flop: its cumulative training compute; ``None`` where only ``systemic`` is stated.
+            systemic: whether it is a general-purpose model with systemic risk.
+            source: where that is from.
+            by: who states it.
+
+        Raises:
+            ConfigError: the figure is no number of operations, or a text is empty.
+        """
+        from rlhf_audit_nb.capture.compute_claims import base_compute
+
+        event = base_compute(model, flop=flop, systemic=systemic, source=source, by=by)
+        return self.trail.append(event.TYPE, encode_body(event)).wait()
+
     def privacy_check(
         self,
         *,
@@ -863,6 +908,20 @@ class AuditableRLHF:
         evidence = self._evidence(None)
         digests = {index: half.digest for index, _, half in private_halves(self.trail) if half.digest} if join else None
         return LineageView(lineage(evidence, digests), evidence.level)
+
+    def compute(self, *, base_flop: float | None = None, systemic: bool = False) -> Ledger:
+        """What every training on the trail computed, and the one-third rule over its lineage.
+
+        Args:
+            base_flop: the training compute of the base, where you state it here; else what the trail declares.
+            systemic: whether that base is a model with systemic risk.
+
+        Raises:
+            AuditError: there is no trail to verify.
+        """
+        from rlhf_audit_nb.compliance.compute import compute_ledger
+
+        return compute_ledger(self._evidence(None), base_flop=base_flop, systemic=systemic)
 
     def _record_saves(self, made: Any, kind: type[ReportCreated | CardCreated], verdict: Verdict) -> None:
         """What is saved from here on is recorded in the trail that it was drawn from: its bytes' digest."""

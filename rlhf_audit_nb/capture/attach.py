@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from rlhf_audit_nb.capture.compute import measuring
 from rlhf_audit_nb.capture.data import bind_data
 from rlhf_audit_nb.capture.models import with_origin
 from rlhf_audit_nb.capture.ranks import training_in_ranks
 from rlhf_audit_nb.capture.resume import Resumption, find_resumption
 from rlhf_audit_nb.capture.rewards import describe_company
 from rlhf_audit_nb.capture.run import InheritedPlan, PrivatePlan, Run, current_run, open_private_runs
+from rlhf_audit_nb.capture.saving import inside_trainer, saving_classes, wrap_save_pretrained
 from rlhf_audit_nb.capture.settings import generators, hyperparameters, unchanged
 from rlhf_audit_nb.capture.weights import describe_model, digest_tensors, final_tensors
 from rlhf_audit_nb.errors import RunError, UnsupportedTrainerError
@@ -75,6 +77,8 @@ def _install() -> ExitStack:
         stack.enter_context(_replaced(Trainer, "save_model", _wrap_save_model))
         stack.enter_context(_replaced(Trainer, "evaluate", _wrap_evaluation))
         stack.enter_context(_replaced(Trainer, "predict", _wrap_evaluation))
+        for kind in saving_classes():
+            stack.enter_context(_replaced(kind, "save_pretrained", wrap_save_pretrained))
         stack.callback(register_optimizer_step_pre_hook(_check_optimizer).remove)
         return stack.pop_all()
 
@@ -136,7 +140,8 @@ def _trains_beside(run: Run) -> bool:
 def _wrap_save_model(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def save_model(self: Any, output_dir: Any = None, _internal_call: bool = False) -> Any:  # noqa: FBT001, FBT002
-        result = original(self, output_dir, _internal_call)
+        with inside_trainer():
+            result = original(self, output_dir, _internal_call)
         run = current_run()
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         # Checkpoints save themselves through here and are signed when they are complete.
@@ -229,6 +234,7 @@ def _record_training(run: Run, trainer: Any, train: Callable[[], Any], checkpoin
             opening.announce(done + plan.steps, plan)
             _show_plan(run, plan)
             stack.callback(_remember_private_training, trainer, trainer.state)
+        stack.enter_context(measuring(run, trainer, private=plan is not None))
         stack.enter_context(_with_callback(trainer, recorder))
         if plan is None:
             stack.enter_context(_listening(trainer, recorder))
@@ -242,10 +248,11 @@ def _record_training(run: Run, trainer: Any, train: Callable[[], Any], checkpoin
                 if plan is not None:
                     _show_plan(run, plan)
                 result = train()
+            recorder.finish()
         finally:
             recorder.flush()
         with run.overhead.part("inputs"):
-            run.record(describe_model(trainer.model, "final", trainer.processing_class))
+            run.record(describe_model(trainer.model, "final", trainer.processing_class, artifacts=run.trail.artifacts))
     return result
 
 
@@ -304,7 +311,8 @@ class _Opening:
             return
         self._recorded = True
         self._record_data(max_steps, None)
-        base = describe_model(self._trainer.model, "base", self._trainer.processing_class)
+        lists = self._run.trail.artifacts
+        base = describe_model(self._trainer.model, "base", self._trainer.processing_class, artifacts=lists)
         self._run.record(self._with_origin(base, self._trainer.model, self._trainer.processing_class))
         begun = _begun_from(self._trainer.model, base)
         for event in describe_company(self._trainer, base, self._with_origin):

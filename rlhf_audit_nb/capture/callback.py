@@ -22,7 +22,7 @@ import torch
 from transformers import TrainerCallback
 
 from rlhf_audit_nb.capture.state import PRIVATE_LOSS, Smoothed
-from rlhf_audit_nb.capture.weights import trainable_digest
+from rlhf_audit_nb.capture.weights_path import Link, WeightsPath
 from rlhf_audit_nb.events import Number, Step, StepPrivate, TrainerLogged, number
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ class StepRecorder(TrainerCallback):
         self._first_step = first_step
         self._private = private
         self._norm: UpdateNorm | None = None
+        self._path: WeightsPath | None = None
         self._losses: list[torch.Tensor] = []
         self._gradient_norm: torch.Tensor | float | None = None
         self._update_norm: torch.Tensor | None = None
@@ -154,6 +155,8 @@ class StepRecorder(TrainerCallback):
         self._run.state.status = "training"
         if not (self._trainer.is_deepspeed_enabled or self._trainer.is_fsdp_enabled):  # sharded: no whole norm here
             self._norm = UpdateNorm([p for p in self._trainer.model.parameters() if p.requires_grad])
+        if self._run.audit.weights_every:
+            self._path = WeightsPath(self._trainer.model, measured=self._norm is not None)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Remember how much TRL has measured before this step."""
@@ -220,7 +223,7 @@ class StepRecorder(TrainerCallback):
 
     # --- one event ---------------------------------------------------------------------------------------------------
 
-    def flush(self) -> None:
+    def flush(self, *, ending: bool = False) -> None:
         """Record the steps since the last event, if there are any; the metrics are their means."""
         last, self._last = self._last, None
         if last is None:
@@ -231,6 +234,8 @@ class StepRecorder(TrainerCallback):
         released, self._released = self._released, []
         public = {PRIVATE_LOSS: number(sum(released) / len(released))} if released else {}
         every = self._run.audit.weights_every
+        wanted = every and (ending or last.step % every == 0)
+        link = self._link(self._path) if self._path is not None and wanted else None
         event = Step(
             step=last.step,
             metrics=public if self._private else metrics,
@@ -238,7 +243,8 @@ class StepRecorder(TrainerCallback):
             epsilon=number(last.epsilon) if last.epsilon is not None else None,
             gradient_norm=number(last.gradient_norm) if last.gradient_norm is not None else None,
             update_norm=number(last.update_norm) if last.update_norm is not None else None,
-            weights_digest=self._digest() if every and last.step % every == 0 else None,
+            weights_digest=link.digest if link is not None else None,
+            weights_moved=number(link.moved) if link is not None and link.moved is not None else None,
             notes=notes,
         )
         self._run.record(event, StepPrivate(metrics=metrics) if self._private else None)
@@ -248,9 +254,23 @@ class StepRecorder(TrainerCallback):
                     if name != "loss":
                         self._run.state.add(name, self._run_step(last.step), _float(value))
 
-    def _digest(self) -> str:
+    def _link(self, path: WeightsPath) -> Link:
         with self._overhead.part("weights digest"):
-            return trainable_digest(self._trainer.model)
+            return path.link()
+
+    def finish(self) -> None:
+        """The training came to its end: record the steps since the last event, and the last link of the weights' path.
+
+        What follows the last step (such as loading the best checkpoint again) is part of the path.
+        """
+        self.flush(ending=True)
+        if self._path is None or not self._trainer.state.global_step:
+            return
+        link, self._path = self._link(self._path), None
+        if not link.known:  # else the last step's own link is the last one
+            step = int(self._trainer.state.global_step)
+            moved = number(link.moved) if link.moved is not None else None
+            self._run.record(Step(step=step, weights_digest=link.digest, weights_moved=moved))
 
     def _run_step(self, step: int) -> int:
         return self._first_step + step - self._resumed_at

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_audit_nb.capture.data import bind_data, digest_prompts
+from rlhf_audit_nb.capture.folders import digest_folder
 from rlhf_audit_nb.capture.run import COARSE_US, current_run
 from rlhf_audit_nb.capture.secrets import Scrubber
 from rlhf_audit_nb.capture.weights import (
     base_tensors,
-    digest_folder,
     digest_tensors,
     final_tensors,
     has_one_adapter,

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_audit_nb.capture.weights import digest_folder
+from rlhf_audit_nb.capture.folders import digest_folder
+from rlhf_audit_nb.capture.saving import find_saved
 from rlhf_audit_nb.errors import RunError
-from rlhf_audit_nb.events import RunResumed, RunStarted, WeightsSaved, decode_body
+from rlhf_audit_nb.events import RunResumed, RunStarted, decode_body
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.capture.run import Run
@@ -110,11 +111,7 @@ def _digest(folder: Path) -> str | None:
 
 def _saved(reader: TrailReader, digest: str) -> tuple[int, str | None, bool] | None:
     """The newest entry that saved a folder of this digest: its index, its run, and whether that run was private."""
-    found: tuple[int, str | None] | None = None
-    for entry in reader.entries(type=WeightsSaved.TYPE):
-        event = decode_body(entry.type, entry.body)
-        if isinstance(event, WeightsSaved) and event.digest == digest:
-            found = entry.index, entry.run
+    found = find_saved(reader, digest)
     if found is None:
         return None
     return *found, found[1] is not None and _was_private(reader, found[1])

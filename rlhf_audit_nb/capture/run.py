@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from rlhf_audit_nb.capture.code import CodeSeen, code_since, look_at_code
 from rlhf_audit_nb.capture.environment import keep_environment
+from rlhf_audit_nb.capture.folders import folder_state, sign_folder
 from rlhf_audit_nb.capture.overhead import Overhead
 from rlhf_audit_nb.capture.ranks import Birth, Place, Ranks, count_children
 from rlhf_audit_nb.capture.secrets import Scrubber
 from rlhf_audit_nb.capture.state import InheritedView, PrivacyView, RunState, Status
 from rlhf_audit_nb.capture.telemetry import no_telemetry
-from rlhf_audit_nb.capture.weights import folder_state, sign_folder
 from rlhf_audit_nb.config import AuditConfig
 from rlhf_audit_nb.errors import AuditError, ConfigError, RunError
 from rlhf_audit_nb.events import (

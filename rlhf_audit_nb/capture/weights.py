@@ -1,4 +1,4 @@
-"""Digests of models and signatures of the folders that hold them. Floor 2.
+"""Digests of models. Floor 2.
 
 *Weights digest.* For each tensor, in the order of their names (Unicode code points), one line
 
@@ -8,29 +8,21 @@ and the digest is SHA-256 over those lines. Tensors are hashed side by side, so 
 cores. Of a model with an adapter, the *base* digest leaves the adapter out and undoes its renaming, so that it equals
 the plain base model's: that is how runs name their inputs. The *final* digest covers what a save of the model writes.
 
-*Folder signature.* ``model.sig`` is an OpenSSF model signature v1.0: a Sigstore bundle around a DSSE envelope around
-an in-toto statement that lists every file with its SHA-256, signed with ECDSA P-256. ``model_signing verify key DIR
---signature DIR/model.sig --public_key DIR/model.pub`` accepts it. ``model.pub`` (the key as PEM) is itself one of the
-signed files; which key is to be trusted says the trail's first entry, not the folder. Digests are lower-case hex.
+*Tensor list.* The lines themselves, kept beside the trail as ``artifacts/DIGEST.tensors``: the file's SHA-256 is the
+weights digest, so a list proves itself against the entry that holds it, and a changed tensor can be named
+(`rlhf_audit_nb.compliance.weights`). Digests are lower-case hex. Folders of files: `folders`.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
+from rlhf_audit_nb.capture.folders import TENSORS_SUFFIX, digest_folder, side_by_side
 from rlhf_audit_nb.errors import RunError
 from rlhf_audit_nb.events import ModelBound
 
@@ -38,32 +30,19 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "PUBLIC_KEY_FILE",
-    "SIGNATURE_FILE",
-    "FolderSignature",
     "base_tensors",
     "describe_model",
-    "digest_folder",
     "digest_json",
     "digest_tensors",
     "final_tensors",
-    "folder_state",
     "has_one_adapter",
     "loaded_from",
-    "sign_folder",
+    "raw_bytes",
+    "tensor_lines",
     "trainable_digest",
+    "trainable_tensors",
 ]
 
-SIGNATURE_FILE = "model.sig"
-PUBLIC_KEY_FILE = "model.pub"
-
-BUNDLE_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
-PAYLOAD_TYPE = "application/vnd.in-toto+json"
-STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
-PREDICATE_TYPE = "https://model_signing/signature/v1.0"
-
-_GIT_PATHS = (".git", ".gitattributes", ".github", ".gitignore")
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _VOLATILE_CONFIG = ("_name_or_path", "transformers_version")
 _VOLATILE_TOKENIZER = ("padding", "truncation")
@@ -74,16 +53,20 @@ _VOLATILE_TOKENIZER = ("padding", "truncation")
 
 def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     """The weights digest of ``tensors`` by name (see the module's first lines)."""
+    return hashlib.sha256(tensor_lines(tensors)).hexdigest()
+
+
+def tensor_lines(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """The tensor list whose SHA-256 is the weights digest."""
     names = sorted(tensors)
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        digests = list(pool.map(lambda name: _raw_digest(tensors[name]), names))
-    lines = hashlib.sha256()
-    for name, digest in zip(names, digests, strict=True):
-        tensor = tensors[name]
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        shape = ",".join(str(size) for size in tensor.shape)
-        lines.update(f"{name}\0{dtype}\0{shape}\0{digest}\n".encode())
-    return lines.hexdigest()
+    digests = side_by_side(lambda name: hashlib.sha256(raw_bytes(tensors[name])).hexdigest(), names)
+    return b"".join(_line(name, tensors[name], digest) for name, digest in zip(names, digests, strict=True))
+
+
+def _line(name: str, tensor: torch.Tensor, digest: str) -> bytes:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    shape = ",".join(str(size) for size in tensor.shape)
+    return f"{name}\0{dtype}\0{shape}\0{digest}\n".encode()
 
 
 def digest_json(value: Any) -> str:
@@ -148,12 +131,23 @@ def loaded_from(model: Any) -> str | None:
 
 def trainable_digest(model: torch.nn.Module) -> str:
     """The weights digest of the parameters that training changes."""
-    return digest_tensors({name: value for name, value in model.named_parameters() if value.requires_grad})
+    return digest_tensors(trainable_tensors(model))
 
 
-def describe_model(model: Any, role: str, processing_class: Any = None) -> ModelBound:
-    """The event for a model that a trainer showed; ``role`` is ``base``, ``reference`` or ``final``."""
-    tensors = base_tensors(model) if role == "base" else final_tensors(model)
+def trainable_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that training changes, by the names that the model gives them."""
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+def describe_model(model: Any, role: str, processing_class: Any = None, *, artifacts: Path | None = None) -> ModelBound:
+    """The event for a model that a trainer showed; ``role`` is ``base``, ``reference`` or ``final``.
+
+    With ``artifacts``, the folder beside the trail, the list of its tensors is kept there.
+    """
+    lines = tensor_lines(base_tensors(model) if role == "base" else final_tensors(model))
+    digest = hashlib.sha256(lines).hexdigest()
+    if artifacts is not None:
+        (artifacts / f"{digest}{TENSORS_SUFFIX}").write_bytes(lines)
     config = getattr(model, "config", None)
     adapter = _adapter(model)
     parameters = [(value.numel(), value.requires_grad) for value in model.parameters()]
@@ -163,7 +157,7 @@ def describe_model(model: Any, role: str, processing_class: Any = None) -> Model
         architecture=_architecture(model),
         parameters=sum(size for size, _ in parameters),
         trainable=sum(size for size, wanted in parameters if wanted),
-        weights_digest=digest_tensors(tensors),
+        weights_digest=digest,
         config_digest=digest_json(_config(config)),
         name=_public_name(config),
         tokenizer_digest=_tokenizer_digest(processing_class),
@@ -172,7 +166,12 @@ def describe_model(model: Any, role: str, processing_class: Any = None) -> Model
     )
 
 
-def _raw_digest(tensor: torch.Tensor) -> str:
+def raw_bytes(tensor: torch.Tensor) -> Any:
+    """A tensor's bytes as they are hashed, little-endian and in row order; a buffer without a copy where it can be.
+
+    Raises:
+        RunError: it lies on the meta device.
+    """
     import torch
 
     if tensor.device.type == "meta":
@@ -181,9 +180,7 @@ def _raw_digest(tensor: torch.Tensor) -> str:
             next_step="Load the weights before training (no device_map that offloads to disk).",
             code="meta-weights",
         )
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    raw: Any = flat.numpy()  # a buffer: hashed without a copy
-    return hashlib.sha256(raw).hexdigest()
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _adapter_prefix(model: Any) -> str | None:
@@ -246,134 +243,3 @@ def _tokenizer_digest(tokenizer: Any) -> str | None:
             "chat_template": getattr(tokenizer, "chat_template", None),
         }
     )
-
-
-# --- folder signatures -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class FolderSignature:
-    """What was signed: the subject's digest, how many files and bytes, and the digest of ``model.sig`` itself."""
-
-    digest: str
-    files: int
-    bytes: int
-    signature_digest: str
-
-
-def folder_state(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """Names, sizes and times of the files that a signature of ``folder`` covers: equal when nothing changed."""
-    ignored = _ignored_paths(folder)
-    return tuple(
-        (path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns)
-        for path in _files(folder, ignored)
-    )
-
-
-def sign_folder(folder: Path, key: ec.EllipticCurvePrivateKey) -> FolderSignature:
-    """Sign every file under ``folder`` and leave ``model.pub`` and ``model.sig`` in it.
-
-    Folders named ``checkpoint-N`` directly below are left out (each is signed on its own), and so is git's.
-
-    Raises:
-        RunError: the folder holds a symbolic link, which a signature cannot cover, or nothing at all.
-        OSError: the folder cannot be read or written.
-    """
-    pem = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    (folder / PUBLIC_KEY_FILE).write_bytes(pem)
-    ignored = _ignored_paths(folder)
-    files = list(_files(folder, ignored))
-    root, digests = _folder_digest(files)
-    names = [path.relative_to(folder).as_posix() for path in files]
-    statement = _statement(folder.resolve().name, root, dict(zip(names, digests, strict=True)), ignored)
-    bundle = _bundle(statement, key, pem)
-    _write_atomically(folder / SIGNATURE_FILE, bundle)
-    return FolderSignature(
-        digest=root,
-        files=len(files),
-        bytes=sum(path.stat().st_size for path in files),
-        signature_digest=hashlib.sha256(bundle).hexdigest(),
-    )
-
-
-def digest_folder(folder: Path) -> str:
-    """The digest that `sign_folder` would sign, of the folder as it is.
-
-    Raises:
-        RunError: the folder holds a symbolic link.
-        OSError: the folder cannot be read.
-    """
-    return _folder_digest(list(_files(folder, _ignored_paths(folder))))[0]
-
-
-def _ignored_paths(folder: Path) -> list[str]:
-    checkpoints = sorted(path.name for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name))
-    return [SIGNATURE_FILE, *_GIT_PATHS, *checkpoints]
-
-
-def _files(folder: Path, ignored: list[str]) -> Iterator[Path]:
-    """The files to be signed, sorted by their names' code points."""
-    found = []
-    for path in folder.rglob("*"):
-        if path.is_symlink():
-            raise RunError(
-                f"The saved folder {folder.name!r} holds the symbolic link {path.name!r}, which cannot be signed.",
-                next_step="Save the model into a folder of its own.",
-                code="symlink",
-            )
-        relative = path.relative_to(folder)
-        if path.is_file() and relative.parts[0] not in ignored:
-            found.append(path)
-    yield from sorted(found, key=lambda path: path.relative_to(folder).as_posix())
-
-
-def _folder_digest(files: list[Path]) -> tuple[str, list[str]]:
-    """The digest over the files' digests in their order, and these."""
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        digests = list(pool.map(_file_digest, files))
-    return hashlib.sha256(b"".join(bytes.fromhex(digest) for digest in digests)).hexdigest(), digests
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _statement(name: str, root: str, digests: dict[str, str], ignored: list[str]) -> bytes:
-    resources = [{"name": file, "algorithm": "sha256", "digest": digest} for file, digest in digests.items()]
-    statement = {
-        "_type": STATEMENT_TYPE,
-        "subject": [{"name": name, "digest": {"sha256": root}}],
-        "predicateType": PREDICATE_TYPE,
-        "predicate": {
-            "serialization": {
-                "method": "files",
-                "hash_type": "sha256",
-                "allow_symlinks": False,
-                "ignore_paths": ignored,
-            },
-            "resources": resources,
-        },
-    }
-    return json.dumps(statement, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def _bundle(statement: bytes, key: ec.EllipticCurvePrivateKey, pem: bytes) -> bytes:
-    encoding = f"DSSEv1 {len(PAYLOAD_TYPE)} {PAYLOAD_TYPE} {len(statement)} ".encode() + statement
-    signature = key.sign(encoding, ec.ECDSA(hashes.SHA256()))
-    bundle = {
-        "mediaType": BUNDLE_TYPE,
-        "verificationMaterial": {"publicKey": {"hint": hashlib.sha256(pem).hexdigest()}, "tlogEntries": []},
-        "dsseEnvelope": {
-            "payload": base64.b64encode(statement).decode(),
-            "payloadType": PAYLOAD_TYPE,
-            "signatures": [{"sig": base64.b64encode(signature).decode(), "keyid": ""}],
-        },
-    }
-    return json.dumps(bundle, separators=(",", ":")).encode()
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    draft = path.with_name(path.name + ".part")
-    draft.write_bytes(content)
-    draft.replace(path)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_audit_nb.cli.shared import WIDTH, Command, Parser, add_policy, finish, is_record, note, read_policy
+from rlhf_audit_nb.cli.weights import is_weights, verify_weights
 from rlhf_audit_nb.errors import ConfigError, FormatError
 
 if TYPE_CHECKING:
@@ -81,6 +82,16 @@ def _progress() -> Callable[[int, int], None]:
 
 def _do_verify(args: argparse.Namespace) -> int:
     from rlhf_audit_nb.trail import Level
+
+    if is_weights(args.target):
+        _refuse_for(args, "a folder of weights")
+        return verify_weights(args)
+    if args.trail:
+        raise ConfigError(
+            f"--trail goes with a folder of weights, and {args.target} is none.",
+            next_step="Leave it out: a trail, a record or a proof is checked by itself.",
+            code="usage",
+        )
 
     verdict, notes, payload = _verdict(args, read_policy(args))
     require = Level[args.require] if args.require else None
@@ -318,8 +329,9 @@ def _add_verify(parser: Parser) -> None:
     parser.set_defaults(do=_do_verify)
     parser.add_argument(
         "target",
-        metavar="RECORD.ipynb|TRAIL|URL|FILE",
-        help="a record, a trail's folder, a published trail (folder or address), a proof or a disclosure",
+        metavar="RECORD.ipynb|TRAIL|URL|FILE|WEIGHTS",
+        help="a record, a trail's folder, a published trail (folder or address), a proof, a disclosure, or a folder of "
+        "weights",
     )
     add_policy(parser)
     parser.add_argument("--require", choices=LEVELS, type=str.upper, help="a lower level is a failure")
@@ -327,7 +339,10 @@ def _add_verify(parser: Parser) -> None:
     parser.add_argument(
         "--tsa-ca", action="append", metavar="FILE", help="trust this timestamping authority (PEM; may be repeated)"
     )
+    parser.add_argument(
+        "--trail", metavar="TRAIL|URL|RECORD", help="what weights are checked against ($RLHF_AUDIT_TRAIL, else audit)"
+    )
     parser.add_argument("--entry", metavar="FILE", help=f"the entry's bytes, for a {PROOF_SUFFIX} file")
 
 
-COMMANDS = (Command("check", "verify", "check a record or a trail and say how far the check reaches", _add_verify),)
+COMMANDS = (Command("check", "verify", "check a record, a trail or saved weights: how far does it reach", _add_verify),)

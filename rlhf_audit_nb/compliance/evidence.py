@@ -147,6 +147,23 @@ class Evidence:
         return cls(verdict, entries, origin_kind="trail", checkpoint=checkpoint)
 
     @classmethod
+    def from_published(
+        cls, target: Path | str, *, policy: TrustPolicy | None = None, home: Path | None = None
+    ) -> Evidence:
+        """Verifies a published trail (a folder or an address) and takes all its entries.
+
+        Raises:
+            AuditError: there is no published trail there, or no key to verify it with.
+        """
+        from rlhf_audit_nb.trail.published import verify_published
+
+        entries: list[Entry] = []
+        verdict = verify_published(target, policy=policy, home=home, entries=entries)
+        if level_words(verdict.level.name).trusted:
+            _check_same(tuple(entries), verdict)
+        return cls(verdict, tuple(entries))
+
+    @classmethod
     def from_record(cls, opened: Any) -> Evidence:
         """Takes a record that `rlhf_audit_nb.records.open_record` opened."""
         checkpoint = (opened.metadata or {}).get("checkpoint")

@@ -34,6 +34,13 @@ from rlhf_audit_nb.events.codec import (
     encode_body,
     encode_private,
 )
+from rlhf_audit_nb.events.compute import (
+    BaseComputeDeclared,
+    ComputeRecorded,
+    ComputeRecordedPrivate,
+    ModelShape,
+    Passes,
+)
 from rlhf_audit_nb.events.evaluation import (
     EvaluationPrivate,
     EvaluationRecorded,
@@ -114,11 +121,14 @@ __all__ = [
     "AnnotatorReidentified",
     "AnnotatorsKey",
     "AnnotatorsTabulated",
+    "BaseComputeDeclared",
     "BudgetSet",
     "CardCreated",
     "CellExecuted",
     "CodeBound",
     "CodeFiles",
+    "ComputeRecorded",
+    "ComputeRecordedPrivate",
     "DataBound",
     "DataPrivate",
     "DataRead",
@@ -135,7 +145,9 @@ __all__ = [
     "LabelsSealed",
     "LabelsWritten",
     "ModelBound",
+    "ModelShape",
     "Number",
+    "Passes",
     "PopulationKey",
     "PopulationRoster",
     "PopulationSecret",

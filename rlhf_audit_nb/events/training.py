@@ -24,6 +24,11 @@ class Step(Event, frozen=True, kw_only=True):
 
     ``epsilon`` is the composed total after this step. ``update_norm`` is the L2 norm of the parameter update. Under
     privacy the public ``metrics`` hold the loss that was released for it (``private_loss``), if any, and nothing else.
+
+    ``weights_digest`` is the weights digest of the trainable tensors after the step, ``weights_moved`` the L2 norm of
+    their difference from where the digest before this one found them; the first one is measured from the tensors of
+    the ``trainable_digest`` that training began with. A digest that stands alone in an entry is the last link: what
+    training left.
     """
 
     TYPE: ClassVar[str] = "train.step"
@@ -36,6 +41,7 @@ class Step(Event, frozen=True, kw_only=True):
     gradient_norm: Number | None = None
     update_norm: Number | None = None
     weights_digest: str | None = None
+    weights_moved: Number | None = None
     notes: list[str] = []
 
 

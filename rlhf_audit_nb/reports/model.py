@@ -19,6 +19,7 @@ from rlhf_audit_nb.compliance.lineage import lineage
 from rlhf_audit_nb.events import BudgetSet, LabelsReleased, PrivacyPopulation, RecordSealed
 from rlhf_audit_nb.reports import figures
 from rlhf_audit_nb.reports.cells import Cell, cells_of
+from rlhf_audit_nb.reports.compute import compute_groups
 from rlhf_audit_nb.reports.evaluations import evaluation_groups
 from rlhf_audit_nb.reports.integrity import integrity_facts
 from rlhf_audit_nb.reports.lineage import lineage_figure
@@ -62,6 +63,7 @@ class ReportModel:
     runs: tuple[RunPart, ...]
     evaluations: tuple[Group, ...]
     lineage: tuple[Group, ...]
+    compute: tuple[Group, ...]
     figures: tuple[Figure, ...]
     assessment: Assessment
     cells: tuple[Cell, ...]
@@ -163,6 +165,7 @@ class _Builder:
             runs=runs,
             evaluations=evaluation_groups(evidence),
             lineage=self._lineage(),
+            compute=compute_groups(evidence),
             figures=drawn,
             assessment=self.assessment,
             cells=cells,

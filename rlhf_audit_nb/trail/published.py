@@ -77,6 +77,7 @@ def verify_published(
     home: Path | None = None,
     tsa_roots: Sequence[bytes] | None = None,
     progress: Progress | None = None,
+    entries: list[Entry] | None = None,
 ) -> Verdict:
     """Verify the trail that was published to ``target``.
 
@@ -86,6 +87,7 @@ def verify_published(
         home: the folder of keys and last-seen heads; ``None`` takes ``RLHF_AUDIT_HOME`` or the user's own.
         tsa_roots: certificates (PEM) of the timestamping authorities that are trusted; ``None`` takes ``HOME/tsa``.
         progress: called now and then with how many entries were checked, and how many there are.
+        entries: a list that takes the entries that were checked, in their order; the verdict says what they are worth.
 
     Raises:
         StoreError: there is no published trail there, or a file cannot be read.
@@ -107,6 +109,7 @@ def verify_published(
         return Verdict(Level.INVALID, "", 0, "", reasons=(Reason("checkpoint", CHECKPOINT, error.message),))
     before = None if seen is None else checkpoint_of(seen)
     audit = _Tiles(opened, head, KeySuccession(origin, known_limits(home, origin)), progress)
+    audit.entries = entries
     audit.sizes = _sizes([*(int(name.partition(".")[0]) for name in names), before.size if before else 0])
     checked = audit.run(trusted, note)
     roots = trusted_authorities(home) if tsa_roots is None else tsa_roots
@@ -205,6 +208,7 @@ class _Tiles:
     rows: dict[int, list[bytes]] = field(default_factory=dict)
     legible: bool = True
     unsaid: int = 0
+    entries: list[Entry] | None = None
 
     def fault(self, code: str, where: str, message: str) -> None:
         if len(self.reasons) < MAX_REASONS:
@@ -294,6 +298,8 @@ class _Tiles:
             return
         self.checker.add(entry)
         self.keys.add(entry)
+        if self.entries is not None:
+            self.entries.append(entry)
 
     def _leaves(self, tile: TileName, data: bytes | None, leaves: list[bytes] | None) -> list[bytes] | None:
         """The leaf hashes to go on with: those of the entries, else those of the tile."""

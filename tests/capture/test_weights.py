@@ -15,13 +15,12 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from support.tiny import causal_model, lora, perturb, tokenizer
 
+from rlhf_audit_nb.capture.folders import folder_state, sign_folder
 from rlhf_audit_nb.capture.weights import (
     base_tensors,
     describe_model,
     digest_tensors,
     final_tensors,
-    folder_state,
-    sign_folder,
     trainable_digest,
 )
 from rlhf_audit_nb.errors import RunError

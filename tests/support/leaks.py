@@ -204,7 +204,7 @@ def _hold_still(speed: float) -> None:
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    from rlhf_audit_nb.capture import weights
+    from rlhf_audit_nb.capture import folders
     from rlhf_audit_nb.capture.run import open_private_runs
     from rlhf_audit_nb.privacy import populations
     from rlhf_audit_nb.privacy.sampling import SealedRandom
@@ -226,7 +226,7 @@ def _hold_still(speed: float) -> None:
     SealedRandom.from_system = classmethod(lambda cls: cls(bytes(range(32))))  # type: ignore[method-assign,assignment]
     commitment.commitment_of = writer.commitment_of = _ideal
     populations.secrets = SimpleNamespace(token_bytes=lambda count: bytes(range(count)))  # type: ignore[assignment]
-    made = weights.ec.ECDSA
+    made = folders.ec.ECDSA
 
     class Repeatable:
         """The same signature each time: the usual one has randomness of its own in it."""
@@ -234,7 +234,7 @@ def _hold_still(speed: float) -> None:
         def __new__(cls, algorithm: Any) -> Any:
             return made(algorithm, deterministic_signing=True)
 
-    weights.ec = type("ec", (), {**vars(ec), "ECDSA": Repeatable})  # type: ignore[assignment]
+    folders.ec = type("ec", (), {**vars(ec), "ECDSA": Repeatable})  # type: ignore[assignment]
     del hashes
 
 
