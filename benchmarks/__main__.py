@@ -19,12 +19,13 @@ QUIET = 0.02
 
 
 def _figures(folder: Path, only: str | None, *, quick: bool) -> list[Figure]:
-    from benchmarks import annotations, capture, labels, planning, startup, trails, training, verifying
+    from benchmarks import annotations, capture, hashing, labels, planning, startup, trails, training, verifying
 
     rooms: dict[str, Callable[[], Iterable[Figure]]] = {
         "startup": startup.measure,
         "trail": lambda: trails.measure(folder, quick=quick),
         "verifying": lambda: verifying.measure(folder / "verifying", quick=quick),
+        "hashing": lambda: hashing.measure(folder / "hashing", quick=quick),
         "annotations": lambda: annotations.measure(folder, quick=quick),
         "planning": lambda: planning.measure(quick=quick),
         "capture": lambda: capture.measure(folder / "capture", quick=quick),
@@ -59,7 +60,18 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", help="also write the figures as JSON")
     parser.add_argument("--peers", metavar="PYTHON", help="an interpreter that has trackio, wandb and mlflow")
     parser.add_argument(
-        "--only", choices=("startup", "trail", "verifying", "annotations", "planning", "capture", "training", "labels")
+        "--only",
+        choices=(
+            "startup",
+            "trail",
+            "verifying",
+            "hashing",
+            "annotations",
+            "planning",
+            "capture",
+            "training",
+            "labels",
+        ),  # fmt: skip
     )
     args = parser.parse_args()
     if args.peers:

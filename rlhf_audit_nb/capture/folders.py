@@ -68,7 +68,7 @@ STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://model_signing/signature/v1.0"
 
 SHARDED_FROM = 1 << 30
-SHARD_SIZE = 256 << 20
+SHARD_SIZE = 64 << 20
 
 _BUFFER = 1 << 20
 _MOST_SIGNATURE = 256 << 20

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_audit_nb.compliance import words
 from rlhf_audit_nb.compliance.assess import State, assess
+from rlhf_audit_nb.compliance.compute import compute_ledger
 from rlhf_audit_nb.compliance.evidence import Cite, cite
 from rlhf_audit_nb.compliance.facts import composed_privacy, run_facts
 from rlhf_audit_nb.compliance.framework import load_framework
@@ -18,6 +19,8 @@ from rlhf_audit_nb.compliance.thresholds import evaluations
 from rlhf_audit_nb.events import PrivacyChecked, PrivacyPopulation
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from rlhf_audit_nb.compliance.assess import Assessment
     from rlhf_audit_nb.compliance.evidence import Evidence, Item
     from rlhf_audit_nb.compliance.facts import RunFacts, Spend
@@ -118,7 +121,7 @@ def card_content(evidence: Evidence) -> CardContent:
         framework_digest=assessment.framework.digest,
         assessment=_assessment_words(assessment),
         general=_general(run, final),
-        development=_development(run),
+        development=_development(evidence, run),
         data=_data(run),
         privacy=_privacy(evidence, runs, run),
         evaluation=_evaluation(evidence, run),
@@ -179,7 +182,7 @@ def _general(run: RunFacts | None, final: tuple[Item, ModelBound] | None) -> Sec
     return Section("General description", tuple(fields))
 
 
-def _development(run: RunFacts | None) -> Section:
+def _development(evidence: Evidence, run: RunFacts | None) -> Section:
     fields: list[Field] = []
     where = "Annex IV 2(a); Annex XI, Section 1, 2(b)"
     base = run.model("base") if run else None
@@ -202,12 +205,26 @@ def _development(run: RunFacts | None) -> Section:
         fields.append(Field("Hardware of training", words.hardware_text(env.hardware), cite([item.index])))
     if not fields:
         fields += _missing(("Method and steps", where))
-    fields += _missing(
-        ("Reasons for the choices", "Annex IV 2(b)"),
-        ("Compute", "Annex IV 2(c); Annex XI, Section 1, 2(d)"),
-        ("Energy", "Annex XI, Section 1, 2(e)"),
-    )
-    return Section("Development", tuple(fields))
+    fields += _missing(("Reasons for the choices", "Annex IV 2(b)"))
+    return Section("Development", (*fields, *_compute(evidence, run)))
+
+
+def _compute(evidence: Evidence, run: RunFacts | None) -> Iterator[Field]:
+    """FLOP, device hours and energy of the run's trainings."""
+    where, of_energy = "Annex IV 2(c); Annex XI, Section 1, 2(d)", "Annex XI, Section 1, 2(e)"
+    own = [one for one in compute_ledger(evidence).trainings if run is not None and one.run == run.run]
+    for one in own:
+        hours = f"; {one.device_hours:.3g} device hours" if one.device_hours is not None else ""
+        sampled = f"; generation {one.generation.words} FLOP" if one.generation.high else ""
+        text = f"{one.trainer}: update {one.update.words} FLOP{sampled}{hours}"
+        yield Field("Compute", text if one.basis != "none" else NOT_STATED, cite(one.entries), where)
+    used = [(one, source, amount) for one in own for source, amount in one.kilowatt_hours.items()]
+    for one, source, amount in used:
+        yield Field("Energy", f"{amount:.3g} kWh, read from {source}", cite([one.entry]), of_energy)
+    if not own:
+        yield Field("Compute", NOT_STATED, where=where)
+    if not used:
+        yield Field("Energy", NOT_STATED, where=of_energy)
 
 
 def _data(run: RunFacts | None) -> Section:

@@ -364,4 +364,5 @@ def percent(share: float) -> str:
     if not 0 < share < math.inf:
         return "0 %" if not share else "more than any share"
     step = 10.0 ** (math.floor(math.log10(share * 100)) - 1)
-    return f"{math.ceil(share * 100 / step - 1e-9) * step:.2g} %"
+    up = math.ceil(share * 100 / step - 1e-9) * step
+    return f"{up:.2g} %" if up < 100 else f"{up:,.0f} %"  # noqa: PLR2004 (whole per cents)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rlhf_audit_nb.compliance.compute import compute_ledger
 from rlhf_audit_nb.compliance.facts import run_facts
 from rlhf_audit_nb.compliance.thresholds import evaluations as read_evaluations
 from rlhf_audit_nb.compliance.words import count, plural, short
@@ -264,6 +265,32 @@ def hardware(evidence: Evidence) -> Finding | None:
     return Finding(tuple(sorted(entries)), "Hardware seen in training, and when the runs began and ended.", "")
 
 
+def compute(evidence: Evidence) -> Finding | None:
+    """FLOP of trainings, counted or bounded, and device hours."""
+    found = [one for one in compute_ledger(evidence).trainings if one.basis != "none"]
+    if not found:
+        return None
+    timed = sum(one.device_hours is not None for one in found)
+    bounded = sum(one.basis == "settings" for one in found)
+    words = f"FLOP of {plural(len(found), 'training')} by column, with a band; device hours of {timed}."
+    words += f" {bounded} bounded from public settings." if bounded else ""
+    entries = tuple(sorted({index for one in found for index in one.entries}))
+    return Finding(entries, words, "What was computed outside of this trail, such as the base model's own training.")
+
+
+def energy(evidence: Evidence) -> Finding | None:
+    """Energy that was read from counters."""
+    found = [one for one in compute_ledger(evidence).trainings if one.kilowatt_hours]
+    if not found:
+        return None
+    sources = _names([name for one in found for name in one.kilowatt_hours])
+    return Finding(
+        tuple(sorted(one.entry for one in found)),
+        f"Energy of {plural(len(found), 'training')}, read from {sources}.",
+        "Memory, fans and cooling, and what was used outside of this trail; other processes' share is in it.",
+    )
+
+
 def base_model(evidence: Evidence) -> Finding | None:
     """The base model by digest."""
     found = tuple(pair for run in run_facts(evidence) for pair in run.models if pair[1].role == "base")
@@ -345,11 +372,13 @@ QUERIES: dict[str, Query] = {
         adaptation,
         architecture,
         base_model,
+        compute,
         configuration,
         data_points,
         data_sets,
         development_steps,
         documentation_current,
+        energy,
         evaluations,
         hardware,
         human_feedback,

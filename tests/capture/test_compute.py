@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from base64 import b64decode
-
 import pytest
 import torch
 from peft import get_peft_model
@@ -54,11 +52,15 @@ def wide(**changes):
     return causal_model(hidden_size=128, intermediate_size=256, num_hidden_layers=4, **changes)
 
 
+def late():
+    return lora(target_modules=["q_proj", "down_proj"], layers_to_transform=[3])
+
+
 MODELS = {
     "whole": wide,
     "tied": lambda: wide(tie_word_embeddings=True),
     "adapter": lambda: get_peft_model(wide(), lora()),
-    "late adapter": lambda: get_peft_model(wide(), lora(layers_to_transform=[3])),
+    "late adapter": lambda: get_peft_model(wide(), late()),
     "head only": lambda: frozen_but_head(wide()),
 }
 
@@ -177,9 +179,7 @@ def test_under_privacy_nothing_that_was_measured_stands_in_the_open(tmp_path):
     assert event.energy == {}
     assert event.transformers_flos is None
     assert entry.envelope.sealed is not None
-    half = decode_private(
-        entry.type, auditor.trail.vault.open_payload(entry.stream, entry.seq, b64decode(entry.envelope.sealed))
-    )
+    half = decode_private(entry.type, auditor.trail.vault.half(entry).payload)
     assert isinstance(half, ComputeRecordedPrivate)
     assert half.seconds > 0
     (ledger,) = auditor.compute().trainings

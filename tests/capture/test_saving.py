@@ -96,7 +96,7 @@ def test_the_path_leads_from_the_base_to_what_was_left(trained):
     base = next(event for event in trained.of(ModelBound) if event.role == "base")
     links = [event for event in trained.of(Step) if event.weights_digest is not None]
     stored = [load_file(trained.place / "out" / f"checkpoint-{step}" / "model.safetensors") for step in (2, 3)]
-    start = dict(causal_model().named_parameters())
+    start = {name: value.detach() for name, value in causal_model().named_parameters()}
     assert base.trainable_digest == digest_tensors(start)
     assert [link.step for link in links] == [2, 3]
     assert [link.weights_digest for link in links] == [digest_tensors(tensors) for tensors in stored]
