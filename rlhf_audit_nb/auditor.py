@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.capture.evaluation import LoggedEvaluation
     from rlhf_audit_nb.capture.overhead import RunOverhead
     from rlhf_audit_nb.capture.run import Run
-    from rlhf_audit_nb.compliance.compute import Ledger
     from rlhf_audit_nb.compliance.weights import WeightsVerdict
     from rlhf_audit_nb.health import Examination
     from rlhf_audit_nb.labelling import LabelRelease
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.privatiser import TrailPrivatiser
     from rlhf_audit_nb.replaying import Replay
     from rlhf_audit_nb.reports.budget import Budget, BudgetLeft
+    from rlhf_audit_nb.reports.compute import ComputeView
     from rlhf_audit_nb.reports.evaluations import EvaluationsView
     from rlhf_audit_nb.reports.lineage import LineageView
     from rlhf_audit_nb.trail import Trail, TrustPolicy, Verdict
@@ -909,7 +909,7 @@ class AuditableRLHF:
         digests = {index: half.digest for index, _, half in private_halves(self.trail) if half.digest} if join else None
         return LineageView(lineage(evidence, digests), evidence.level)
 
-    def compute(self, *, base_flop: float | None = None, systemic: bool = False) -> Ledger:
+    def compute(self, *, base_flop: float | None = None, systemic: bool = False) -> ComputeView:
         """What every training on the trail computed, and the one-third rule over its lineage.
 
         Args:
@@ -920,8 +920,10 @@ class AuditableRLHF:
             AuditError: there is no trail to verify.
         """
         from rlhf_audit_nb.compliance.compute import compute_ledger
+        from rlhf_audit_nb.reports.compute import ComputeView
 
-        return compute_ledger(self._evidence(None), base_flop=base_flop, systemic=systemic)
+        evidence = self._evidence(None)
+        return ComputeView(compute_ledger(evidence, base_flop=base_flop, systemic=systemic), evidence.level)
 
     def _record_saves(self, made: Any, kind: type[ReportCreated | CardCreated], verdict: Verdict) -> None:
         """What is saved from here on is recorded in the trail that it was drawn from: its bytes' digest."""

@@ -27,7 +27,7 @@ from rlhf_audit_nb.capture.ranks import training_in_ranks
 from rlhf_audit_nb.capture.resume import Resumption, find_resumption
 from rlhf_audit_nb.capture.rewards import describe_company
 from rlhf_audit_nb.capture.run import InheritedPlan, PrivatePlan, Run, current_run, open_private_runs
-from rlhf_audit_nb.capture.saving import inside_trainer, saving_classes, wrap_save_pretrained
+from rlhf_audit_nb.capture.saving import inside_trainer, is_saving, saving_classes, wrap_save_pretrained
 from rlhf_audit_nb.capture.settings import generators, hyperparameters, unchanged
 from rlhf_audit_nb.capture.weights import describe_model, digest_tensors, final_tensors
 from rlhf_audit_nb.errors import RunError, UnsupportedTrainerError
@@ -140,12 +140,13 @@ def _trains_beside(run: Run) -> bool:
 def _wrap_save_model(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def save_model(self: Any, output_dir: Any = None, _internal_call: bool = False) -> Any:  # noqa: FBT001, FBT002
+        # Checkpoints save themselves through here and are signed when they are complete; `push_to_hub` names no folder.
+        ours = not is_saving() and (not _internal_call or output_dir is None)
         with inside_trainer():
             result = original(self, output_dir, _internal_call)
         run = current_run()
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        # Checkpoints save themselves through here and are signed when they are complete.
-        if run is not None and not _internal_call and self.args.should_save and folder.is_dir():
+        if run is not None and ours and self.args.should_save and folder.is_dir():
             run.weights_saved(folder, int(self.state.global_step) or None)
         return result
 

@@ -24,7 +24,7 @@ from rlhf_audit_nb.events import WeightsSaved, decode_body
 if TYPE_CHECKING:
     from rlhf_audit_nb.trail import TrailReader
 
-__all__ = ["find_saved", "inside_trainer", "saving_classes", "wrap_save_pretrained"]
+__all__ = ["find_saved", "inside_trainer", "is_saving", "saving_classes", "wrap_save_pretrained"]
 
 _saving: ContextVar[bool] = ContextVar("rlhf_audit_saving", default=False)
 
@@ -37,6 +37,11 @@ def inside_trainer() -> Iterator[None]:
         yield
     finally:
         _saving.reset(token)
+
+
+def is_saving() -> bool:
+    """Whether a save is going on here that somebody records."""
+    return _saving.get()
 
 
 def saving_classes() -> list[type]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
 
 from rlhf_audit_nb.compliance import words
 from rlhf_audit_nb.compliance.compute import compute_ledger, flop_text
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.compliance.compute import Ledger, TrainingCompute
     from rlhf_audit_nb.compliance.evidence import Evidence
 
-__all__ = ["compute_groups", "compute_lines"]
+__all__ = ["ComputeView", "compute_groups", "compute_lines"]
 
 _BASIS = {
     "measured": "counted pass by pass",
@@ -21,6 +23,24 @@ _BASIS = {
     "none": "nothing was counted, and nothing bounds it",
 }
 _LAW = "Commission guidelines C(2025) 7719, not binding; paragraphs"
+
+
+@dataclass(frozen=True)
+class ComputeView:
+    """A ledger that shows itself in a notebook, with the level of the verdict that it was read under."""
+
+    ledger: Ledger
+    level: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: the verdict's level, trainings and verdicts."""
+        return {"level": self.level, **self.ledger.to_dict()}
+
+    def __str__(self) -> str:
+        return "\n".join([*compute_lines(self.ledger), f"over a trail that is {self.level}"])
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
 
 
 def compute_groups(evidence: Evidence) -> tuple[Group, ...]:

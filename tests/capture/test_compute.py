@@ -182,7 +182,7 @@ def test_under_privacy_nothing_that_was_measured_stands_in_the_open(tmp_path):
     half = decode_private(entry.type, auditor.trail.vault.half(entry).payload)
     assert isinstance(half, ComputeRecordedPrivate)
     assert half.seconds > 0
-    (ledger,) = auditor.compute().trainings
+    (ledger,) = auditor.compute().ledger.trainings
     assert ledger.basis == "settings"
     assert ledger.update.low == 0 < ledger.update.high
     assert half.columns["update"].high <= ledger.update.high

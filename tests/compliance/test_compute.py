@@ -148,7 +148,7 @@ def test_a_declared_base_counts_and_is_cited(tmp_path):
     with pytest.raises(ConfigError, match="Nothing is stated"):
         auditor.declare_base_compute("base", source="model card", by="R. Roe")
     entry = auditor.declare_base_compute("example/base", flop=8.4e23, source="model card", by="R. Roe")
-    (rules,) = auditor.compute().verdicts.values()
+    (rules,) = auditor.compute().ledger.verdicts.values()
     assert rules[0].threshold == pytest.approx(2.8e23)
     assert rules[0].entries == (entry,)
 
