@@ -162,7 +162,9 @@ def test_without_the_cut_only_what_follows_from_the_mechanism_differs(lab: LeakL
     rows = with_canary(CANARIES["with rare words and many rows"])
     first, second = (lab.seen(data, trainer="dpo", cut=False) for data in (with_canary(PLAIN), rows))
     assert first["out/checkpoint-4/adapter_model.safetensors"] != second["out/checkpoint-4/adapter_model.safetensors"]
-    assert first.keys() == second.keys()
+    # A list of tensors is named by the weights' digest, which differs as the weights do.
+    names = [sorted("tensors" if path.endswith(".tensors") else path for path in seen) for seen in (first, second)]
+    assert names[0] == names[1]
     for path in (
         "out/checkpoint-4/scheduler.pt",
         "out/checkpoint-4/rng_state.pth",
