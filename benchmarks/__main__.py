@@ -71,7 +71,7 @@ def main() -> int:
             "capture",
             "training",
             "labels",
-        ),  # fmt: skip
+        ),
     )
     args = parser.parse_args()
     if args.peers:
