@@ -347,7 +347,8 @@ def most_rows(spend: Spend) -> float:
 
 
 def _most_length(attached: TrainerAttached | None) -> int | None:
-    length = attached.hyperparameters.get("max_length") if attached is not None else None
+    settings = {**attached.defaults, **attached.hyperparameters} if attached is not None else {}
+    length = settings.get("max_length")
     return length if isinstance(length, int) and length > 0 else None
 
 

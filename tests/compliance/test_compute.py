@@ -17,7 +17,7 @@ from rlhf_audit_nb.compliance.compute import (
 from rlhf_audit_nb.compliance.evidence import Evidence
 from rlhf_audit_nb.compliance.facts import Spend
 from rlhf_audit_nb.errors import ConfigError
-from rlhf_audit_nb.events import encode_body
+from rlhf_audit_nb.events import encode_body, encode_private
 from rlhf_audit_nb.reports import build_compliance_report
 from rlhf_audit_nb.reports.compute import compute_lines
 from rlhf_audit_nb.trail import Trail
@@ -176,6 +176,36 @@ def test_no_draw_comes_to_more_rows_than_the_bound(changes):
     assert bound < 1.35 * trials * told.sampling_rate * each
     # A bound of that kind for one standard deviation alone would not hold.
     assert drawn.max() > trials * told.sampling_rate * each or told.sampling_rate == 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "length"),
+    [({"hyperparameters": {"max_length": 64}}, 64), ({"defaults": {"max_length": 1024}}, 1024), ({}, None)],
+    ids=["set", "left as it is", "none"],
+)
+def test_a_private_training_stands_with_a_bound_from_its_settings(tmp_path, settings, length):
+    spend = reserved(reservation="r" * 32)
+    trainer = {"trainer": "DPOTrainer", "loss": None, "max_steps": 50, "seed": None, "hyperparameters": {}}
+    measured = ev.ComputeRecordedPrivate(columns={}, seconds=1.0)
+    with Trail.open(tmp_path / "audit") as trail:
+        for event, half in (
+            (ev.RunStarted(experiment="private", entry_point="cell", tool="t"), None),
+            (ev.TrainerAttached(**{**trainer, **settings}), None),
+            (spend.reserved, None),
+            (ev.ComputeRecorded(trainer="DPOTrainer", shape=SHAPE, device="cpu"), encode_private(measured)),
+        ):
+            trail.append(event.TYPE, encode_body(event), run="a" * 32, private=half).wait()
+    (one,) = compute_ledger(Evidence.from_trail(tmp_path / "audit")).trainings
+    if length is None:
+        assert one.basis == "none"
+        assert "bound no length" in " ".join(one.notes)
+        return
+    answers = 2 * most_rows(spend)
+    expected = 3 * (2 * SHAPE.parameters + 4 * SHAPE.width * SHAPE.layers * length) * answers * length
+    assert one.basis == "settings"
+    assert one.update == Band(0.0, pytest.approx(expected))
+    assert one.update.words.startswith("at most")
+    assert one.device_hours is None
 
 
 def test_a_training_without_an_entry_is_named(tmp_path):
