@@ -75,7 +75,7 @@ _LEVELS: dict[str, tuple[str, str]] = {
 _UNITS: dict[str, str] = {"annotator": "all answers of one together", "pair": "one preference", "label": "one bit"}
 
 _LABELS: dict[str, str] = {
-    PRIVATE_LOSS: "private loss (clipped, noised, charged)",
+    PRIVATE_LOSS: "private loss",
     "gradient_norm": "gradient norm",
     "update_norm": "update norm",
     "learning_rate": "learning rate",
