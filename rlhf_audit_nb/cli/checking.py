@@ -6,7 +6,7 @@ import argparse
 import base64
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from rlhf_audit_nb.errors import ConfigError, FormatError
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.trail import Reason, TrustPolicy, Verdict
+    from rlhf_audit_nb.trail.entry import Entry
 
 __all__ = ["COMMANDS", "add_target", "verdict_of", "verdict_words"]
 
@@ -42,7 +43,7 @@ def _record(target: str, policy: TrustPolicy | None) -> tuple[Verdict, Notes]:
     from rlhf_audit_nb.records import open_record
 
     opened = open_record(Path(target), policy=policy)
-    return opened.verdict, opened.notes
+    return opened.verdict, (*opened.notes, *_canary_notes(opened.verdict, opened.entries))
 
 
 def _trail(
@@ -145,21 +146,27 @@ def _ledger_notes(verdict: Verdict, folder: Path) -> Notes:
 
     if not level_words(verdict.level.name).trusted:
         return ()
+    reader = TrailReader.open(folder)
     try:
-        doubts = read_ledger(TrailReader.open(folder)).doubts()
+        doubts = read_ledger(reader).doubts()
     except PrivacyError as error:
         return (Reason(error.reason, "privacy ledger", error.message),)
     said = [Reason("settlement-not-believed", f"entry {spend.settled_in}", str(spend.doubt)) for spend in doubts]
-    return (*said, *_canary_notes(folder))
+    return (*said, *_canary_notes(verdict, reader.entries(type="privacy.audited")))
 
 
-def _canary_notes(folder: Path) -> Iterator[Reason]:
+def _canary_notes(verdict: Verdict, entries: Iterable[Entry]) -> Iterator[Reason]:
     """Trainings whose own canaries contradict the epsilon that they claim."""
+    from rlhf_audit_nb.compliance.words import level_words
     from rlhf_audit_nb.events import PrivacyAudited, decode_body
     from rlhf_audit_nb.privacy.canaries import audited_words
-    from rlhf_audit_nb.trail import Reason, TrailReader
+    from rlhf_audit_nb.trail import Reason
 
-    for entry in TrailReader.open(folder).entries(type=PrivacyAudited.TYPE):
+    if not level_words(verdict.level.name).trusted:
+        return
+    for entry in entries:
+        if entry.type != PrivacyAudited.TYPE:
+            continue
         event = decode_body(entry.type, entry.body)
         if isinstance(event, PrivacyAudited) and event.contradicts:
             yield Reason("contradicted-by-canaries", f"entry {entry.index}", audited_words(event))
