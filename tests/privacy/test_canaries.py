@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from rlhf_audit_nb.auditor import AuditableRLHF
 from rlhf_audit_nb.capture.run import AuditWarning
 from rlhf_audit_nb.cards import build_card
 from rlhf_audit_nb.cli import main
+from rlhf_audit_nb.cli.checking import verdict_of
 from rlhf_audit_nb.config import AuditConfig, PrivacyConfig
 from rlhf_audit_nb.errors import ConfigError
 from rlhf_audit_nb.events import (
@@ -58,6 +60,12 @@ normals, mask = SealedRandom.normals, SealedRandom.bernoulli_mask
 def quick_accounting():
     with without_cross_checks():
         yield
+
+
+@pytest.fixture(autouse=True)
+def one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bound may exceed the claim by chance, if seldom: not in a test."""
+    monkeypatch.setattr(SealedRandom, "from_system", classmethod(lambda cls: cls(SEED)))
 
 
 # --- what they bring in ----------------------------------------------------------------------------------------------
@@ -397,3 +405,16 @@ def test_a_contradicted_claim_is_bad_wherever_it_is_read(changes: dict[str, Any]
     assert report["privacy_state"] == "bad"
     assert "Canaries of a training contradict the ε that it claims" in report["privacy_words"]
     assert "cannot be relied on" in build_card(found, "huggingface").text
+
+
+@pytest.mark.parametrize(("level", "told"), [("UNANCHORED", 1), ("INVALID", 0)])
+def test_a_record_that_holds_one_is_told_of_where_it_verifies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: str, told: int
+) -> None:
+    found = evidence(outcome="failed", epsilon_lower=4.4)
+    opened = SimpleNamespace(verdict=story.verdict(found.entries, level), notes=(), entries=found.entries)
+    monkeypatch.setattr("rlhf_audit_nb.records.open_record", lambda *_, **__: opened)
+    record = tmp_path / "record.ipynb"
+    record.write_text("{}")
+    _, notes = verdict_of(str(record), None)
+    assert [note.code for note in notes] == ["contradicted-by-canaries"] * told
