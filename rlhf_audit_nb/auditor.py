@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_audit_nb.config import ENV_REPLAY, AuditConfig, PrivacyConfig
-from rlhf_audit_nb.errors import AuditError, ConfigError, StoreError
+from rlhf_audit_nb.errors import AuditError, ConfigError, RunError, StoreError
 from rlhf_audit_nb.events import (
     CardCreated,
     ReportCreated,
@@ -29,11 +29,13 @@ from rlhf_audit_nb.events import (
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.capture.annotations import AnnotationImport, Headers, ImportSummary, OpenedAnnotation
+    from rlhf_audit_nb.capture.cells import CellContext
     from rlhf_audit_nb.capture.completions import OpenedSamples
     from rlhf_audit_nb.capture.evaluation import LoggedEvaluation
     from rlhf_audit_nb.capture.overhead import RunOverhead
     from rlhf_audit_nb.capture.run import Run
     from rlhf_audit_nb.compliance.weights import WeightsVerdict
+    from rlhf_audit_nb.events import CheckpointRecorded
     from rlhf_audit_nb.health import Examination
     from rlhf_audit_nb.labelling import LabelRelease
     from rlhf_audit_nb.privacy.pseudonyms import AnnotatorTable
@@ -112,6 +114,7 @@ class AuditableRLHF:
         *,
         entry_point: str = "context",
         cell_digest: str | None = None,
+        cell: CellContext | None = None,
         show_progress: bool = True,
     ) -> Run:
         """`track_training`, with what a notebook's cell has to add."""
@@ -131,9 +134,85 @@ class AuditableRLHF:
             compliance_mode=self.compliance_mode,
             entry_point=entry_point,
             cell_digest=cell_digest,
+            cell=cell,
             show_progress=show_progress,
             place=place,
         )
+
+    def track_policy_update(
+        self,
+        *,
+        model: Any,
+        optimizer: Any,
+        batch: Any = None,
+        metrics: Mapping[str, Any] | None = None,
+        step: int | None = None,
+    ) -> None:
+        """Record one update of a policy in a training loop of your own; call it after ``optimizer.step()``.
+
+        Recorded are the norms of the gradient and of the update, the learning rate, the batch by its digest, and your
+        metrics; with the first one also the model as it was before it, the optimizer's settings and the seed::
+
+            with auditor.track_training(experiment_name="my_loop"):
+                for batch in loader:
+                    loss = objective(policy, batch)
+                    loss.backward()
+                    optimizer.step()
+                    auditor.track_policy_update(
+                        model=policy, optimizer=optimizer, batch=batch, metrics={"loss": loss.item()}
+                    )
+                    optimizer.zero_grad()
+
+        Args:
+            model: the policy.
+            optimizer: the torch optimizer that has stepped.
+            batch: what was trained on; its digest stands in the open, so leave it out where nobody may try guesses.
+            metrics: numbers of this step, by name.
+            step: its number, where you count yourself.
+
+        Raises:
+            RunError: no run of this auditor's trail is open here, or a trainer of it is training.
+            ConfigError: an argument cannot be used.
+            DataError: the batch holds something that has no digest.
+            UnsupportedTrainerError: the run is private: a loop of your own cannot be made so.
+        """
+        self._open_here("track_policy_update").step(metrics, step=step, model=model, optimizer=optimizer, batch=batch)
+
+    def checkpoint(
+        self,
+        *,
+        model: Any = None,
+        folder: Path | str | None = None,
+        epoch: float | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        processing_class: Any = None,
+    ) -> CheckpointRecorded:
+        """Record a checkpoint of a training loop of your own, and save and sign what is given.
+
+        ::
+
+            auditor.checkpoint(epoch=1, metrics={"reward": 0.7})                 # the loop's model, by digest
+            auditor.checkpoint(model=policy, folder="out/epoch-1", epoch=1)      # saved and signed
+            auditor.checkpoint(folder="out/mine", epoch=1)                       # you saved it: signed
+
+        Arguments and errors as of `rlhf_audit_nb.capture.run.Run.checkpoint`.
+        """
+        return self._open_here("checkpoint").checkpoint(
+            model=model, folder=folder, epoch=epoch, metrics=metrics, processing_class=processing_class
+        )
+
+    def _open_here(self, called: str) -> Run:
+        from rlhf_audit_nb.capture.run import current_run
+
+        run = current_run()
+        if run is None or run.trail is not self.trail:
+            where = "no run is open here" if run is None else "the run that is open here is on another trail"
+            raise RunError(
+                f"{called} was called and {where}.",
+                next_step='Call it inside `with auditor.track_training("name"):`, or in a cell under %%audit_train.',
+                code="no-run",
+            )
+        return run
 
     def replay(
         self,

@@ -13,6 +13,8 @@ import pytest
 
 from rlhf_audit_nb import showcase
 from rlhf_audit_nb.errors import ConfigError
+from rlhf_audit_nb.events import CellAudited, CellExecuted, decode_body
+from rlhf_audit_nb.trail import TrailReader
 
 pytestmark = pytest.mark.slow
 
@@ -52,6 +54,16 @@ def test_it_says_where_everything_is_with_the_verdict_and_epsilon(demo):
         "zero-out",
     )
     assert "simulated" in said["data"]
+
+
+def test_its_run_names_the_records_cell_that_opened_it(demo):
+    reader = TrailReader.open(demo / "out" / "demo" / "audit")
+    (cell,) = [decode_body(entry.type, entry.body) for entry in reader.entries(type=CellAudited.TYPE)]
+    executed = [decode_body(entry.type, entry.body) for entry in reader.entries(type=CellExecuted.TYPE)]
+    (opening,) = [event for event in executed if event.cell == cell.cell]
+    assert opening.source_digest == cell.source_digest
+    assert cell.execution_count == 1 + [event.cell for event in executed].index(cell.cell)
+    assert (cell.seen, cell.executed) == ("first", [])  # the run is private: what ran before it is sealed
 
 
 def test_the_record_verifies_elsewhere_with_only_itself_and_the_policy(demo, call, tmp_path):

@@ -4,8 +4,9 @@ While at least one run is open, ``transformers.Trainer.train`` and ``save_model`
 whether it was built before the run or inside, and whatever its class; ``evaluate`` and ``predict`` too, which a private
 run refuses. A training inside the run gets the recorder as a callback and, for as long as it trains, two methods that
 also tell the recorder what they return. A hook on every torch optimizer notices steps outside a recorded training:
-without privacy that is a warning, under privacy it is refused (and so is, while a trainer trains, a step of any other
-optimizer), since nothing may be trained without it in silence. All of it is put back afterwards, on exceptions too.
+without privacy a loop of one's own may claim them (`loop`), else that is a warning; under privacy it is refused (and so
+is, while a trainer trains, a step of any other optimizer), since nothing may be trained without it in silence. All of
+it is put back afterwards, on exceptions too.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def attach_trainers() -> Iterator[None]:
 
 
 def _install() -> ExitStack:
-    from torch.optim.optimizer import register_optimizer_step_pre_hook
+    from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
     from transformers import Trainer
 
     with ExitStack() as stack:
@@ -80,6 +81,7 @@ def _install() -> ExitStack:
         for kind in saving_classes():
             stack.enter_context(_replaced(kind, "save_pretrained", wrap_save_pretrained))
         stack.callback(register_optimizer_step_pre_hook(_check_optimizer).remove)
+        stack.callback(register_optimizer_step_post_hook(_after_optimizer).remove)
         return stack.pop_all()
 
 
@@ -102,7 +104,7 @@ def _wrap_train(original: Callable[..., Any]) -> Callable[..., Any]:
         run = current_run()
         if run is None:
             _tell_private_runs()
-        if run is None or run.training is self or _trains_beside(run):
+        if run is None or any(one.training is self for one in run.outwards()) or _trains_beside(run):
             return original(self, *args, **kwargs)
         asked = args[0] if args else kwargs.get("resume_from_checkpoint")
         return _train_in_run(run, self, functools.partial(original, self, *args, **kwargs), asked)
@@ -175,8 +177,10 @@ def _check_optimizer(optimizer: Any, *_: Any) -> None:
     if run is None:
         _tell_private_runs()
         return
-    if run.training is not None and not (run.private and _is_foreign(optimizer, run.training)):
-        return
+    for one in run.outwards():
+        # A private run lets only trainers' own optimizers step, also where one of a run around it trains.
+        if one.training is not None and not (run.private and _is_foreign(optimizer, one.training)):
+            return
     if run.private:
         raise UnsupportedTrainerError(
             "An optimizer steps outside a trainer that can be made private, in a run under differential privacy.",
@@ -184,7 +188,13 @@ def _check_optimizer(optimizer: Any, *_: Any) -> None:
             "privacy.",
             code="unrecorded-training",
         )
-    run.warn("An optimizer stepped outside a recorded trainer; those steps are not in the trail.")
+    run.loop.before_step(optimizer)
+
+
+def _after_optimizer(optimizer: Any, *_: Any) -> None:
+    run = current_run()
+    if run is not None and run.has_loop and all(one.training is None for one in run.outwards()):
+        run.loop.after_step(optimizer)
 
 
 def _is_foreign(optimizer: Any, trainer: Any) -> bool:
@@ -200,6 +210,7 @@ def _is_foreign(optimizer: Any, trainer: Any) -> bool:
 
 def _train_in_run(run: Run, trainer: Any, train: Callable[[], Any], checkpoint: Any) -> Any:
     """Train ``trainer`` inside ``run``, from ``checkpoint`` where one was named, and record it."""
+    run.close_loop()
     run.training = trainer
     run.training_ended(None)
     try:

@@ -1,9 +1,8 @@
 """The open run: its life, what it appends to the trail, and who may find it. Floor 2.
 
 A run is opened by ``%%audit_train`` or ``track_training`` and closed with its outcome, whatever happens in between.
-While it is open, `current_run` finds it (a context variable; in a thread that was started meanwhile, the one run that
-is open in this process), trainers are attached (`attach`), and everything that this changed in the process is
-put back when it closes.
+While it is open, `current_run` finds it (`opened`), trainers are attached (`attach`), and everything that this changed
+in the process is put back when it closes. How an end is told is `life`'s to say.
 
 How training is made private is not known here: a `Privatiser` is handed in.
 """
@@ -18,15 +17,19 @@ import time
 import uuid
 import warnings
 import weakref
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
-from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from rlhf_audit_nb.capture.by_hand import ByHand
+from rlhf_audit_nb.capture.cells import CellContext, audited_cell
 from rlhf_audit_nb.capture.code import CodeSeen, code_since, look_at_code
 from rlhf_audit_nb.capture.environment import keep_environment
 from rlhf_audit_nb.capture.folders import folder_state, sign_folder
+from rlhf_audit_nb.capture.life import describe_failure, outcome_of
+from rlhf_audit_nb.capture.opened import current_run, enter, leave, open_private_runs
 from rlhf_audit_nb.capture.overhead import Overhead
 from rlhf_audit_nb.capture.ranks import Birth, Place, Ranks, count_children
 from rlhf_audit_nb.capture.secrets import Scrubber
@@ -46,6 +49,7 @@ from rlhf_audit_nb.events import (
     encode_body,
     encode_private,
 )
+from rlhf_audit_nb.trail.ending import SIGTERM
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.trail import Trail
@@ -70,6 +74,8 @@ and train on private data depends on them."""
 TOOL = "rlhf-audit-trail"
 MAX_NAME = 200
 ROUNDING = 1e-7
+LAST_WORD_SECONDS = 5.0
+DYING_SECONDS = 15.0
 
 
 class AuditWarning(UserWarning):
@@ -152,29 +158,8 @@ class Privatiser(Protocol):
 
 _NOT_THE_USERS = ("rlhf_audit_nb", "transformers", "trl", "torch", "accelerate", "contextlib")
 
-_current: ContextVar[Run | None] = ContextVar("rlhf_audit_run", default=None)
-_open_runs: list[Run] = []
-_lock = threading.Lock()
 
-
-def current_run() -> Run | None:
-    """The run that is open here, or ``None``."""
-    run = _current.get()
-    if run is not None and run.is_open:
-        return run
-    with _lock:
-        only = _open_runs[0] if len(_open_runs) == 1 else None
-    # A thread started inside the run does not inherit its context; one that is older has nothing to do with it.
-    return only if only is not None and not only.began_after(threading.current_thread()) else None
-
-
-def open_private_runs() -> list[Run]:
-    """All runs under differential privacy that are open in this process, whichever thread opened them."""
-    with _lock:
-        return [run for run in _open_runs if run.private]
-
-
-class Run:
+class Run(ByHand):
     """One run, from its first entry to its last; a context manager.
 
     Args:
@@ -187,8 +172,13 @@ class Run:
         compliance_mode: which framework the user works under.
         entry_point: ``cell`` or ``context``.
         cell_digest: hex SHA-256 of the cell's source.
+        cell: which cell that is, and what ran before it.
         show_progress: whether a bar of steps may be printed under privacy; a cell has the panel instead.
         place: which of several processes that train together this one is; ``None`` where it trains alone.
+
+    Attributes:
+        outer: the run inside which it was opened, or ``None``.
+        holds_private: whether it, or a run that was opened inside it, is private.
     """
 
     def __init__(
@@ -203,6 +193,7 @@ class Run:
         compliance_mode: str | None = None,
         entry_point: str = "context",
         cell_digest: str | None = None,
+        cell: CellContext | None = None,
         show_progress: bool = True,
         place: Place | None = None,
     ) -> None:
@@ -232,8 +223,14 @@ class Run:
         self._failure: BaseException | None = None
         self._saved: dict[Path, tuple[int | None, object]] = {}
         self._undo = ExitStack()
-        self._token: Any = None
         self._code: CodeSeen | None = None
+        self.outer: Run | None = None
+        self._cell = cell
+        self._used = False
+        self._gate = threading.RLock()
+        self._begun = False
+        self._ended: str | None = None
+        self.holds_private = self.private
         self._older_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
     # --- life --------------------------------------------------------------------------------------------------------
@@ -252,6 +249,13 @@ class Run:
         """Whether the run trains under differential privacy."""
         return self.privatiser is not None
 
+    def outwards(self) -> Iterator[Run]:
+        """This run and those around it, the nearest first."""
+        run: Run | None = self
+        while run is not None:
+            yield run
+            run = run.outer
+
     @property
     def steps(self) -> int:
         """Optimizer steps taken in this run so far."""
@@ -261,17 +265,22 @@ class Run:
         """Open the run: first entries, attachment, and a quiet process.
 
         Raises:
-            RunError: a run is open here already, or this one was closed.
+            RunError: this one was closed; or it is without privacy and the run that is open here is private.
         """
-        other = _current.get()
-        if other is not None and other.is_open:
-            raise RunError(
-                f"A run is already open here: experiment {other.experiment!r}.",
-                next_step="Close it first; one run may hold several trainings.",
-                code="run-open",
-            )
-        if self._token is not None:
+        if self._used:
             raise RunError("This run was closed; a run is used once.", next_step="Open a new one.", code="run-closed")
+        outer = current_run()
+        if outer is not None and outer.private and not self.private:
+            raise RunError(
+                f"The run {outer.experiment!r}, which is open here, is private; a run without privacy inside it would "
+                "train and show what it protects.",
+                next_step="Open it with a privacy configuration, or after the private run was closed.",
+                code="unprotected-inside",
+            )
+        self.outer, self._used = outer, True
+        if self.private:
+            for run in self.outwards():  # what went wrong in here may come out there
+                run.holds_private = True
         self._enter()
         return self
 
@@ -283,19 +292,19 @@ class Run:
             if self.privatiser is not None:
                 undo.enter_context(self.privatiser.quiet())
             undo.enter_context(attach_trainers())
-            self._token = _current.set(self)
-            undo.callback(_current.set, None)
-            with _lock:
-                _open_runs.append(self)
-            undo.callback(self._unregister)
+            enter(self)
+            undo.callback(leave, self)
             self._older_threads.update(threading.enumerate())
             self._open = True
             undo.callback(setattr, self, "_open", False)
             self.record(self._start_event())
+            self._begun = True
             self._code = look_at_code(Path.cwd())
             self.record(keep_environment(self.trail.artifacts, self._code, private=self.private))
             if self.ranks is not None:
                 self.ranks.opened(self)
+            if self._cell is not None:
+                self.record(*audited_cell(self.trail, self._cell, private=self.private))
             if self.private:
                 self._resolution_us = COARSE_US
             self._undo = undo.pop_all()
@@ -303,9 +312,12 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the run with the outcome that the exception, if any, says."""
+        """Close the run with the outcome that the exception, if any, says; in a forked child only let go of it."""
+        if self._ended is not None:
+            return  # its process ends, and what it changed there ends with it
         try:
-            self._close(error)
+            if self._open and not self.birth.elsewhere:
+                self._close(error)
         except AuditError as late:
             if error is None:
                 raise
@@ -318,26 +330,18 @@ class Run:
 
     def _close(self, error: BaseException | None) -> None:
         failure = error or self._failure
-        status = self._outcome(failure)
+        status = outcome_of(failure, stopped_by_budget=self.stopped_by_budget)
         try:
+            self.close_loop(whole=not isinstance(failure, Exception))
             self._sign_changed_folders()
             self._record_new_code()
             if self.ranks is not None:
                 self.ranks.ended(self, status, failure)
             else:
                 count_children(self)
-            measured = self.overhead.to_dict()
-            self.record(
-                RunFinished(
-                    status=status,
-                    steps=self.steps,
-                    trained=self.steps > 0,
-                    reason=type(failure).__name__ if failure is not None else None,
-                    overhead=None if self.private else measured,
-                ),
-                RunFinishedPrivate(overhead=measured) if self.private and measured is not None else None,
-            )
-            self.trail.flush()
+            if failure is not None:
+                self.record(*describe_failure(failure, private=self.holds_private, scrub=self._scrubber.text))
+            self._finish(status, type(failure).__name__ if failure is not None else None)
         finally:
             self.state.status = status
 
@@ -348,16 +352,43 @@ class Run:
             if event is not None:
                 self.record(event)
 
-    def _outcome(self, failure: BaseException | None) -> Status:
-        if isinstance(failure, KeyboardInterrupt):
-            return "interrupted"
-        if failure is not None:
-            return "failed"
-        return "stopped-by-budget" if self.stopped_by_budget else "completed"
+    def _finish(self, status: Status, reason: str | None) -> None:
+        measured = self.overhead.to_dict()
+        self.record(
+            RunFinished(
+                status=status,
+                steps=self.steps,
+                trained=self.steps > 0,
+                reason=reason,
+                unrecorded_steps=self.unrecorded_steps,
+                overhead=None if self.private else measured,
+            ),
+            RunFinishedPrivate(overhead=measured) if self.private and measured is not None else None,
+        )
+        self.trail.flush()
 
-    def _unregister(self) -> None:
-        with _lock:
-            _open_runs.remove(self)
+    def end_with_process(self, reason: str) -> None:
+        """Close the run as interrupted because its process ends, for ``reason``; called in any thread.
+
+        Raises:
+            TrailError: the trail cannot take it.
+        """
+        if not self._gate.acquire(timeout=LAST_WORD_SECONDS):
+            return  # a commit hangs: the next opening of the trail says that the run was interrupted
+        try:
+            if self._open and self._begun and not self.birth.elsewhere:
+                try:
+                    if self.ranks is not None:
+                        self.ranks.process_ends(self, reason)
+                    self._finish("interrupted", reason)
+                finally:
+                    self._open, self._ended, self.state.status = False, reason, "interrupted"
+        finally:
+            self._gate.release()
+
+    def forked(self) -> None:
+        """This is a forked child now: the run stays its parent's to close."""
+        self._gate = threading.RLock()
 
     def _start_event(self) -> RunStarted:
         from rlhf_audit_nb import __version__
@@ -367,6 +398,7 @@ class Run:
             tool=f"{TOOL}/{__version__}",
             record=os.environ.get(ENV_RECORD),
             audit={name: getattr(self.audit, name) for name in ("every_steps", "weights_every", "samples_every")},
+            parent=self.outer.id if self.outer is not None and self.outer.trail is self.trail else None,
             **self._started,
         )
 
@@ -379,6 +411,12 @@ class Run:
             RunError: the run is closed.
             TrailError: the trail cannot take it.
         """
+        with self._gate:
+            self._append(event, private)
+
+    def _append(self, event: Event, private: Private | None) -> None:
+        if self._ended == SIGTERM:
+            time.sleep(DYING_SECONDS)  # the process dies within this time; nothing may fail meanwhile
         if not self._open:
             raise RunError(
                 f"The run of experiment {self.experiment!r} is closed; nothing can be added to it.",
@@ -415,14 +453,19 @@ class Run:
             self.state.warnings.append(sentence)
             _warn_user(sentence)
 
-    def weights_saved(self, folder: Path, step: int | None) -> None:
-        """Sign the folder that a trainer saved and record it; of several processes only the one that writes does."""
-        if self.ranks is not None and not self.ranks.writes:
-            return
-        self._sign(folder, step)
-        self._saved[folder] = (step, folder_state(folder))
+    def weights_saved(self, folder: Path, step: int | None) -> str | None:
+        """Sign the folder that a trainer saved and record it; of several processes only the one that writes does.
 
-    def _sign(self, folder: Path, step: int | None) -> None:
+        Returns:
+            The folder's digest; ``None`` in a process that does not write.
+        """
+        if self.ranks is not None and not self.ranks.writes:
+            return None
+        digest = self._sign(folder, step)
+        self._saved[folder] = (step, folder_state(folder))
+        return digest
+
+    def _sign(self, folder: Path, step: int | None) -> str:
         try:
             signed = sign_folder(folder, self.trail.keys.model)
         except OSError as error:
@@ -441,6 +484,7 @@ class Run:
                 signature_digest=signed.signature_digest,
             )
         )
+        return signed.digest
 
     def _sign_changed_folders(self) -> None:
         """Sign again what was added to a saved folder afterwards, such as a tokenizer or a card."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from rlhf_audit_nb.errors import AuditError
 from rlhf_audit_nb.events import (
     BudgetSet,
+    CellAudited,
     DataBound,
     EnvironmentCaptured,
     Event,
@@ -23,6 +24,7 @@ from rlhf_audit_nb.events import (
     PrivacyPopulation,
     PrivacyReserved,
     PrivacySettled,
+    RunFailure,
     RunFinished,
     RunInterrupted,
     RunStarted,
@@ -117,6 +119,8 @@ class RunFacts:
     spends: tuple[Spend, ...]
     last_time: int
     inherited: tuple[tuple[Item, PrivacyInherited], ...] = ()
+    cells: tuple[tuple[Item, CellAudited], ...] = ()
+    failures: tuple[tuple[Item, RunFailure], ...] = ()
 
     @property
     def status(self) -> str:
@@ -254,6 +258,8 @@ class _Grouped:
         self._doubts = _doubts(evidence)
         self._audited = {event.reservation: (item, event) for item, event in evidence.of(PrivacyAudited)}
         self._finished = _by_run(evidence.of(RunFinished))
+        self._cells = _by_run(evidence.of(CellAudited))
+        self._failures = _by_run(evidence.of(RunFailure))
 
     def facts(self, item: Item, started: RunStarted, gone: tuple[Item, RunInterrupted] | None) -> RunFacts:
         run = item.run or ""
@@ -273,6 +279,8 @@ class _Grouped:
             spends=tuple(self._spend(at, reserved) for at, reserved in self._reserved.get(run, ())),
             last_time=self._last[run],
             inherited=self._inherited.get(run, ()),
+            cells=self._cells.get(run, ()),
+            failures=self._failures.get(run, ()),
         )
 
     def _spend(self, item: Item, reserved: PrivacyReserved) -> Spend:

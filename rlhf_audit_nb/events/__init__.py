@@ -27,6 +27,11 @@ from rlhf_audit_nb.events.base import (
     Private,
     number,
 )
+from rlhf_audit_nb.events.cells import (
+    CellAudited,
+    CellPrivate,
+    ExecutedCell,
+)
 from rlhf_audit_nb.events.codec import (
     EVENTS,
     decode_body,
@@ -57,6 +62,15 @@ from rlhf_audit_nb.events.inputs import (
     InputFiles,
     ModelBound,
     TrainerAttached,
+)
+from rlhf_audit_nb.events.life import (
+    FailurePrivate,
+    Frame,
+    RunFailure,
+)
+from rlhf_audit_nb.events.loops import (
+    CheckpointRecorded,
+    MetricsLogged,
 )
 from rlhf_audit_nb.events.privacy import (
     BudgetSet,
@@ -124,7 +138,10 @@ __all__ = [
     "BaseComputeDeclared",
     "BudgetSet",
     "CardCreated",
+    "CellAudited",
     "CellExecuted",
+    "CellPrivate",
+    "CheckpointRecorded",
     "CodeBound",
     "CodeFiles",
     "ComputeRecorded",
@@ -136,6 +153,9 @@ __all__ = [
     "EvaluationPrivate",
     "EvaluationRecorded",
     "Event",
+    "ExecutedCell",
+    "FailurePrivate",
+    "Frame",
     "FunctionBound",
     "InputFile",
     "InputFiles",
@@ -144,6 +164,7 @@ __all__ = [
     "LabelsReleased",
     "LabelsSealed",
     "LabelsWritten",
+    "MetricsLogged",
     "ModelBound",
     "ModelShape",
     "Number",
@@ -168,6 +189,7 @@ __all__ = [
     "ReferenceUsed",
     "ReplayStarted",
     "ReportCreated",
+    "RunFailure",
     "RunFinished",
     "RunFinishedPrivate",
     "RunInterrupted",

@@ -8,12 +8,41 @@ import msgspec
 
 from rlhf_audit_nb.errors import EntryError
 from rlhf_audit_nb.events import annotations as annotation_events
-from rlhf_audit_nb.events import compute, evaluation, inputs, privacy, ranks, records, runs, sampling, trail, training
+from rlhf_audit_nb.events import (
+    cells,
+    compute,
+    evaluation,
+    inputs,
+    life,
+    loops,
+    privacy,
+    ranks,
+    records,
+    runs,
+    sampling,
+    trail,
+    training,
+)
 from rlhf_audit_nb.events.base import Event, Private
 
 __all__ = ["EVENTS", "decode_body", "decode_private", "encode_body", "encode_private"]
 
-_MODULES = (annotation_events, compute, evaluation, inputs, privacy, ranks, records, runs, sampling, trail, training)
+_MODULES = (
+    annotation_events,
+    cells,
+    compute,
+    evaluation,
+    inputs,
+    life,
+    loops,
+    privacy,
+    ranks,
+    records,
+    runs,
+    sampling,
+    trail,
+    training,
+)
 
 
 def _all_events() -> dict[str, type[Event]]:

@@ -22,7 +22,8 @@ class RunStarted(Event, frozen=True, kw_only=True):
     """A training run was opened by ``%%audit_train`` or ``track_training``.
 
     ``privacy`` is the configuration that was asked for, ``None`` without differential privacy. ``declared_model`` is
-    a declaration until a trainer shows the model. ``entry_point`` is ``cell`` or ``context``.
+    a declaration until a trainer shows the model. ``entry_point`` is ``cell`` or ``context``. ``parent`` is the run of
+    this trail inside which it was opened, if it was.
     """
 
     TYPE: ClassVar[str] = "run.started"
@@ -36,6 +37,7 @@ class RunStarted(Event, frozen=True, kw_only=True):
     cell_digest: str | None = None
     record: str | None = None
     audit: dict[str, Any] = {}
+    parent: str | None = None
 
 
 class EnvironmentCaptured(Event, frozen=True, kw_only=True):
@@ -106,6 +108,8 @@ class RunFinishedPrivate(Private, frozen=True, kw_only=True):
 class RunFinished(Event, frozen=True, kw_only=True):
     """The run was closed: ``status`` is ``completed``, ``failed``, ``interrupted`` or ``stopped-by-budget``.
 
+    ``reason`` is the type of the exception that ended it, or ``SIGTERM`` or ``interpreter-exit`` where its process
+    ended. ``unrecorded_steps`` are optimizer steps that were seen outside of a trainer and that no loop recorded.
     ``overhead`` is what recording cost the thread that trained, as `rlhf_audit_nb.capture.overhead` measured it;
     ``None`` where nothing was trained, and under differential privacy, where it is private.
     """
@@ -117,6 +121,7 @@ class RunFinished(Event, frozen=True, kw_only=True):
     steps: int
     trained: bool
     reason: str | None = None
+    unrecorded_steps: int = 0
     overhead: dict[str, Any] | None = None
 
 

@@ -24,6 +24,7 @@ class Step(Event, frozen=True, kw_only=True):
 
     ``epsilon`` is the composed total after this step. ``update_norm`` is the L2 norm of the parameter update. Under
     privacy the public ``metrics`` hold the loss that was released for it (``private_loss``), if any, and nothing else.
+    ``batch_digest`` is that of the batch which a hand-written loop showed.
 
     ``weights_digest`` is the weights digest of the trainable tensors after the step, ``weights_moved`` the L2 norm of
     their difference from where the digest before this one found them; the first one is measured from the tensors of
@@ -43,6 +44,7 @@ class Step(Event, frozen=True, kw_only=True):
     weights_digest: str | None = None
     weights_moved: Number | None = None
     notes: list[str] = []
+    batch_digest: str | None = None
 
 
 class WeightsSaved(Event, frozen=True, kw_only=True):

@@ -37,11 +37,13 @@ from IPython.utils.text import DollarFormatter
 
 from rlhf_audit_nb.config import AuditConfig, PrivacyConfig
 from rlhf_audit_nb.errors import ConfigError, PrivacyError, TrailError
+from rlhf_audit_nb.notebook.history import CellHistory
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
     from rlhf_audit_nb.auditor import AuditableRLHF
+    from rlhf_audit_nb.capture.cells import CellContext
     from rlhf_audit_nb.notebook.panels import RunPanel
     from rlhf_audit_nb.trail import Verdict
 
@@ -80,13 +82,14 @@ _AUDIT_OPTIONS = ("trail", "origin", "durability", "asynchronous", "every_steps"
 
 @magics_class
 class AuditMagics(Magics):
-    """The two magics; they remember the last trail that a cell used."""
+    """The two magics; they remember the last trail that a cell used, and ``history`` what has run."""
 
     def __init__(self, shell: InteractiveShell) -> None:
         super().__init__(shell)
         self._trail: str | None = None
         self._auditor: AuditableRLHF | None = None
         self._told: set[str] = set()
+        self.history = CellHistory(shell)
 
     @no_var_expand
     @output_can_be_silenced
@@ -155,7 +158,9 @@ class AuditMagics(Magics):
             if sentence not in self._told:
                 self._told.add(sentence)
                 print(sentence)  # noqa: T201  in a notebook, this is where a person reads
-        return _run_cell(self.shell, auditor, options.experiment, self._source(line, cell), code, last)
+        source = self._source(line, cell)
+        cell_context = self.history.context(source)
+        return _run_cell(self.shell, auditor, options.experiment, source, cell_context, code, last)
 
     @no_var_expand
     @magic_arguments()
@@ -309,13 +314,15 @@ class AuditMagics(Magics):
 # --- running the cell ------------------------------------------------------------------------------------------------
 
 
-def _run_cell(shell: Any, auditor: AuditableRLHF, experiment: str, source: str, code: Any, last: Any) -> Any:
+def _run_cell(
+    shell: Any, auditor: AuditableRLHF, experiment: str, source: str, cell: CellContext, code: Any, last: Any
+) -> Any:
     """Run the compiled cell inside a run, with the panel; returns the value of its last expression."""
     __tracebackhide__ = True
     from rlhf_audit_nb.notebook.panels import RunPanel
 
     digest = hashlib.sha256(source.encode()).hexdigest()
-    run = auditor.open_run(experiment, entry_point="cell", cell_digest=digest, show_progress=False)
+    run = auditor.open_run(experiment, entry_point="cell", cell_digest=digest, cell=cell, show_progress=False)
     latest: list[Verdict] = []
 
     def verify() -> Verdict:
@@ -546,7 +553,9 @@ def _formatters(shell: Any) -> list[tuple[Any, Any]]:
 
 def load_ipython_extension(shell: InteractiveShell) -> None:
     """Register the magics, their completion, and how a verdict shows."""
-    shell.register_magics(AuditMagics(shell))
+    magics = AuditMagics(shell)
+    shell.register_magics(magics)
+    magics.history.watch()
     for formatter, show in _formatters(shell):
         formatter.for_type_by_name(*_VERDICT, show)  # by name: the trail is imported when it is used
     completer = getattr(shell, "Completer", None)
@@ -557,6 +566,9 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
 def unload_ipython_extension(shell: InteractiveShell) -> None:
     """Take them away again."""
     manager = shell.magics_manager
+    magic = manager.magics["line"].get(LINE)
+    if magic is not None:
+        magic.__self__.history.forget()
     manager.magics["cell"].pop(CELL, None)
     for name in (CELL, LINE):
         manager.magics["line"].pop(name, None)

@@ -44,6 +44,9 @@ _HANDLE_ROWS = ("datasets", "pyarrow", "tokenizers", "trl.data_utils", "transfor
 _NOWHERE = -1  # below every handler's level, NOTSET included
 
 _unheard = threading.local()
+_lock = threading.Lock()
+_users = 0
+_hushed = contextlib.ExitStack()
 
 
 @contextlib.contextmanager
@@ -66,11 +69,28 @@ def quiet_preparation() -> Iterator[None]:
 
     Progress bars of `datasets` and `transformers` are off, and a message that is made of data, or while data is
     handled, is not heard at all: a sentence in its place would still tell that the data holds what it warns of.
-    Everything else is heard. All of it is put back afterwards. Enter it around the cell in which a private trainer is
-    built.
+    Everything else is heard. All of it is put back afterwards, by the last to leave where several are inside at a time.
+    Enter it around the cell in which a private trainer is built.
     """
-    with _without_progress_bars(), _without_telling_logs(), _without_telling_warnings():
+    global _users, _hushed  # noqa: PLW0603  one hush for the whole process, counted
+    with _lock:
+        if _users == 0:
+            _hushed = _hush()
+        _users += 1
+    try:
         yield
+    finally:
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                _hushed.close()
+
+
+def _hush() -> contextlib.ExitStack:
+    with contextlib.ExitStack() as stack:
+        for hushing in (_without_progress_bars, _without_telling_logs, _without_telling_warnings):
+            stack.enter_context(hushing())
+        return stack.pop_all()
 
 
 @contextlib.contextmanager

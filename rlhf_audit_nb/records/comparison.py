@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["Comparison", "Difference", "compare_environments", "compare_runs", "private_runs"]
 
 _COMPARED: dict[type[Event], tuple[str, ...] | None] = {  # fields that are left out; the others are compared
-    RunStarted: ("tool", "record", "entry_point", "cell_digest", "compliance_mode"),
+    RunStarted: ("tool", "record", "entry_point", "cell_digest", "compliance_mode", "parent"),
     TrainerAttached: (),
     RunResumed: ("checkpoint", "from_run", "entry"),
     DataBound: (

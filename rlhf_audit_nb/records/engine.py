@@ -123,6 +123,8 @@ class AuditedClient(PapermillNotebookClient):
 
     def execute_cell(self, cell: dict[str, Any], cell_index: int, **settings: Any) -> Any:
         """Executes one cell; notes the cell that ends the execution."""
+        # As front ends do, so that a run which the cell opens knows it by its id.
+        self.kc.session.metadata = {"cellId": cell["id"]}
         try:
             return super().execute_cell(cell, cell_index, **settings)
         except CellExecutionError as error:

@@ -12,7 +12,15 @@ from rlhf_audit_nb.reports.privacy import guarantee_fact
 if TYPE_CHECKING:
     from rlhf_audit_nb.compliance.evidence import Item
     from rlhf_audit_nb.compliance.facts import RunFacts
-    from rlhf_audit_nb.events import DataBound, EnvironmentCaptured, ModelBound, TrainerAttached, WeightsSaved
+    from rlhf_audit_nb.events import (
+        CellAudited,
+        DataBound,
+        EnvironmentCaptured,
+        ModelBound,
+        RunFailure,
+        TrainerAttached,
+        WeightsSaved,
+    )
 
 __all__ = ["lineage_group", "run_part", "run_sentence"]
 
@@ -67,13 +75,20 @@ def run_part(run: RunFacts, *, trusted: bool) -> RunPart:
         Fact("Experiment", started.experiment, at),
         Fact("Opened", words.time_text(run.item.time), at, note=f"by a {started.entry_point}, with {started.tool}"),
     ]
+    if started.parent:
+        facts.append(Fact("Opened inside", f"run {started.parent}", at))
+    facts += [_cell_fact(item, event) for item, event in run.cells]
     if run.finished:
         item, event = run.finished
         note = event.reason or ""
         facts.append(Fact("Closed", words.time_text(item.time), cite([item.index]), note=note))
+        if event.unrecorded_steps:
+            seen = words.plural(event.unrecorded_steps, "optimizer step")
+            facts.append(Fact("Not recorded", f"{seen} outside of a recorded training", cite([item.index])))
     elif run.interrupted:
         facts.append(Fact("Found interrupted", words.time_text(run.interrupted[0].time),
                           cite([run.interrupted[0].index])))  # fmt: skip
+    facts += [_failure_fact(item, event) for item, event in run.failures]
     if started.declared_model:
         facts.append(Fact("Model, as declared", started.declared_model, at, note="a declaration, not an observation"))
     facts += guarantee_fact(run, at, trusted=trusted)
@@ -87,11 +102,36 @@ def run_part(run: RunFacts, *, trusted: bool) -> RunPart:
     return RunPart(started.experiment, run.run, run.status, state, tuple(facts), environment)
 
 
+def _cell_fact(item: Item, event: CellAudited) -> Fact:
+    """Which cell opened the run, and what is worth knowing of how it came to run."""
+    name = f"In [{event.execution_count}]" if event.execution_count is not None else "not numbered"
+    said = {
+        "first": "audited for the first time",
+        "rerun": f"audited before with the same source, last in #{event.seen_in}",
+        "edited": f"edited since it was audited in #{event.seen_in}",
+    }.get(event.seen, event.seen)
+    before = (
+        "what ran before it is sealed" if item.sealed else f"{words.plural(event.executed_total, 'cell')} before it"
+    )
+    known = f"id {event.cell}; " if event.cell else ""
+    return Fact("Cell", f"{name}: {said}", cite([item.index]), note=f"{known}{before} in this kernel")
+
+
+def _failure_fact(item: Item, event: RunFailure) -> Fact:
+    """The exception that ended the run, and the last place that is not a library's."""
+    own = [frame for frame in event.frames if frame.role in ("cell", "script", "module")]
+    place = f"{own[-1].where}, line {own[-1].line}, in {own[-1].function}" if own else ""
+    sealed = "what it said is sealed" + ("" if event.frames else ", and so is where it came from")
+    return Fact("Ended by", f"{event.kind}{f' in {place}' if place else ''}", cite([item.index]),
+                note=f"{event.category}; {sealed}")  # fmt: skip
+
+
 def _trainer_facts(item: Item, event: TrainerAttached) -> list[Fact]:
     at = cite([item.index])
     loss = f", loss {event.loss}" if event.loss else ""
     settings = ", ".join(f"{k}={words.plain_text(v)}" for k, v in sorted(event.hyperparameters.items()))
-    facts = [Fact("Trainer", f"{event.trainer}{loss}, {words.plural(event.max_steps, 'step')} planned", at,
+    planned = f", {words.plural(event.max_steps, 'step')} planned" if event.max_steps else ""
+    facts = [Fact("Trainer", f"{event.trainer}{loss}{planned}", at,
                   note="" if event.seed is None else f"seed {event.seed}")]  # fmt: skip
     if settings:
         facts.append(Fact("Settings", settings, at, mono=True))

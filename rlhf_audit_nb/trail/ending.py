@@ -7,6 +7,8 @@ handler of its own, this module's handler has a thread of its own flush what is 
 code that it interrupted may hold the locks that a flush needs), within a bounded time; then the process dies of the
 signal as it would have. A handler that the user has set is left alone: it may call `Trail.flush` from a thread, or
 raise ``SystemExit``, after which the exit flushes.
+
+Whoever has something to append before that says so with `before_ending`.
 """
 
 from __future__ import annotations
@@ -17,15 +19,18 @@ import os
 import signal
 import threading
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
 from rlhf_audit_nb.errors import AuditError
 
-__all__ = ["forget", "on_sigterm", "watch"]
+__all__ = ["INTERPRETER_EXIT", "SIGTERM", "before_ending", "forget", "on_sigterm", "watch"]
 
 PATIENCE_SECONDS = 10.0
+SIGTERM, INTERPRETER_EXIT = "SIGTERM", "interpreter-exit"
+"""Why a process ends, as `before_ending` tells it."""
 
 
 class _Closable(Protocol):
@@ -37,6 +42,7 @@ class _Closable(Protocol):
 
 
 _OPEN: weakref.WeakSet[_Closable] = weakref.WeakSet()
+_LAST_WORDS: list[Callable[[str], None]] = []
 
 
 @dataclass
@@ -55,6 +61,14 @@ def watch(writer: _Closable) -> None:
     _OPEN.add(writer)
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def before_ending(speak: Callable[[str], None]) -> None:
+    """Call ``speak`` when the process ends, before anything is flushed: with `SIGTERM` or `INTERPRETER_EXIT`.
+
+    It is called in another thread than the main one where the process was sent a signal.
+    """
+    _LAST_WORDS.append(speak)
 
 
 def forget(writer: _Closable) -> None:
@@ -89,6 +103,7 @@ def _flush_and_signal() -> None:
 
 
 def _flush_all() -> None:
+    _speak(SIGTERM)
     for writer in list(_OPEN):
         try:
             writer.flush()
@@ -104,9 +119,18 @@ def _say(sentence: str) -> None:
 @atexit.register
 def _close_all() -> None:
     """What was appended and not closed becomes durable when the interpreter ends; no failure stops the others."""
+    _speak(INTERPRETER_EXIT)
     with ExitStack() as closing:
         for writer in list(_OPEN):
             closing.callback(writer.close)
+
+
+def _speak(why: str) -> None:
+    for speak in _LAST_WORDS:
+        try:
+            speak(why)
+        except AuditError as error:
+            _say(str(error))
 
 
 def _in_child() -> None:

@@ -10,7 +10,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-import torch
 from support.tiny import causal_model, dpo_trainer, reward_trainer, synthetic_pairs
 from support.trails import events, kinds
 from transformers import Trainer, TrainerCallback
@@ -300,18 +299,6 @@ def test_a_finite_loss_raises_no_warning(trail, tmp_path):
     assert events(trail, Step)[0].notes == []
 
 
-def test_a_training_loop_of_ones_own_is_noticed(trail):
-    weight = torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([weight], lr=0.1)
-    weight.sum().backward()
-    with Run(trail, "own loop") as run:
-        with pytest.warns(AuditWarning, match="outside a recorded trainer"):
-            optimizer.step()
-        optimizer.step()
-    assert len(run.state.warnings) == 1
-    optimizer.step()  # outside a run nobody minds
-
-
 def test_training_in_a_thread_is_recorded(trail, tmp_path):
     trainer = dpo_trainer(PAIRS, tmp_path / "out", max_steps=1)
     with Run(trail, "thread"):
@@ -387,13 +374,6 @@ def test_evaluation_inside_a_training_is_recorded(trail, tmp_path):
     assert [item.role for item in events(trail, DataBound)] == ["train", "evaluation"]
     (evaluated,) = [step for step in events(trail, Step) if step.notes == ["evaluation"]]
     assert "eval_loss" in evaluated.metrics
-
-
-def test_a_run_inside_a_run_is_refused(trail):
-    with Run(trail, "outer"):
-        with pytest.raises(RunError, match="already open here: experiment 'outer'"), Run(trail, "inner"):
-            pass
-        assert current_run().experiment == "outer"
 
 
 def test_a_closed_run_takes_nothing_more_and_is_not_opened_again(trail):

@@ -362,7 +362,7 @@ def test_reports_and_cards_are_saved_and_recorded(shell, trail, tmp_path, capsys
     (report,), (card,) = events(trail, ReportCreated), events(trail, CardCreated)
     assert report.digest == hashlib.sha256((tmp_path / "report.html").read_bytes()).hexdigest()
     assert (report.format, report.size) == ("html", 4)
-    assert (card.format, card.size) == ("eu_standard", 5)
+    assert (card.format, card.size) == ("eu_standard", 6)
 
 
 def test_the_lineage_is_shown_and_saved(shell, trail, tmp_path, capsys):
