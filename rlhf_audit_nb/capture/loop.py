@@ -28,6 +28,7 @@ import torch
 
 from rlhf_audit_nb.capture.callback import UpdateNorm
 from rlhf_audit_nb.capture.data import bind_data
+from rlhf_audit_nb.capture.models import with_origin
 from rlhf_audit_nb.capture.weights import describe_model, digest_tensors, final_tensors, trainable_digest
 from rlhf_audit_nb.errors import ConfigError, DataError, RunError
 from rlhf_audit_nb.events import (
@@ -150,7 +151,7 @@ class Loop:
         _check_model(model)
         if role == "base":
             self._model, self._processing_class, self._base_known = model, processing_class, True
-        self._tell(describe_model(model, role, processing_class))
+        self._tell(self._origin(describe_model(model, role, processing_class), model, processing_class))
 
     def bind_data(self, dataset: Any, role: str) -> None:
         """A data set that the loop reads; of a loader, what it loads."""
@@ -158,7 +159,7 @@ class Loop:
             raise _unknown("role", role, DATA_ROLES)
         if isinstance(dataset, torch.utils.data.DataLoader):
             dataset = dataset.dataset
-        self._tell(*bind_data(dataset, role))
+        self._tell(*bind_data(dataset, role, artifacts=self._run.trail.artifacts))
 
     def step(
         self,
@@ -298,7 +299,7 @@ class Loop:
             self._model, self._base_known = model, True
             base = _base(model, [steps for steps, _ in claimed])
             if base is not None:
-                self._run.record(base)
+                self._run.record(self._origin(base, model))
             else:
                 self._run.warn(
                     "The model's weights before its first step were not seen, so what it began from is not in the "
@@ -306,6 +307,12 @@ class Loop:
                 )
         for steps, _ in claimed:
             steps.first = []
+
+    def _origin(self, event: ModelBound, model: Any, processing_class: Any = None) -> ModelBound:
+        """``event`` with where the model came from, which only those that have a configuration tell."""
+        if getattr(model, "config", None) is None:
+            return event
+        return with_origin(event, model, processing_class, artifacts=self._run.trail.artifacts)
 
     def _open(self, optimizers: list[Any]) -> None:
         self._opened = True

@@ -227,7 +227,8 @@ def test_a_real_model_with_an_adapter_is_known_as_a_trainer_would_know_it(audito
             optimizer.step()
             run.step(model=model, optimizer=optimizer)
     first, last = events(trail, ModelBound)
-    assert first == expected
+    told = ("weights_digest", "trainable_digest", "config_digest", "tokenizer_digest", "adapter", "parameters")
+    assert [getattr(first, name) for name in told] == [getattr(expected, name) for name in told]
     assert first.weights_digest == digest_tensors(dict(base.state_dict()))
     assert last.weights_digest == digest_tensors(final_tensors(model))
     assert last.tokenizer_digest == first.tokenizer_digest is not None
