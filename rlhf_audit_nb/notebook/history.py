@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from rlhf_audit_nb.capture.cells import CellContext
 
-__all__ = ["CellHistory"]
+__all__ = ["CellHistory", "cell_number"]
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -26,6 +26,15 @@ class _Ran:
     source: str
     cell: str | None = None
     status: str = "unknown"
+
+
+def cell_number(shell: Any) -> int:
+    """The number of the cell that runs now: its input is the newest one in the history.
+
+    ``shell.execution_count`` is that number in some versions of IPython, and already the next one in others.
+    """
+    sources = getattr(shell.history_manager, "input_hist_raw", [])
+    return len(sources) - 1 if len(sources) > 1 else int(shell.execution_count)
 
 
 class CellHistory:
@@ -62,7 +71,7 @@ class CellHistory:
         return CellContext(
             source_digest=text_digest(source),
             cell=_name(getattr(now, "cell_id", None)),
-            execution_count=int(self._shell.execution_count) if stored else None,
+            execution_count=cell_number(self._shell) if stored else None,
             executed=tuple(
                 ExecutedCell(count=one.count, source_digest=text_digest(one.source), cell=one.cell, status=one.status)
                 for one in [*self._earlier, *self._ran]
@@ -71,11 +80,7 @@ class CellHistory:
 
     def _from_history(self) -> list[_Ran]:
         sources = getattr(self._shell.history_manager, "input_hist_raw", [])
-        return [
-            _Ran(count, source)
-            for count, source in enumerate(sources[: self._shell.execution_count])
-            if count and source
-        ]
+        return [_Ran(count, source) for count, source in enumerate(sources) if count and source]
 
     def _begins(self, info: Any) -> None:
         self._running.append(info)

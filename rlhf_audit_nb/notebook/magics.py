@@ -37,7 +37,7 @@ from IPython.utils.text import DollarFormatter
 
 from rlhf_audit_nb.config import AuditConfig, PrivacyConfig
 from rlhf_audit_nb.errors import ConfigError, PrivacyError, TrailError
-from rlhf_audit_nb.notebook.history import CellHistory
+from rlhf_audit_nb.notebook.history import CellHistory, cell_number
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
@@ -358,7 +358,7 @@ def _execute(shell: Any, code: Any, last: Any) -> Any:
 def _compile(shell: Any, cell: str) -> tuple[Any, Any]:
     """The body as IPython compiles a cell, its last expression apart so that its value can be shown."""
     transformed = shell.transform_cell(cell)
-    name = shell.compile.cache(transformed, shell.execution_count, raw_code=cell)
+    name = shell.compile.cache(transformed, cell_number(shell), raw_code=cell)
     tree = shell.transform_ast(shell.compile.ast_parse(transformed, filename=name))
     last = None
     if tree.body and isinstance(tree.body[-1], ast.Expr):
