@@ -61,7 +61,7 @@ class CellHistory:
         self._shell.events.unregister("post_run_cell", self._ended)
 
     def context(self, source: str) -> CellContext:
-        """The cell that runs now, whose whole text is ``source``, and what ran before it."""
+        """The cell that runs now and what ran before it; ``source`` is its text where nobody told of it before."""
         from rlhf_audit_nb.capture.cells import CellContext
         from rlhf_audit_nb.events import ExecutedCell
         from rlhf_audit_nb.records.normal_form import text_digest
@@ -69,7 +69,7 @@ class CellHistory:
         now = self._running[-1] if self._running else None
         stored = now is not None and now.store_history
         return CellContext(
-            source_digest=text_digest(source),
+            source_digest=text_digest(now.raw_cell if now is not None and now.raw_cell else source),
             cell=_name(getattr(now, "cell_id", None)),
             execution_count=cell_number(self._shell) if stored else None,
             executed=tuple(

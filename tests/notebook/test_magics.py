@@ -324,7 +324,7 @@ def test_a_budget_refusal_is_one_block_and_fails_the_cell(shell, capsys):
 
 def test_audit_commands_answer_about_the_last_trail(shell, tmp_path):
     run(shell, "%%audit_train --experiment looked_at --trail there\npass")
-    assert shell.run_line_magic("audit", "").size == 4
+    assert shell.run_line_magic("audit", "").size == 5
     assert shell.run_line_magic("audit", "status").location == str(tmp_path / "there")
     assert shell.run_line_magic("audit", "verify").level.name == "UNANCHORED"
     assert "No training under differential privacy" in str(shell.run_line_magic("audit", "budget"))
@@ -361,7 +361,7 @@ def test_reports_and_cards_are_saved_and_recorded(shell, trail, tmp_path, capsys
     assert "Saved report.html" in capsys.readouterr().out
     (report,), (card,) = events(trail, ReportCreated), events(trail, CardCreated)
     assert report.digest == hashlib.sha256((tmp_path / "report.html").read_bytes()).hexdigest()
-    assert (report.format, report.size) == ("html", 4)
+    assert (report.format, report.size) == ("html", 5)
     assert (card.format, card.size) == ("eu_standard", 6)
 
 
