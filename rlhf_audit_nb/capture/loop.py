@@ -29,6 +29,7 @@ import torch
 from rlhf_audit_nb.capture.callback import UpdateNorm
 from rlhf_audit_nb.capture.data import bind_data
 from rlhf_audit_nb.capture.models import with_origin
+from rlhf_audit_nb.capture.saving import inside_trainer
 from rlhf_audit_nb.capture.weights import describe_model, digest_tensors, final_tensors, trainable_digest
 from rlhf_audit_nb.errors import ConfigError, DataError, RunError
 from rlhf_audit_nb.events import (
@@ -391,7 +392,8 @@ def _save(model: Any, folder: Path, tokenizer: Any) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if hasattr(model, "save_pretrained"):
-            model.save_pretrained(folder)
+            with inside_trainer():  # what is saved here is recorded as a checkpoint, once
+                model.save_pretrained(folder)
         else:
             from safetensors.torch import save_model
 
