@@ -77,7 +77,8 @@ def with_origin(
     """
     plain = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    folder = _loaded_from(_name_of(plain), getattr(plain.config, "_commit_hash", None), event.weights_digest)
+    commit = getattr(getattr(plain, "config", None), "_commit_hash", None)  # a model of one's own may have no config
+    folder = _loaded_from(_name_of(plain), commit, event.weights_digest)
     kept = {**_tokenizer_files(tokenizer), **(model_files(folder) if folder is not None else {})}
     return msgspec.structs.replace(
         event,

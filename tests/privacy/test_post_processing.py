@@ -122,6 +122,11 @@ def test_a_policy_rewarded_by_a_private_model_inherits_its_epsilon_and_charges_n
     assert finals[[entry.index for entry in finals].index(source["entry"])].run == source["run"] != run.id
     assert source["role"] == "reward"
     assert held.verify().level.name == "UNANCHORED"
+    opened = list(held.samples(run=run.id))  # its figures are post-processing; its texts are kept by commitment
+    assert opened
+    assert all(part.half.completions and part.event.statistics["samples"] for part in opened)
+    (attached,) = events(held.trail, TrainerAttached, run.id)
+    assert attached.generators == {}  # what a private training drew from may stand in them
 
 
 def test_what_such_a_training_measures_stands_in_the_open_and_its_summary_says_that_it_inherits(here):
