@@ -24,12 +24,12 @@ from typing import Any
 import msgspec
 
 from rlhf_audit_nb.capture.code import keep_list
+from rlhf_audit_nb.capture.folders import TENSORS_SUFFIX
 from rlhf_audit_nb.capture.weights import digest_json
 from rlhf_audit_nb.events import InputFile, InputFiles, ModelBound
 
 __all__ = ["file_tensors", "model_files", "safetensors_header", "with_origin"]
 
-TENSORS_SUFFIX = ".tensors"
 MAX_HEADER = 100_000_000  # the format's own bound
 _LENGTH = 8
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
