@@ -233,7 +233,10 @@ class Ranks:
     def saw(self, run: Run, event: Event) -> None:
         """The run recorded ``event``, here or into nothing."""
         self.evidence.saw(event)
-        if self._exchange is None or not isinstance(event, Step):
+        if not isinstance(event, Step):
+            return
+        self._connect(run)  # a loop that is written by hand may form the group at any time
+        if self._exchange is None:
             return
         now = time.monotonic()
         if not self.place.writes and now - self._told_at >= TELL_S:
