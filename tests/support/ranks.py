@@ -109,26 +109,6 @@ def launch_from_notebook(folder: Path) -> None:
     _leave(folder / "launcher.json", {"run": run.id, "status": run.state.status, "steps": run.steps})
 
 
-def launch_as_torchrun(folder: Path) -> None:
-    """torchrun's own agent, in this process: it sends SIGTERM to those that are left when one has failed."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=2,
-        run_id="test",
-        rdzv_backend="static",
-        rdzv_endpoint=f"127.0.0.1:{_free_port()}",
-        rdzv_configs={"rank": 0},
-        start_method="fork",
-        max_restarts=0,
-    )
-    with contextlib.suppress(ChildFailedError):
-        elastic_launch(config, train)(folder, "killed")
-
-
 def open_too_early(folder: Path) -> None:
     """A private run that is opened before anything says that this process is one of several."""
     import torch.distributed
@@ -172,7 +152,7 @@ def run_all(folder: Path, scenarios: list[str]) -> None:
     for scenario in scenarios:
         inside = folder / scenario
         inside.mkdir(parents=True)
-        if scenario in ("notebook", "agent"):
+        if scenario == "notebook":
             _wait_all([_fork(inside, scenario, {})])
         else:
             port = {"MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2"}
@@ -186,7 +166,7 @@ def _fork(folder: Path, scenario: str, environment: dict[str, str]) -> int:
     code = 1
     try:
         os.environ.update(environment)
-        own = {"notebook": launch_from_notebook, "agent": launch_as_torchrun, "private": open_too_early}
+        own = {"notebook": launch_from_notebook, "private": open_too_early}
         own.get(scenario, lambda it: train(it, scenario))(folder)
         code = 0
     finally:
