@@ -12,9 +12,9 @@ import pytest
 from support.tiny import dpo_trainer, synthetic_pairs
 from support.trails import events
 
-from rlhf_audit_nb.capture import callback
 from rlhf_audit_nb.capture.overhead import PARTS, STEP_PARTS, Histogram, Overhead, read_overhead
 from rlhf_audit_nb.capture.run import Run
+from rlhf_audit_nb.capture.weights_path import WeightsPath
 from rlhf_audit_nb.config import AuditConfig
 from rlhf_audit_nb.errors import DataError
 from rlhf_audit_nb.events import RunFinished, RunFinishedPrivate, RunStarted, encode_body, encode_private
@@ -152,13 +152,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Trail, R
     folder = tmp_path_factory.mktemp("overhead")
     trainer = dpo_trainer(synthetic_pairs(4), folder / "out", max_steps=4)
     with pytest.MonkeyPatch.context() as patch, Trail.open(folder / "audit") as trail:
-        digest = callback.trainable_digest
+        link = WeightsPath.link
 
-        def slow(model: Any) -> str:
+        def slow(path: WeightsPath) -> Any:
             time.sleep(0.02)
-            return digest(model)
+            return link(path)
 
-        patch.setattr(callback, "trainable_digest", slow)
+        patch.setattr(WeightsPath, "link", slow)
         with Run(trail, "measured", audit=AuditConfig(weights_every=2)) as run:
             trainer.train()
         yield trail, run
