@@ -9,6 +9,10 @@ import nbformat
 import pytest
 
 from rlhf_audit_nb.cli import main
+from rlhf_audit_nb.compliance import Evidence
+from rlhf_audit_nb.compliance.lineage import lineage
+from rlhf_audit_nb.compliance.thresholds import evaluations
+from rlhf_audit_nb.records import open_record
 from rlhf_audit_nb.trail import Level, verify_trail
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "example_notebooks").glob("*.ipynb"))
@@ -20,7 +24,11 @@ def notebook(request):
 
 
 def test_there_are_notebooks():
-    assert [p.name for p in NOTEBOOKS] == ["01_dpo_private.ipynb", "02_privacy_utility.ipynb"]
+    assert [p.name for p in NOTEBOOKS] == [
+        "01_dpo_private.ipynb",
+        "02_privacy_utility.ipynb",
+        "03_sft_reward_grpo.ipynb",
+    ]
 
 
 def test_a_notebook_is_valid_4_5_with_readable_ids(notebook):
@@ -75,3 +83,27 @@ def test_the_notebook_on_utility_runs_into_a_record_and_every_run_of_it_keeps_it
     outputs = json.dumps([cell.get("outputs") for cell in nbformat.read("record.ipynb", 4).cells])
     assert "image/png" in outputs
     assert "train_loss" not in outputs
+
+
+@pytest.mark.slow
+def test_the_notebook_from_sft_to_a_policy_runs_into_a_record_that_shows_its_lineage(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", str(NOTEBOOKS[2]), "-p", "steps", "4", "-p", "policy_steps", "2", "-o", "record.ipynb"]) == 0
+    assert main(["verify", "record.ipynb", "--json"]) == 0
+    evidence = Evidence.from_record(open_record(Path("record.ipynb")))
+    graph = lineage(evidence)
+    sft, reward, policy = graph.of("training")
+    assert [node.detail for node in (sft, reward, policy)] == ["sft", "reward", "policy"]
+    assert sft.id in {node.id for node in graph.ancestors(policy.id).of("training")}
+    left = {edge.source: graph.node(edge.target) for edge in graph.edges if edge.role == "final"}
+    assert all(left[node.id].folders[0].signature for node in (sft, reward, policy))
+    found = evaluations(evidence).done
+    assert [one.model.experiment for one in found] == ["reward", "policy"]
+    for one, metric in zip(found, ("accuracy", "reward gain"), strict=True):
+        (judged,) = one.judgements
+        assert (judged.metric, judged.order) == (metric, "before training")
+        assert judged.outcome in ("met", "not met")
+        assert one.model.as_ == "final"
+        assert not one.problems
+    outputs = json.dumps([cell.get("outputs") for cell in nbformat.read("record.ipynb", 4).cells])
+    assert "<svg" in outputs

@@ -20,7 +20,7 @@ from rlhf_audit_nb.compliance.facts import run_facts, training_steps
 from rlhf_audit_nb.compliance.thresholds import evaluations
 from rlhf_audit_nb.compliance.words import NO_BOUND, delta_text, epsilon_text
 from rlhf_audit_nb.events import ModelBound, PrivacyReserved, PublicDeclared
-from rlhf_audit_nb.privacy.descent import DATA, Descent, Training
+from rlhf_audit_nb.privacy.descent import DATA, MODEL, Descent, Training
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -345,10 +345,16 @@ class _Folded:
                     linked.add((role, name))
                     self._model(index, model, self._bound(earlier))
                     yield name, role, entry
-        for role in ("base", "reference"):
+        changed = set()
+        for role, entry, earlier in self._descent.loaded(training):
+            for index, model in earlier.of_role("final")[-1:]:
+                changed.add(entry)
+                yield self._model(index, model, self._bound(earlier)), f"{role}, loaded and changed", entry
+        for role in ("base", "reference", "reward"):
             for index, model in training.of_role(role):
                 known = any(found == role and self._leads(name, model) for found, name in linked)
-                if not known:
+                declared = role == "reward" and (MODEL, model.weights_digest) in self._claims
+                if not known and not declared and index not in changed:
                     yield self._model(index, model, Bound("unknown", entries=(index,))), role, index
         yield from self._claimed(training)
 
@@ -451,7 +457,8 @@ class _Folded:
 
     def _through_base(self, training: Training) -> Bound | None:
         """The largest recorded figure of the models that a training without privacy took."""
-        found = [self._bound(earlier) for _, _, earlier in self._descent.inputs(training)]
+        taken = (*self._descent.inputs(training), *self._descent.loaded(training))
+        found = [self._bound(earlier) for _, _, earlier in taken]
         figures = [bound for bound in found if bound.epsilon is not None]
         return max(figures, key=lambda bound: float(bound.epsilon or 0)) if figures else None
 

@@ -5,8 +5,9 @@ left is what another began from, was rewarded by, or held as its reference. So e
 spends through which protected people's data reached it, and the trainings without a bound through which anything may
 have. Both are found by walking from a training to those that left what it used.
 
-Weights that changed outside of a recorded training (merged, cast to another type, pruned) have another digest, and
-nothing here knows where they come from. Everything in this module is a pure function of the entries.
+Weights that changed outside of a recorded training (merged, cast to another type, pruned) have another digest. Where
+they were loaded from the files of a model that is known, they descend from it all the same; else nothing here knows
+where they come from. Everything in this module is a pure function of the entries.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ _KINDS: tuple[type[Event], ...] = (
     PublicDeclared,
     WeightsSaved,
 )
+_TAKEN = ("base", "reference", "reward")
 _RECORDED_ONLY = frozenset({"Trainer", "SFTTrainer", "RewardTrainer", "DPOTrainer", "KTOTrainer"})
 """Trainers that learn from nothing but the data and the models that the trail records of them."""
 
@@ -163,10 +165,9 @@ class Descent:
 
     def inputs(self, training: Training) -> Iterator[tuple[str, int, Training]]:
         """The earlier trainings that it took a model from: the model's role, the entry that names it, the training."""
-        for role in ("base", "reference"):
+        for role in _TAKEN:
             for index, model in training.of_role(role):
-                digests = {model.weights_digest, model.trainable_digest} - {None}
-                for earlier in _unique(self.left(str(one), before=training.index) for one in sorted(map(str, digests))):
+                for earlier in self._leaving(model, training):
                     yield role, index, earlier
         if training.resumed is not None:
             index, entry = training.resumed
@@ -180,12 +181,28 @@ class Descent:
                 if rewarding is not None and rewarding.index < training.index:
                     yield "reward", index, rewarding
 
+    def loaded(self, training: Training) -> Iterator[tuple[str, int, Training]]:
+        """As `inputs`, of models that were loaded from the files of an earlier training's and have other weights since.
+
+        They were cast to another type, merged or trained elsewhere: what they descend from is known, not what they are.
+        """
+        for role in _TAKEN:
+            for index, model in training.of_role(role):
+                if model.files is not None and model.files.tensors and not self._leaving(model, training):
+                    for earlier in self.left(model.files.tensors, before=training.index):
+                        yield role, index, earlier
+
+    def _leaving(self, model: ModelBound, training: Training) -> list[Training]:
+        """The earlier trainings that left this model, or the adapter on it."""
+        digests = sorted({digest for digest in (model.weights_digest, model.trainable_digest) if digest is not None})
+        return _unique(self.left(digest, before=training.index) for digest in digests)
+
     def exposure(self, training: Training) -> Exposure:
         """What ``training`` descends from, itself included."""
         known = self._known.get(training.index)
         if known is None:
             known = self._own(training)
-            inputs = list(self.inputs(training))
+            inputs = [*self.inputs(training), *self.loaded(training)]
             if training.resumed is not None and not any(role == "checkpoint" for role, _, _ in inputs):
                 known |= Exposure(unbounded=frozenset({training.index}))  # nobody knows what that one had learnt
             for _, _, earlier in inputs:  # each is earlier than this one: the walk ends

@@ -353,6 +353,27 @@ def test_the_model_of_an_evaluation_that_the_trail_does_not_know_is_a_node_of_it
     assert graph.of("evaluation")[0].state == "not met"
 
 
+def test_what_was_loaded_from_a_known_models_files_and_changed_descends_from_it_and_is_said_to_be_changed():
+    teller = Teller()
+    teller.entries.extend(chained(1).entries)
+    run = "e" * 32
+    files = ev.InputFiles(count=1, bytes=1, digest=digest("files"), tensors=digest("m1"))
+    shown = {"architecture": "Llama", "parameters": 1, "trainable": 1, "config_digest": digest("c")}
+    teller.tell(ev.RunStarted(experiment="cast", entry_point="cell", tool="t"), run)
+    teller.tell(ev.TrainerAttached(trainer="GRPOTrainer", loss=None, max_steps=1, seed=1, hyperparameters={}), run)
+    teller.tell(ev.ModelBound(role="base", weights_digest=digest("m1 in bfloat16"), files=files, **shown), run)
+    teller.tell(ev.ModelBound(role="reward", weights_digest=digest("m1"), **shown), run)
+    teller.tell(ev.ModelBound(role="reference", weights_digest=digest("stranger"), **shown), run)
+    graph = lineage(Evidence(verdict(teller.entries), tuple(teller.entries)))
+    first, second = graph.of("training")
+    into = roles(graph, second)
+    assert set(into) == {"base, loaded and changed", "reward", "reference"}
+    (left,) = [edge.target for edge in graph.edges if edge.source == first.id]
+    assert into["base, loaded and changed"].id == into["reward"].id == left
+    assert into["reference"].bound.how == "unknown"
+    assert second.bound.unbounded == (first.entries[0], second.entries[0])
+
+
 def test_an_evaluated_checkpoint_and_training_data_that_was_tested_on_are_shown_as_what_they_are():
     teller = Teller()
     teller.entries.extend(chained(1).entries)
