@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_audit_nb.compliance.facts import run_facts, training_steps
 from rlhf_audit_nb.compliance.thresholds import evaluations
-from rlhf_audit_nb.compliance.words import NO_BOUND, delta_text, epsilon_text
-from rlhf_audit_nb.events import ModelBound, PrivacyReserved, PublicDeclared
+from rlhf_audit_nb.compliance.words import NO_BOUND, delta_text, epsilon_text, short
+from rlhf_audit_nb.events import FunctionBound, ModelBound, PrivacyReserved, PublicDeclared
 from rlhf_audit_nb.privacy.descent import DATA, MODEL, Descent, Training
 
 if TYPE_CHECKING:
@@ -223,6 +223,7 @@ class _Folded:
         self._sealed = {item.index for item in evidence.items if item.sealed is not None}
         self._claims = {(event.kind, event.digest): (item.index, event) for item, event in evidence.of(PublicDeclared)}
         self._steps = training_steps(evidence)
+        self._functions = self._called()
         self._nodes: dict[str, Node] = {}
         self._edges: list[Edge] = []
 
@@ -248,9 +249,8 @@ class _Folded:
         for source, role, entry in self._inputs(training):
             self._link(source, name, role, entry)
         experiment = self._experiments.get(training.run, "")
-        self._put(
-            Node(name, "training", training.trainer, bound, (training.index,), run=training.run, detail=experiment)
-        )
+        node = Node(name, "training", training.trainer, bound, (training.index,), run=training.run, detail=experiment)
+        self._put(replace(node, lines=tuple(self._functions.get(training.index, ()))))
         for index, model in training.of_role("final"):
             left = self._model(index, model, bound)
             self._link(name, left, "final", index)
@@ -268,6 +268,17 @@ class _Folded:
             node = replace(keeps, entries=entries)
         self._nodes[node.id] = node
         return node.id
+
+    def _called(self) -> dict[int, list[str]]:
+        """The functions that each training was handed, by the entry of its trainer; models are boxes of their own."""
+        found: dict[int, list[str]] = {}
+        for item, event in self._evidence.of(FunctionBound):
+            before = [one.index for one in self._descent.trainings if one.run == item.run and one.index < item.index]
+            if before and event.kind != "model":
+                digest = event.source_digest or event.code_digest
+                known = short(digest, 4) if digest else "no source"
+                found.setdefault(before[-1], []).append(f"{event.role}: {event.name}, {known} #{item.index}")
+        return found
 
     def _saved_as(self, name: str, training: Training) -> None:
         """The folders that were saved after the last step: each by its newest entry."""

@@ -134,6 +134,7 @@ def lineage_words(graph: Lineage) -> list[str]:
     found = []
     for training in graph.of("training"):
         took = [f"{edge.role} {_named(names[edge.source])}" for edge in graph.into(training.id)]
+        took += training.lines
         left = [_named(names[edge.target]) for edge in graph.edges if edge.source == training.id]
         outcome = f"left {', '.join(left)}" if left else "left no model"
         said = (

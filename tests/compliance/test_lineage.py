@@ -361,6 +361,9 @@ def test_what_was_loaded_from_a_known_models_files_and_changed_descends_from_it_
     shown = {"architecture": "Llama", "parameters": 1, "trainable": 1, "config_digest": digest("c")}
     teller.tell(ev.RunStarted(experiment="cast", entry_point="cell", tool="t"), run)
     teller.tell(ev.TrainerAttached(trainer="GRPOTrainer", loss=None, max_steps=1, seed=1, hyperparameters={}), run)
+    short = {"role": "reward", "position": 0, "name": "short", "kind": "function", "source_digest": digest("def short")}
+    called = teller.tell(ev.FunctionBound(**short), run)
+    teller.tell(ev.FunctionBound(role="reward", position=1, name="", kind="model", weights_digest=digest("m1")), run)
     teller.tell(ev.ModelBound(role="base", weights_digest=digest("m1 in bfloat16"), files=files, **shown), run)
     teller.tell(ev.ModelBound(role="reward", weights_digest=digest("m1"), **shown), run)
     teller.tell(ev.ModelBound(role="reference", weights_digest=digest("stranger"), **shown), run)
@@ -371,6 +374,9 @@ def test_what_was_loaded_from_a_known_models_files_and_changed_descends_from_it_
     (left,) = [edge.target for edge in graph.edges if edge.source == first.id]
     assert into["base, loaded and changed"].id == into["reward"].id == left
     assert into["reference"].bound.how == "unknown"
+    known = digest("def short")
+    assert second.lines == (f"reward: short, {known[:4]}…{known[-4:]} #{called}",)
+    assert second.lines[0] in draw(graph)
     assert second.bound.unbounded == (first.entries[0], second.entries[0])
 
 
