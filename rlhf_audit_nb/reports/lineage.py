@@ -45,6 +45,7 @@ _DUMMY = 26
 _INK, _INK_2 = "#1b2430", "#4d5a6a"
 _COLOURS = {"own": "#17704f", "inherited": "#0f5e7a", "public": "#3150b4", "protected": "#1b2430", "none": "#8f5200",
             "unknown": "#66707c", "open": "#4d5a6a"}  # fmt: skip
+_ROLES = {"evaluation": "eval"}  # as it is written beside a line, where room is short
 _BOUNDED = ("own", "inherited", "protected")
 _STATES = {"met": "#17704f", "not met": "#b3261e", "": "#66707c"}
 _LEGENDS = {
@@ -433,7 +434,7 @@ def _ports(routes: Sequence[tuple[Edge, list[_Place]]]) -> list[float]:
             (number for number, (_, route) in enumerate(routes) if route[-1] is target),
             key=lambda number: (routes[number][1][-2].x, number),
         )
-        step = min(64.0, (_WIDE - 40) / max(len(into), 1))
+        step = min(72.0, (_WIDE - 80) / max(len(into) - 1, 1))
         for place, number in enumerate(into):
             found[number] = target.x + (place - (len(into) - 1) / 2) * step
     return found
@@ -453,10 +454,10 @@ def _edge(edge: Edge, route: Sequence[_Place], port: float) -> tuple[str, str]:
         if not last:
             path += f"V{to_y + place.row:.1f}"
         x, y = to_x, to_y + place.row
-    side, anchor = (-5, "end") if port < route[-1].x else (5, "start")  # outwards, where no other label stands
+    side, anchor = (-5, "end") if route[-2].x > port else (5, "start")  # beside the line, where it does not come from
     label = (
         f'<text x="{port + _EDGE + side:.1f}" y="{route[-1].top - 4:.1f}" font-size="9.5" text-anchor="{anchor}" '
-        f'fill="{_INK_2}">{escape(edge.role)}</text>'
+        f'fill="{_INK_2}">{escape(_ROLES.get(edge.role, edge.role))}</text>'
     )
     line = f'<path d="{path}" fill="none" stroke="{_INK_2}" stroke-width="1.2" marker-end="url(#lineage-arrow)"/>'
     return line, "" if edge.role == "final" else label
