@@ -13,6 +13,7 @@ digest are the private half of the entry, and the open part says which metrics t
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_audit_nb.capture.data import bind_data, digest_prompts
 from rlhf_audit_nb.capture.folders import digest_folder
-from rlhf_audit_nb.capture.run import COARSE_US, current_run
+from rlhf_audit_nb.capture.run import COARSE_US, ENV_RECORD, current_run
 from rlhf_audit_nb.capture.secrets import Scrubber
 from rlhf_audit_nb.capture.weights import (
     base_tensors,
@@ -139,6 +140,7 @@ def append_threshold(
         experiment=_maybe("experiment", experiment),
         reason=_maybe("reason", reason),
         by=_maybe("by", by),
+        record=os.environ.get(ENV_RECORD),
     )
     return _append(trail, event, ThresholdPrivate(data=data.digest) if sealed and data.digest else None)
 
@@ -213,6 +215,7 @@ def append_evaluation(
         evaluator=_maybe("evaluator", evaluator),
         seeds=_seeds(seeds),
         samples=None if sealed else counted,
+        record=os.environ.get(ENV_RECORD),
         **_model(model),
     )
     half = EvaluationPrivate(metrics=figures, data=data.digest, samples=counted) if sealed else None

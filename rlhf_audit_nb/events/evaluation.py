@@ -23,7 +23,8 @@ class ThresholdPrivate(Private, frozen=True, kw_only=True):
 class ThresholdSealed(Event, frozen=True, kw_only=True):
     """What a test must reach, written down before it.
 
-    ``metric relation bound`` is what must hold, such as ``accuracy >= 0.7``. ``data`` is the digest of the rows that it
+    ``metric relation bound`` is what must hold, such as ``accuracy >= 0.7``. ``record`` is the record in whose notebook
+    it was written, if any. ``data`` is the digest of the rows that it
     is for, ``None`` where it is for any data (or sealed: then the entry has a private half); ``experiment`` is that of
     the runs whose model it is for, ``None`` for any.
     """
@@ -39,6 +40,7 @@ class ThresholdSealed(Event, frozen=True, kw_only=True):
     experiment: str | None = None
     reason: str | None = None
     by: str | None = None
+    record: str | None = None
 
 
 class EvaluationPrivate(Private, frozen=True, kw_only=True):
@@ -56,7 +58,8 @@ class EvaluationRecorded(Event, frozen=True, kw_only=True):
     model was known: ``live`` (its weights were digested in memory), ``folder`` (its files were), or ``stated`` (only a
     digest was handed in). ``weights_digest`` has the form of a final model's, of an adapter alone where there is one;
     ``base_digest`` is then that of the weights under it. ``folder_digest`` is that of a saved folder. ``data`` is the
-    digest of the rows; ``data_public`` the entry that declares them to hold nothing of protected people.
+    digest of the rows; ``data_public`` the entry that declares them to hold nothing of protected people. ``record`` is
+    the record in whose notebook it was written, if any.
     """
 
     TYPE: ClassVar[str] = "evaluation.recorded"
@@ -76,3 +79,4 @@ class EvaluationRecorded(Event, frozen=True, kw_only=True):
     evaluator: str | None = None
     seeds: list[int] = []
     samples: int | None = None
+    record: str | None = None

@@ -10,7 +10,8 @@
      "manifest": {...}}                              digests of every part of the notebook (normal_form.py)
 
 The entries are ``trail.created``, those that changed the trail's keys since (``key.rotated``, ``key.revoked``), those
-that name the record (``record.started``, ``record.cell``, ``record.sealed``), every entry of the runs that were opened
+that name the record (``record.started``, ``record.cell``, ``record.sealed``, and of what its notebook wrote
+``evaluation.threshold`` and ``evaluation.recorded``), every entry of the runs that were opened
 inside the record, and what the trail itself says of those runs (``run.interrupted``). Parsing is strict: no unknown
 key, no missing one, base64 and entries in their one form.
 """

@@ -26,6 +26,7 @@ from rlhf_audit_nb.config import ENV_TRAIL
 from rlhf_audit_nb.errors import RecordError
 from rlhf_audit_nb.events import (
     CellExecuted,
+    EvaluationRecorded,
     Event,
     KeyRevoked,
     KeyRotated,
@@ -34,6 +35,7 @@ from rlhf_audit_nb.events import (
     RunFinished,
     RunInterrupted,
     RunStarted,
+    ThresholdSealed,
     encode_body,
 )
 from rlhf_audit_nb.records.dsse import key_id, sign_envelope
@@ -111,7 +113,7 @@ def record_entries(reader: TrailReader, record: str) -> list[Entry]:
     found = {entry.index: entry for entry in reader.entries(0, 1)}
     for change in (KeyRotated.TYPE, KeyRevoked.TYPE):
         found.update({entry.index: entry for entry in reader.entries(type=change)})
-    for kind in (RecordStarted, CellExecuted, RecordSealed):
+    for kind in (RecordStarted, CellExecuted, RecordSealed, ThresholdSealed, EvaluationRecorded):
         entries = reader.entries(type=kind.TYPE)
         found.update({entry.index: entry for entry in entries if record_of(entry) == record})
     runs = _runs(reader, record)

@@ -34,11 +34,13 @@ from rlhf_audit_nb.events import (
     CellExecuted,
     DataBound,
     EnvironmentCaptured,
+    EvaluationRecorded,
     Event,
     ModelBound,
     RecordSealed,
     RecordStarted,
     RunResumed,
+    ThresholdSealed,
     TrailCreated,
     WeightsSaved,
     decode_body,
@@ -71,7 +73,7 @@ PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:rlhf-audit:notebook-record:v1"
 BUILDER_ID = "urn:rlhf-audit:papermill-engine-audit:v1"
 
-_OF_RECORDS = frozenset({RecordStarted.TYPE, CellExecuted.TYPE, RecordSealed.TYPE})
+_OF_RECORDS = (RecordStarted, CellExecuted, RecordSealed, ThresholdSealed, EvaluationRecorded)
 
 EventT = TypeVar("EventT", bound=Event)
 
@@ -85,10 +87,10 @@ def event_of(entry: Entry, kind: type[EventT]) -> EventT:
 
 def record_of(entry: Entry) -> str | None:
     """The record that the entry says something of, ``None`` where it is of another kind."""
-    if entry.type not in _OF_RECORDS:
+    if entry.type not in {kind.TYPE for kind in _OF_RECORDS}:
         return None
     event = decode_body(entry.type, entry.body)
-    assert isinstance(event, RecordStarted | CellExecuted | RecordSealed)
+    assert isinstance(event, _OF_RECORDS)
     return event.record
 
 
