@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import resource
 import statistics
 import subprocess
@@ -31,20 +32,27 @@ __all__ = ["CONTROL", "audited", "measure"]
 
 PAIRS = 16
 PAIRS_A_UNIT = 4
-WARM = 3
+BLOCK = 4
+"""Steps in a turn."""
+WARM = BLOCK
 CONTROL = "plain / plain step (control)"
 
 Context = Callable[[], AbstractContextManager[Any]]
 
 
 class _Baton:
-    """Lets threads take turns; whoever is done no longer counts."""
+    """Lets threads take turns, in an order that is drawn anew in each round; whoever is done no longer counts.
+
+    With an order that stays, one of them would always come after the same other, and pay for what that one left behind.
+    """
 
     def __init__(self, count: int = 2) -> None:
         self._changed = threading.Condition()
-        self._turn = 0
+        self._random = random.Random(0)
         self._count = count
         self._done: set[int] = set()
+        self._round: list[int] = []
+        self._turn = self._next()
 
     def take(self, me: int) -> None:
         with self._changed:
@@ -52,23 +60,30 @@ class _Baton:
 
     def give(self, me: int) -> None:
         with self._changed:
-            self._turn = self._next(me)
+            if self._turn == me:
+                self._turn = self._next()
             self._changed.notify_all()
 
     def leave(self, me: int) -> None:
         with self._changed:
             self._done.add(me)
             if self._turn == me:
-                self._turn = self._next(me)
+                self._turn = self._next()
             self._changed.notify_all()
 
-    def _next(self, me: int) -> int:
-        others = ((me + offset) % self._count for offset in range(1, self._count + 1))
-        return next((other for other in others if other not in self._done), me)
+    def _next(self) -> int:
+        self._round = [item for item in self._round if item not in self._done]
+        if not self._round:
+            self._round = [item for item in range(self._count) if item not in self._done] or [0]
+            self._random.shuffle(self._round)
+        return self._round.pop()
 
 
 class _Clock(TrainerCallback):
-    """Times each step from its beginning to the beginning of the next, so that all between counts."""
+    """Times each step from its beginning to the beginning of the next, so that all between counts.
+
+    A turn is `BLOCK` steps: what a step leaves to other threads (a commit, 20 ms later) falls into the turn of its own.
+    """
 
     def __init__(self, baton: _Baton, me: int) -> None:
         self.steps: list[float] = []
@@ -76,10 +91,13 @@ class _Clock(TrainerCallback):
         self._began: float | None = None
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        if self._began is not None:
+        if self._began is None:
+            self._baton.take(self._me)
+        else:
             self.steps.append(time.perf_counter() - self._began)
-            self._baton.give(self._me)
-        self._baton.take(self._me)
+            if len(self.steps) % BLOCK == 0:
+                self._baton.give(self._me)
+                self._baton.take(self._me)
         self._began = time.perf_counter()
 
 
@@ -159,7 +177,9 @@ def _side_by_side(folder: Path, steps: int, contexts: Sequence[Context]) -> list
 
 
 def _ratio(plain: Sequence[float], other: Sequence[float]) -> float:
-    return statistics.median(b / a for a, b in zip(plain, other, strict=True))
+    """The median, over rounds, of what a turn of one took against a turn of the other."""
+    starts = range(0, len(plain), BLOCK)
+    return statistics.median(sum(other[at : at + BLOCK]) / sum(plain[at : at + BLOCK]) for at in starts)
 
 
 def _compare(
@@ -167,7 +187,7 @@ def _compare(
 ) -> Iterator[Figure]:
     plain, control, other = _side_by_side(folder, steps, (nullcontext, nullcontext, treated))
     base = f"plain {1e3 * statistics.median(plain):.0f} ms"
-    how = f"DPO LoRA, {PAIRS} pairs, {steps} steps in turns, {base}; median ratio{note}"
+    how = f"DPO LoRA, {PAIRS} pairs, {steps} steps in turns of {BLOCK}, {base}; median ratio{note}"
     yield Figure(what, _ratio(plain, other), "", target, how=how)
     load = os.getloadavg()[0]
     yield Figure(f"{CONTROL} of: {what}", _ratio(plain, control), "", how=f"the same run, load {load:.1f}")
@@ -178,7 +198,7 @@ def audited(folder: Path, *, quick: bool) -> Iterator[Figure]:
     _quiet()
     auditor = AuditableRLHF(audit_config=AuditConfig(trail=str(folder / "trail")))
     context = lambda: auditor.track_training("audited")  # noqa: E731
-    yield from _compare("audited without DP / plain step", 1.01, folder, 4 if quick else 120, context)
+    yield from _compare("audited without DP / plain step", 1.01, folder, BLOCK if quick else 30 * BLOCK, context)
     found = auditor.overhead().figures
     how = "the run's own measurement (auditor.overhead), p50 of a step; it counts the training thread alone"
     yield Figure("recording, by its own clock", found["recording_us"]["p50"], "µs a step", how=how)
@@ -194,7 +214,7 @@ def measure(folder: Path, *, quick: bool) -> Iterator[Figure]:
     """The ratios, each with its control; new trails under ``folder``."""
     _quiet()
     folder.mkdir(parents=True, exist_ok=True)
-    yield from _private(folder, 3 if quick else 40)
+    yield from _private(folder, BLOCK if quick else 10 * BLOCK)
     yield from _memory(folder)
 
 
@@ -221,8 +241,8 @@ def _recording_share(auditor: AuditableRLHF, steps: int) -> Figure:
     """What the ledger's entries and the panel's numbers cost a private step, by the recorder's own clock."""
     found = auditor.overhead().figures
     ours = sum(found["parts"][name]["p50"] for name in ("recorder", "panel") if name in found["parts"])
-    alone = 1e3 * found["step_ms"]["p50"] / 3  # three trainings take turns, and a step's time counts all of them
-    how = f"recorder and panel, p50 of {steps} steps, by the run's own clock, of a third of a turn of three"
+    how = f"recorder and panel, p50 of {steps} steps, by the run's own clock"
+    alone = 1e3 * found["step_ms"]["p50"]  # most steps are not the first of a turn, which has waited for the others
     return Figure("private: per-step entry and panel / step", ours / alone, "", 0.01, how=how)
 
 
