@@ -87,18 +87,20 @@ class _Clock(TrainerCallback):
 
     def __init__(self, baton: _Baton, me: int) -> None:
         self.steps: list[float] = []
+        self.cpu: list[float] = []
         self._baton, self._me = baton, me
-        self._began: float | None = None
+        self._began: tuple[float, float] | None = None
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         if self._began is None:
             self._baton.take(self._me)
         else:
-            self.steps.append(time.perf_counter() - self._began)
+            self.steps.append(time.perf_counter() - self._began[0])
+            self.cpu.append(time.process_time() - self._began[1])
             if len(self.steps) % BLOCK == 0:
                 self._baton.give(self._me)
                 self._baton.take(self._me)
-        self._began = time.perf_counter()
+        self._began = (time.perf_counter(), time.process_time())
 
 
 def _data() -> Any:
@@ -151,7 +153,7 @@ def _trainer(folder: Path, steps: int, clock: _Clock) -> Any:
 
 
 def _side_by_side(folder: Path, steps: int, contexts: Sequence[Context]) -> list[list[float]]:
-    """Seconds of each step of trainings that take turns."""
+    """Seconds of each step of trainings that take turns, then seconds of processor time of each."""
     baton = _Baton(len(contexts))
     clocks = [_Clock(baton, me) for me in range(len(contexts))]
     trainers = [_trainer(folder / str(me), steps + WARM + 1, clock) for me, clock in enumerate(clocks)]
@@ -173,7 +175,7 @@ def _side_by_side(folder: Path, steps: int, contexts: Sequence[Context]) -> list
         thread.join()
     if failures:
         raise failures[0]
-    return [clock.steps[WARM:] for clock in clocks]
+    return [clock.steps[WARM:] for clock in clocks] + [clock.cpu[WARM:] for clock in clocks]
 
 
 def _ratio(plain: Sequence[float], other: Sequence[float]) -> float:
@@ -185,10 +187,12 @@ def _ratio(plain: Sequence[float], other: Sequence[float]) -> float:
 def _compare(
     what: str, target: float | None, folder: Path, steps: int, treated: Context, note: str = ""
 ) -> Iterator[Figure]:
-    plain, control, other = _side_by_side(folder, steps, (nullcontext, nullcontext, treated))
+    plain, control, other, *cpu = _side_by_side(folder, steps, (nullcontext, nullcontext, treated))
     base = f"plain {1e3 * statistics.median(plain):.0f} ms"
     how = f"DPO LoRA, {PAIRS} pairs, {steps} steps in turns of {BLOCK}, {base}; median ratio{note}"
     yield Figure(what, _ratio(plain, other), "", target, how=how)
+    how = f"all threads of the process, in its turns; plain again / plain {_ratio(cpu[0], cpu[1]):.3f}"
+    yield Figure(f"processor time of: {what}", _ratio(cpu[0], cpu[2]), "", how=how)
     load = os.getloadavg()[0]
     yield Figure(f"{CONTROL} of: {what}", _ratio(plain, control), "", how=f"the same run, load {load:.1f}")
 
