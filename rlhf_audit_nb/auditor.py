@@ -650,7 +650,7 @@ class AuditableRLHF:
         a run that names a larger epsilon than the one before raises the budget with a warning. Set it again to raise
         or lower it; what was spent stays spent::
 
-            auditor.set_budget(8.0, reason="second study, approved by the ethics board", by="A. Keeper")
+            auditor.set_budget(8.0, reason="second study, approved by the ethics board", by="head of data")
 
         Args:
             epsilon: what all runs together may cost, those included that have spent already.
@@ -681,7 +681,7 @@ class AuditableRLHF:
         Under a privacy configuration a GRPOTrainer or RLOOTrainer may then be rewarded by it. It is a claim, recorded
         with a name, and nobody can check it; a function is known by its source text, so a change needs a new one::
 
-            auditor.declare_public_reward(shorter_is_better, reason="counts characters", by="A. Keeper")
+            auditor.declare_public_reward(shorter_is_better, reason="counts characters", by="head of data")
 
         Args:
             reward: a plain function without a closure, or a model without an adapter.
