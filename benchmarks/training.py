@@ -1,13 +1,14 @@
 """What a training step costs: audited against plain, private against plain; DPO with LoRA.
 
-The trainings that are compared run in one process and take turns step by step, so that whatever else the machine does
-hits all of them alike. A second plain training takes its turns too: what it comes out at is how far a ratio of that
-very run can be trusted.
+The trainings that are compared take turns in one process and one thread: short trainings one after the other, in an
+order that is drawn anew for each round, their first steps not counted. A second plain training takes its turns too:
+what it comes out at is how far a ratio of that very run can be trusted.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -15,7 +16,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -32,75 +32,30 @@ __all__ = ["CONTROL", "audited", "measure"]
 
 PAIRS = 16
 PAIRS_A_UNIT = 4
-BLOCK = 4
-"""Steps in a turn."""
-WARM = BLOCK
+WARM, COUNTED = 2, 6
+"""Steps of a turn: the first ones, which are not counted, and the others."""
 CONTROL = "plain / plain step (control)"
 
-Context = Callable[[], AbstractContextManager[Any]]
-
-
-class _Baton:
-    """Lets threads take turns, in an order that is drawn anew in each round; whoever is done no longer counts.
-
-    With an order that stays, one of them would always come after the same other, and pay for what that one left behind.
-    """
-
-    def __init__(self, count: int = 2) -> None:
-        self._changed = threading.Condition()
-        self._random = random.Random(0)
-        self._count = count
-        self._done: set[int] = set()
-        self._round: list[int] = []
-        self._turn = self._next()
-
-    def take(self, me: int) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._turn == me or len(self._done) >= self._count - 1)
-
-    def give(self, me: int) -> None:
-        with self._changed:
-            if self._turn == me:
-                self._turn = self._next()
-            self._changed.notify_all()
-
-    def leave(self, me: int) -> None:
-        with self._changed:
-            self._done.add(me)
-            if self._turn == me:
-                self._turn = self._next()
-            self._changed.notify_all()
-
-    def _next(self) -> int:
-        self._round = [item for item in self._round if item not in self._done]
-        if not self._round:
-            self._round = [item for item in range(self._count) if item not in self._done] or [0]
-            self._random.shuffle(self._round)
-        return self._round.pop()
+Context = Callable[[int], AbstractContextManager[Any]]
+"""What stands round the training of a round, by the round's number."""
 
 
 class _Clock(TrainerCallback):
-    """Times each step from its beginning to the beginning of the next, so that all between counts.
+    """Times each step from its beginning to the beginning of the next, so that all between counts."""
 
-    A turn is `BLOCK` steps: what a step leaves to other threads (a commit, 20 ms later) falls into the turn of its own.
-    """
+    def __init__(self) -> None:
+        self._began: list[tuple[float, float]] = []
 
-    def __init__(self, baton: _Baton, me: int) -> None:
-        self.steps: list[float] = []
-        self.cpu: list[float] = []
-        self._baton, self._me = baton, me
-        self._began: tuple[float, float] | None = None
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._began = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        if self._began is None:
-            self._baton.take(self._me)
-        else:
-            self.steps.append(time.perf_counter() - self._began[0])
-            self.cpu.append(time.process_time() - self._began[1])
-            if len(self.steps) % BLOCK == 0:
-                self._baton.give(self._me)
-                self._baton.take(self._me)
-        self._began = (time.perf_counter(), time.process_time())
+        self._began.append((time.perf_counter(), time.process_time()))
+
+    def counted(self) -> tuple[float, float]:
+        """Seconds of a step, and of processor time of all threads: the mean over those of a turn that count."""
+        first, last = self._began[WARM], self._began[WARM + COUNTED]
+        return (last[0] - first[0]) / COUNTED, (last[1] - first[1]) / COUNTED
 
 
 def _data() -> Any:
@@ -113,7 +68,7 @@ def _data() -> Any:
     return Dataset.from_pandas(kept, preserve_index=False)
 
 
-def _trainer(folder: Path, steps: int, clock: _Clock) -> Any:
+def _trainer(folder: Path, clock: _Clock) -> Any:
     from peft import LoraConfig
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
     from trl import DPOConfig, DPOTrainer
@@ -133,7 +88,7 @@ def _trainer(folder: Path, steps: int, clock: _Clock) -> Any:
     args = DPOConfig(
         output_dir=str(folder),
         per_device_train_batch_size=PAIRS,
-        max_steps=steps,
+        max_steps=WARM + COUNTED + 1,
         max_length=96,
         bf16=False,
         gradient_checkpointing=False,
@@ -152,47 +107,40 @@ def _trainer(folder: Path, steps: int, clock: _Clock) -> Any:
     )
 
 
-def _side_by_side(folder: Path, steps: int, contexts: Sequence[Context]) -> list[list[float]]:
-    """Seconds of each step of trainings that take turns, then seconds of processor time of each."""
-    baton = _Baton(len(contexts))
-    clocks = [_Clock(baton, me) for me in range(len(contexts))]
-    trainers = [_trainer(folder / str(me), steps + WARM + 1, clock) for me, clock in enumerate(clocks)]
-    failures: list[BaseException] = []
-
-    def train(me: int) -> None:
-        try:
-            with contexts[me]():
-                trainers[me].train()
-        except BaseException as error:
-            failures.append(error)
-        finally:
-            baton.leave(me)
-
-    threads = [threading.Thread(target=train, args=(me,)) for me in range(len(contexts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
-    return [clock.steps[WARM:] for clock in clocks] + [clock.cpu[WARM:] for clock in clocks]
+def _in_turns(folder: Path, rounds: int, contexts: Sequence[Context]) -> list[list[tuple[float, float]]]:
+    """For each context, in each round: seconds of a step, and of processor time."""
+    clocks = [_Clock() for _ in contexts]
+    trainers = [_trainer(folder / str(number), clock) for number, clock in enumerate(clocks)]
+    taken: list[list[tuple[float, float]]] = [[] for _ in contexts]
+    order, drawn = list(range(len(contexts))), random.Random(0)
+    for at in range(rounds):
+        drawn.shuffle(order)
+        for number in order:
+            gc.collect()
+            with contexts[number](at):
+                trainers[number].train()
+            taken[number].append(clocks[number].counted())
+    return taken
 
 
-def _ratio(plain: Sequence[float], other: Sequence[float]) -> float:
-    """The median, over rounds, of what a turn of one took against a turn of the other."""
-    starts = range(0, len(plain), BLOCK)
-    return statistics.median(sum(other[at : at + BLOCK]) / sum(plain[at : at + BLOCK]) for at in starts)
+def _plain(_: int) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _ratio(plain: Sequence[tuple[float, float]], other: Sequence[tuple[float, float]], which: int = 0) -> float:
+    """The median, over rounds, of what one took against the other; ``which``: seconds, or processor time."""
+    return statistics.median(b[which] / a[which] for a, b in zip(plain, other, strict=True))
 
 
 def _compare(
-    what: str, target: float | None, folder: Path, steps: int, treated: Context, note: str = ""
+    what: str, target: float | None, folder: Path, rounds: int, treated: Context, note: str = ""
 ) -> Iterator[Figure]:
-    plain, control, other, *cpu = _side_by_side(folder, steps, (nullcontext, nullcontext, treated))
-    base = f"plain {1e3 * statistics.median(plain):.0f} ms"
-    how = f"DPO LoRA, {PAIRS} pairs, {steps} steps in turns of {BLOCK}, {base}; median ratio{note}"
+    plain, control, other = _in_turns(folder, rounds, (_plain, _plain, treated))
+    base = f"plain {1e3 * statistics.median(seconds for seconds, _ in plain):.0f} ms"
+    how = f"DPO LoRA, {PAIRS} pairs, {rounds} rounds of {COUNTED} steps, {base}; median ratio{note}"
     yield Figure(what, _ratio(plain, other), "", target, how=how)
-    how = f"all threads of the process, in its turns; plain again / plain {_ratio(cpu[0], cpu[1]):.3f}"
-    yield Figure(f"processor time of: {what}", _ratio(cpu[0], cpu[2]), "", how=how)
+    how = f"all threads of the process, in its turns; plain again / plain {_ratio(plain, control, 1):.3f}"
+    yield Figure(f"processor time of: {what}", _ratio(plain, other, 1), "", how=how)
     load = os.getloadavg()[0]
     yield Figure(f"{CONTROL} of: {what}", _ratio(plain, control), "", how=f"the same run, load {load:.1f}")
 
@@ -201,8 +149,8 @@ def audited(folder: Path, *, quick: bool) -> Iterator[Figure]:
     """A step of 100 ms or more, audited at the defaults, against a plain one; and what the run itself says of it."""
     _quiet()
     auditor = AuditableRLHF(audit_config=AuditConfig(trail=str(folder / "trail")))
-    context = lambda: auditor.track_training("audited")  # noqa: E731
-    yield from _compare("audited without DP / plain step", 1.01, folder, BLOCK if quick else 30 * BLOCK, context)
+    context = lambda _: auditor.track_training("audited")  # noqa: E731
+    yield from _compare("audited without DP / plain step", 1.01, folder, 1 if quick else 40, context)
     found = auditor.overhead().figures
     how = "the run's own measurement (auditor.overhead), p50 of a step; it counts the training thread alone"
     yield Figure("recording, by its own clock", found["recording_us"]["p50"], "µs a step", how=how)
@@ -218,11 +166,11 @@ def measure(folder: Path, *, quick: bool) -> Iterator[Figure]:
     """The ratios, each with its control; new trails under ``folder``."""
     _quiet()
     folder.mkdir(parents=True, exist_ok=True)
-    yield from _private(folder, BLOCK if quick else 10 * BLOCK)
+    yield from _private(folder, 1 if quick else 10)
     yield from _memory(folder)
 
 
-def _private(folder: Path, steps: int) -> Iterator[Figure]:
+def _private(folder: Path, rounds: int) -> Iterator[Figure]:
     """Private against plain, by kind of unit and by engine."""
     pairs: dict[str, Any] = {"unit": "pair"}
     annotators: dict[str, Any] = {"unit": "annotator", "max_pairs_per_unit": PAIRS_A_UNIT}
@@ -234,20 +182,20 @@ def _private(folder: Path, steps: int) -> Iterator[Figure]:
         ("rows", "private, pairs (rows) / plain step", 1.5, {**pairs, "engine": "rows"}, ""),
         ("loop", "private, pairs (loop) / plain step", None, {**pairs, "engine": "loop"}, apart),
     ):
-        auditor = _private_auditor(folder / f"private-{name}", settings)
-        context = lambda auditor=auditor: auditor.track_training("private")  # noqa: E731
-        yield from _compare(what, target, folder / name, steps, context, note)
+        trails = folder / f"private-{name}"
+        context = _privately(trails, settings)
+        yield from _compare(what, target, folder / name, rounds, context, note)
         if name == "annotators":
-            yield _recording_share(auditor, steps)
+            yield _recording_share(_private_auditor(trails / str(rounds - 1), settings))
 
 
-def _recording_share(auditor: AuditableRLHF, steps: int) -> Figure:
+def _recording_share(auditor: AuditableRLHF) -> Figure:
     """What the ledger's entries and the panel's numbers cost a private step, by the recorder's own clock."""
     found = auditor.overhead().figures
     ours = sum(found["parts"][name]["p50"] for name in ("recorder", "panel") if name in found["parts"])
-    how = f"recorder and panel, p50 of {steps} steps, by the run's own clock"
-    alone = 1e3 * found["step_ms"]["p50"]  # most steps are not the first of a turn, which has waited for the others
-    return Figure("private: per-step entry and panel / step", ours / alone, "", 0.01, how=how)
+    how = "recorder and panel, p50 of the last round's steps, by the run's own clock"
+    step = 1e3 * found["step_ms"]["p50"]
+    return Figure("private: per-step entry and panel / step", ours / step, "", 0.01, how=how)
 
 
 def _private_auditor(folder: Path, settings: dict[str, Any]) -> AuditableRLHF:
@@ -256,8 +204,8 @@ def _private_auditor(folder: Path, settings: dict[str, Any]) -> AuditableRLHF:
 
 
 def _privately(folder: Path, settings: dict[str, Any]) -> Context:
-    auditor = _private_auditor(folder, settings)
-    return lambda: auditor.track_training("private")
+    """A trail for each round: what earlier rounds spent is nothing that a step pays for."""
+    return lambda at: _private_auditor(folder / str(at), settings).track_training("private")
 
 
 def _memory(folder: Path) -> Iterator[Figure]:
@@ -279,12 +227,10 @@ def _train_for_memory(name: str, folder: Path) -> None:
     """One short training in this process; prints its peak memory in KiB, and what it held before."""
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["RLHF_AUDIT_HOME"] = str(folder / "home")
-    baton = _Baton()
-    baton.leave(1)
-    trainer = _trainer(folder / "model", 5, _Clock(baton, 0))
-    context = nullcontext if name == "plain" else _privately(folder / "trail", {"unit": "pair", "engine": "rows"})
+    trainer = _trainer(folder / "model", _Clock())
+    context = _plain if name == "plain" else _privately(folder / "trail", {"unit": "pair", "engine": "rows"})
     before = _resident()
-    with context(), contextlib.redirect_stdout(sys.stderr):
+    with context(0), contextlib.redirect_stdout(sys.stderr):
         trainer.train()
     print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "before": before}))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -61,30 +60,12 @@ def test_three_trainings_take_turns_and_one_of_them_is_recorded(tmp_path):
     from rlhf_audit_nb import AuditableRLHF, AuditConfig
 
     auditor = AuditableRLHF(audit_config=AuditConfig(trail=str(tmp_path / "audit")))
-    contexts = (nullcontext, nullcontext, lambda: auditor.track_training("x"))
-    taken = training._side_by_side(tmp_path, 1, contexts)
-    assert [len(steps) for steps in taken] == [1] * 6  # seconds, and seconds of processor time
+    plain = lambda _: nullcontext()  # noqa: E731
+    taken = training._in_turns(tmp_path, 2, (plain, plain, lambda _: auditor.track_training("x")))
+    assert [len(rounds) for rounds in taken] == [2, 2, 2]
+    assert all(seconds > 0 and cpu > 0 for rounds in taken for seconds, cpu in rounds)
     verdict = auditor.verify()
-    assert [run.status for run in verdict.runs] == ["completed"]
-
-
-def test_each_has_one_turn_a_round_and_whoever_has_left_has_none():
-    from benchmarks.training import _Baton
-
-    baton, turns = _Baton(3), []
-
-    def rounds(count):
-        for _ in range(count):
-            turns.append(baton._turn)
-            baton.give(baton._turn)
-
-    rounds(60)
-    assert all(sorted(turns[at : at + 3]) == [0, 1, 2] for at in range(0, 60, 3))
-    assert len({tuple(turns[at : at + 3]) for at in range(0, 60, 3)}) > 1  # in another order now and then
-    baton.leave(2)
-    turns.clear()
-    rounds(20)
-    assert set(turns) == {0, 1}
+    assert [run.status for run in verdict.runs] == ["completed"] * 2
 
 
 def test_what_a_killed_process_lost_and_what_it_held_is_measured(tmp_path):
@@ -99,13 +80,3 @@ def test_a_peer_that_is_not_installed_is_left_out_with_a_sentence(tmp_path, monk
     said = capsys.readouterr().err
     assert len(found) == 4 * (len(capture.PEERS) - said.count("left out: "))
     assert said.count("left out: ") == said.count("No module named")
-
-
-def test_whoever_waits_for_a_turn_is_let_go_when_the_other_leaves():
-    from benchmarks.training import _Baton
-
-    baton = _Baton()
-    baton.leave(1)
-    began = time.monotonic()
-    baton.take(0)
-    assert time.monotonic() - began < 1
