@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 FLOORS = {
     "errors": 0,
     "config": 0,
+    "counted": 0,
     "trail": 0,
     "events": 1,
     "demo": 1,

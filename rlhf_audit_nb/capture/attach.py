@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -31,6 +30,7 @@ from rlhf_audit_nb.capture.run import InheritedPlan, PrivatePlan, Run, current_r
 from rlhf_audit_nb.capture.saving import inside_trainer, is_saving, saving_classes, wrap_save_pretrained
 from rlhf_audit_nb.capture.settings import generators, hyperparameters, unchanged
 from rlhf_audit_nb.capture.weights import describe_model, digest_tensors, final_tensors
+from rlhf_audit_nb.counted import Counted
 from rlhf_audit_nb.errors import RunError, UnsupportedTrainerError
 from rlhf_audit_nb.events import DataBound, ModelBound, PublicDeclared, RunStarted, TrainerAttached, decode_body
 
@@ -47,26 +47,10 @@ _MISSING = object()
 _private_states: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 """The state that each trainer's last private training left; `Trainer.train` makes a new one every time."""
 
-_lock = threading.Lock()
-_users = 0
-_installed = ExitStack()
 
-
-@contextmanager
-def attach_trainers() -> Iterator[None]:
+def attach_trainers() -> AbstractContextManager[None]:
     """Wrap the trainers' methods for as long as any run needs it."""
-    global _users, _installed  # noqa: PLW0603  one wrapping for the whole process, counted
-    with _lock:
-        if _users == 0:
-            _installed = _install()
-        _users += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _users -= 1
-            if _users == 0:
-                _installed.close()
+    return _wrapped.held()
 
 
 def _install() -> ExitStack:
@@ -83,6 +67,9 @@ def _install() -> ExitStack:
         stack.callback(register_optimizer_step_pre_hook(_check_optimizer).remove)
         stack.callback(register_optimizer_step_post_hook(_after_optimizer).remove)
         return stack.pop_all()
+
+
+_wrapped = Counted(_install)
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 import re
 from collections.abc import Iterable
@@ -24,8 +23,9 @@ from typing import Any
 import msgspec
 
 from rlhf_audit_nb.capture.code import keep_list
-from rlhf_audit_nb.capture.folders import TENSORS_SUFFIX
+from rlhf_audit_nb.capture.folders import TENSORS_SUFFIX, stored_tensors
 from rlhf_audit_nb.capture.weights import digest_json
+from rlhf_audit_nb.errors import FormatError
 from rlhf_audit_nb.events import InputFile, InputFiles, ModelBound
 
 __all__ = ["file_tensors", "model_files", "safetensors_header", "with_origin"]
@@ -48,24 +48,6 @@ _TOKENIZER = (
     "merges.txt",
     "chat_template.jinja",
 )
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-    "C64": "complex64",
-}
 
 
 def with_origin(
@@ -215,49 +197,15 @@ def file_tensors(paths: Iterable[Path]) -> bytes:
     Raises:
         OSError: a file cannot be read.
     """
-    lines = [line for path in paths for line in _tensor_lines(path)]
+    lines = [(name, f"{name}\0{tensor}\n".encode()) for path in paths for name, tensor in _listed(path).items()]
     return b"".join(line for _, line in sorted(lines))
 
 
-def _tensor_lines(path: Path) -> list[tuple[str, bytes]]:
-    header = safetensors_header(path)
-    tensors = _tensors_of(header) if header is not None else {}
-    if header is None or not tensors:
-        return []
-    start = _LENGTH + len(header)
-    with (
-        path.open("rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-        memoryview(content) as whole,
-        whole[start:] as view,
-        ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,
-    ):
-        lines = pool.map(lambda name: _line(name, tensors[name], view), tensors)
-        return list(zip(tensors, lines, strict=True))
-
-
-def _tensors_of(header: bytes) -> dict[str, dict[str, Any]]:
-    """What a header says of each tensor; nothing where it is not in the format."""
+def _listed(path: Path) -> dict[str, str]:
     try:
-        listed = json.loads(header)
-        return {
-            str(name): {
-                "dtype": str(facts["dtype"]),
-                "shape": [*facts["shape"]],
-                "place": slice(*facts["data_offsets"]),
-            }
-            for name, facts in listed.items()
-            if name != "__metadata__"
-        }
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return stored_tensors(path)
+    except FormatError:
         return {}
-
-
-def _line(name: str, tensor: dict[str, Any], content: memoryview) -> bytes:
-    with content[tensor["place"]] as raw:
-        digest = hashlib.sha256(raw).hexdigest()
-    shape = ",".join(str(size) for size in tensor["shape"])
-    return f"{name}\0{_DTYPES.get(tensor['dtype'], tensor['dtype'])}\0{shape}\0{digest}\n".encode()
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

@@ -4,40 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
+
+from rlhf_audit_nb.counted import Counted
 
 __all__ = ["no_telemetry"]
 
 TELEMETRY = "HF_HUB_DISABLE_TELEMETRY"
 
-_lock = threading.Lock()
-_users = 0
-_off = ExitStack()
 
-
-@contextmanager
-def no_telemetry() -> Iterator[None]:
+def no_telemetry() -> AbstractContextManager[None]:
     """Telemetry off for as long as the block, or another one beside it, runs; a user's own setting stands."""
-    global _users, _off  # noqa: PLW0603  one setting for the whole process, counted
-    with _lock:
-        if _users == 0:
-            _off = _turn_off()
-        _users += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _users -= 1
-            if _users == 0:
-                _off.close()
-
-
-def _turn_off() -> ExitStack:
-    with ExitStack() as stack:
-        stack.enter_context(_turned_off())
-        return stack.pop_all()
+    return _off.held()
 
 
 @contextmanager
@@ -57,3 +36,6 @@ def _turned_off() -> Iterator[None]:
         os.environ.pop(TELEMETRY, None)
         if constants is not None and before is not None:
             setattr(constants, TELEMETRY, before)
+
+
+_off = Counted(_turned_off)

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from rlhf_audit_nb.counted import Counted
 from rlhf_audit_nb.errors import AuditError, PrivacyError
 
 __all__ = ["concealed_errors", "quiet_preparation", "unheard"]
@@ -44,9 +45,6 @@ _HANDLE_ROWS = ("datasets", "pyarrow", "tokenizers", "trl.data_utils", "transfor
 _NOWHERE = -1  # below every handler's level, NOTSET included
 
 _unheard = threading.local()
-_lock = threading.Lock()
-_users = 0
-_hushed = contextlib.ExitStack()
 
 
 @contextlib.contextmanager
@@ -63,8 +61,7 @@ def unheard() -> Iterator[None]:
         _unheard.on = before
 
 
-@contextlib.contextmanager
-def quiet_preparation() -> Iterator[None]:
+def quiet_preparation() -> contextlib.AbstractContextManager[None]:
     """While inside, no row count, length or text of the data is told by the libraries that prepare it.
 
     Progress bars of `datasets` and `transformers` are off, and a message that is made of data, or while data is
@@ -72,18 +69,7 @@ def quiet_preparation() -> Iterator[None]:
     Everything else is heard. All of it is put back afterwards, by the last to leave where several are inside at a time.
     Enter it around the cell in which a private trainer is built.
     """
-    global _users, _hushed  # noqa: PLW0603  one hush for the whole process, counted
-    with _lock:
-        if _users == 0:
-            _hushed = _hush()
-        _users += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _users -= 1
-            if _users == 0:
-                _hushed.close()
+    return _hushed.held()
 
 
 def _hush() -> contextlib.ExitStack:
@@ -91,6 +77,9 @@ def _hush() -> contextlib.ExitStack:
         for hushing in (_without_progress_bars, _without_telling_logs, _without_telling_warnings):
             stack.enter_context(hushing())
         return stack.pop_all()
+
+
+_hushed = Counted(_hush)
 
 
 @contextlib.contextmanager
