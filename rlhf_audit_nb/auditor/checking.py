@@ -1,0 +1,160 @@
+"""Whether it holds, and what is left: models, health, overhead, budgets, the mechanism. Floor 5."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_audit_nb.auditor.base import AuditorBase
+from rlhf_audit_nb.auditor.trails import trail_if_open
+from rlhf_audit_nb.events import encode_body
+
+if TYPE_CHECKING:
+    from rlhf_audit_nb.capture.overhead import RunOverhead
+    from rlhf_audit_nb.compliance.weights import WeightsVerdict
+    from rlhf_audit_nb.health import Examination
+    from rlhf_audit_nb.privacy.self_audit import SelfAudit
+    from rlhf_audit_nb.reports.budget import Budget, BudgetLeft
+    from rlhf_audit_nb.trail import TrustPolicy
+
+__all__ = ["Checking"]
+
+
+class Checking(AuditorBase):
+    """Whether it holds, and what is left: models, health, overhead, budgets, the mechanism."""
+
+    def verify_model(
+        self, folder: Path | str, *, against: Path | str | None = None, policy: TrustPolicy | None = None
+    ) -> WeightsVerdict:
+        """Whether a folder of weights is what a run saved: which entry, run and step it is, and what was changed.
+
+        Args:
+            folder: a saved model or checkpoint.
+            against: a trail's folder, a published trail or a record; ``None`` takes this auditor's own trail.
+            policy: whom to trust; ``None`` trusts the user's own keys.
+
+        Raises:
+            ConfigError: there are no weights in that folder.
+            AuditError: what it should be checked against cannot be read.
+        """
+        from rlhf_audit_nb.compliance.weights import check_weights
+        from rlhf_audit_nb.reports.sources import evidence_of
+
+        if against is None:
+            self.trail.flush()
+        evidence = evidence_of(against if against is not None else self.trail.location, policy)
+        beside = Path(against) / "artifacts" if against is not None else self.trail.artifacts
+        return check_weights(folder, evidence, artifacts=beside if beside.is_dir() else None)
+
+    def doctor(
+        self, *, full: bool = False, policy: Path | str | None = None, published: str | None = None
+    ) -> Examination:
+        """Look whether keys, trail, vault, disk, clock, versions and anchors are as they should be; changes nothing.
+
+        Args:
+            full: verify every entry, not only the newest.
+            policy: a trust policy's file; ``None`` looks for ``trust.policy`` beside the trail.
+            published: the folder or address of a published copy, to tell how far it lags.
+
+        Raises:
+            ConfigError: the policy that was named is not there.
+        """
+        from rlhf_audit_nb.health import examine
+
+        location = self.audit_config.trail_location()
+        opened = trail_if_open(self.audit_config)
+        return examine(location, full=full, policy=policy, published=published, trail=opened)
+
+    def overhead(self, run: str | None = None) -> RunOverhead:
+        """What recording cost a run: its share of the training, and each part's p50 and p99 in a step.
+
+        A private run's figures lie in the vault, because times depend on private data.
+
+        Args:
+            run: the run's id or its beginning; ``None`` takes the last one that trained.
+
+        Raises:
+            DataError: no such run has trained and ended.
+            VaultError: a private run's figures cannot be opened.
+        """
+        from rlhf_audit_nb.capture.overhead import read_overhead
+
+        with self.trail.reading_vault() as vault:
+            return read_overhead(self.trail.reader(), vault.half, run)
+
+    def budget(self) -> Budget:
+        """What the trail's population has spent and reserved, and what is left, composed from the trail itself."""
+        from rlhf_audit_nb.privacy.reservation import read_ledger
+        from rlhf_audit_nb.reports.budget import Budget
+
+        return Budget.of(read_ledger(self.trail.reader(), self.trail), self.privacy_config)
+
+    def steps_left(
+        self,
+        sampling_rate: float,
+        noise_multiplier: float | None = None,
+        *,
+        steps: int | None = None,
+        epsilon: float | None = None,
+        population: int | None = None,
+        pairs: int = 1,
+    ) -> BudgetLeft:
+        """How many steps still fit into the budget at a noise multiplier, or which one lets ``steps`` fit.
+
+        Arguments and errors as of `rlhf_audit_nb.reports.budget.what_is_left`::
+
+            auditor.steps_left(sampling_rate=0.1, noise_multiplier=2.0)
+        """
+        from rlhf_audit_nb.reports.budget import what_is_left
+
+        return what_is_left(
+            self.budget(),
+            sampling_rate=sampling_rate,
+            noise_multiplier=noise_multiplier,
+            steps=steps,
+            epsilon=epsilon,
+            population=population,
+            pairs=pairs,
+        )
+
+    def privacy_check(
+        self,
+        *,
+        noise_multiplier: float | None = None,
+        sampling_rate: float | None = None,
+        steps: int = 24,
+        delta: float | None = None,
+        record: bool = False,
+    ) -> SelfAudit:
+        """Test the installed privacy mechanism on phantom annotators: seconds, no data, no model of yours.
+
+        Args:
+            noise_multiplier: sigma; without it the privacy configuration's, or 1.
+            sampling_rate: q; without it the privacy configuration's, or 0.1.
+            steps: of the part that is attacked with canaries.
+            delta: of the epsilons; without it the privacy configuration's, or 1e-5.
+            record: append what was found to the trail; reports show the last one.
+
+        Raises:
+            ConfigError: a number out of range.
+            PrivacyError: the phantoms could not be trained on at all.
+            StoreError: the append failed.
+        """
+        from rlhf_audit_nb.capture.telemetry import no_telemetry
+        from rlhf_audit_nb.privacy.self_audit import check_mechanism
+
+        given: dict[str, Any] = {
+            name: getattr(self.privacy_config, name, None) if value is None else value
+            for name, value in (
+                ("noise_multiplier", noise_multiplier),
+                ("sampling_rate", sampling_rate),
+                ("delta", delta),
+            )
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        with no_telemetry():
+            audit = check_mechanism(steps=steps, **given)
+        if record:
+            event = audit.event()
+            self.trail.append(event.TYPE, encode_body(event)).wait()
+        return audit
