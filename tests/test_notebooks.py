@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import nbformat
 import pytest
+from support.folders import KINDS, change, reference
 
+from rlhf_audit_nb import AuditableRLHF
 from rlhf_audit_nb.cli import main
 from rlhf_audit_nb.compliance import Evidence
 from rlhf_audit_nb.compliance.lineage import lineage
@@ -107,3 +110,20 @@ def test_the_notebook_from_sft_to_a_policy_runs_into_a_record_that_shows_its_lin
         assert not one.problems
     outputs = json.dumps([cell.get("outputs") for cell in nbformat.read("record.ipynb", 4).cells])
     assert "<svg" in outputs
+    for name in ("sft", "reward", "policy"):
+        assert reference(Path("out/03_sft_reward_grpo") / name)
+    check_changes(Path("out/03_sft_reward_grpo/policy"), tmp_path / "changed")
+
+
+def check_changes(folder, place):
+    """OpenSSF's implementation refuses the folder after each kind of change, and ours names what was changed."""
+    auditor = AuditableRLHF()
+    assert auditor.verify_model(folder).intact
+    for kind, called in KINDS.items():
+        copy = place / kind
+        shutil.copytree(folder, copy)
+        name, was = change(copy, kind)
+        assert not reference(copy)
+        found = auditor.verify_model(copy)
+        assert not found.intact
+        assert [(item.kind, item.name, item.was) for item in found.changes] == [(called, name, was)]

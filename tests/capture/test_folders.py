@@ -10,6 +10,7 @@ import tracemalloc
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from safetensors.torch import save_file
+from support.folders import KINDS, change, reference
 from support.tiny import causal_model
 
 from rlhf_audit_nb.capture import folders
@@ -49,47 +50,6 @@ def method(request, monkeypatch):
         monkeypatch.setattr(folders, "SHARDED_FROM", 1000)
         monkeypatch.setattr(folders, "SHARD_SIZE", 4096)
     return request.param
-
-
-def reference(folder):
-    """Whether OpenSSF's own implementation accepts the folder (its command line: `test_weights`)."""
-    from model_signing import verifying
-
-    try:
-        verifying.Config().use_elliptic_key_verifier(public_key=folder / "model.pub").verify(
-            folder, folder / "model.sig"
-        )
-    except ValueError:
-        return False
-    return True
-
-
-def change(folder, kind):
-    """Make one change; what it should be called."""
-    weights = folder / "model.safetensors"
-    if kind == "changed":
-        content = bytearray(weights.read_bytes())
-        content[5000] ^= 1
-        weights.write_bytes(content)
-        return "model.safetensors", None
-    if kind == "cut":
-        weights.write_bytes(weights.read_bytes()[:-1])
-        return "model.safetensors", None
-    if kind == "added":
-        (folder / "sub" / "extra.py").write_text("import os")
-        return "sub/extra.py", None
-    if kind == "removed":
-        (folder / "config.json").unlink()
-        return "config.json", None
-    if kind == "renamed":
-        weights.rename(folder / "other.safetensors")
-        return "other.safetensors", "model.safetensors"
-    (folder / "link.json").symlink_to(folder / "config.json")
-    return "link.json", None
-
-
-KINDS = {"changed": "changed", "cut": "changed", "added": "added", "removed": "removed", "renamed": "renamed",
-         "link": "link"}  # fmt: skip
 
 
 def test_an_untouched_folder_has_no_changes_and_the_reference_agrees(folder, key, method):
