@@ -4,7 +4,8 @@
 metric, the same data (or any) and the same experiment (or any). For each evaluation and each series that it falls
 under, the newest threshold before the result is in force; how early that one was set is its `order`:
 
-- ``before training``: before the first step of the training that left the evaluated model;
+- ``before training``: before the first step of the training that left the evaluated model; where several left the same
+  weights, or it went on from a checkpoint, before the first step of the earliest;
 - ``before result``: after that, or where this trail does not know the training, and before the result;
 - ``after result``: when the figure was known: only after the evaluation, or after an earlier one of the same model
   and metric. Nothing is judged by such a threshold.
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_audit_nb.compliance.facts import training_steps
@@ -131,7 +132,7 @@ class Known:
             began from) or ``unknown``.
         entries: what shows it.
         training: the entry of the training's trainer.
-        first_step: the first entry that may tell of the trained model.
+        first_step: the first entry that may tell of the trained model; ``None`` where that was before this trail.
         run: of the training.
         experiment: of that run.
     """
@@ -299,7 +300,7 @@ class _Reader:
     def _same_model(self, index: int, earlier: EvaluationRecorded, entry: int, event: EvaluationRecorded) -> bool:
         one, other = self._models[index], self._models[entry]
         both_left = one.as_ == other.as_ == "final" and one.training == other.training
-        return both_left or bool(_identity(earlier) & _identity(event))
+        return both_left or _are_one(earlier, event)
 
     def _other_data(self, metric: str, event: EvaluationRecorded, model: Known, *, sealed: bool) -> Iterator[str]:
         for one in self._of(metric, event, model):
@@ -319,11 +320,19 @@ class _Reader:
         return Known("unknown")
 
     def _final(self, entry: int, event: EvaluationRecorded) -> Known | None:
-        for training in reversed(self._left(entry, event)):
-            for index, model in reversed(training.of_role("final")):
-                if index < entry and _is_it(model, event) and self._on_its_base(training, event):
-                    return self._known("final", training, (index,))
-        return None
+        found = [
+            (training, index)
+            for training in self._left(entry, event)
+            for index, model in training.of_role("final")
+            if index < entry and _is_it(model, event) and self._on_its_base(training, event)
+        ]
+        if not found:
+            return None
+        # The newest is named. But what the same weights came out of before was there before: trained again from the
+        # same seed, a model is no newer than the first time.
+        training, index = found[-1]
+        firsts = [self._first_step(one) for one, _ in found]
+        return replace(self._known("final", training, (index,)), first_step=_earliest(firsts))
 
     def _left(self, entry: int, event: EvaluationRecorded) -> list[Training]:
         return [item for digest in _weights(event) for item in self._descent.left(digest, before=entry)]
@@ -353,10 +362,18 @@ class _Reader:
         return None
 
     def _known(self, as_: Any, training: Training, entries: tuple[int, ...]) -> Known:
-        steps = self._steps.get(training.index)
-        first = steps.first_entry if steps is not None else min(entries)
         experiment = self._experiments.get(training.run)
-        return Known(as_, entries, training.index, first, training.run, experiment)
+        return Known(as_, entries, training.index, self._first_step(training), training.run, experiment)
+
+    def _first_step(self, training: Training) -> int | None:
+        """The first entry that may tell of what a training left, also of what it had learnt before it was resumed."""
+        steps = self._steps.get(training.index)
+        finals = [index for index, _ in training.of_role("final")]
+        first = steps.first_entry if steps is not None else min([*finals, *(at for at, _ in training.saved)])
+        if training.resumed is None:
+            return first
+        before = [self._first_step(one) for role, _, one in self._descent.inputs(training) if role == "checkpoint"]
+        return _earliest([first, *before]) if before else None
 
 
 def _is_it(model: ModelBound, event: EvaluationRecorded) -> bool:
@@ -367,10 +384,21 @@ def _weights(event: EvaluationRecorded) -> set[str]:
     return {digest for digest in (event.weights_digest, event.stated_digest) if digest is not None}
 
 
-def _identity(event: EvaluationRecorded) -> set[str]:
-    """What the evaluated model is known by; an adapter is not known by itself."""
-    weights = f"{event.weights_digest} on {event.base_digest}" if event.weights_digest else None
-    return {name for name in (weights, event.folder_digest, event.stated_digest) if name is not None}
+def _earliest(entries: list[int | None]) -> int | None:
+    """The smallest; ``None`` where one of them is not known to this trail."""
+    known = [entry for entry in entries if entry is not None]
+    return min(known) if len(known) == len(entries) else None
+
+
+def _are_one(earlier: EvaluationRecorded, event: EvaluationRecorded) -> bool:
+    """Whether both may be of one model: the same files, or the same weights unless they are on different bases.
+
+    A folder does not say what its adapter is put on; an adapter is not known by itself.
+    """
+    if {earlier.folder_digest, earlier.stated_digest} & {event.folder_digest, event.stated_digest} - {None}:
+        return True
+    bases = {earlier.base_digest, event.base_digest} - {None}
+    return bool(_weights(earlier) & _weights(event)) and len(bases) < 2  # noqa: PLR2004 (the same, or one not told)
 
 
 def _problems(event: EvaluationRecorded, model: Known) -> Iterator[str]:

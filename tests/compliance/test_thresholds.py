@@ -125,6 +125,74 @@ def test_the_same_model_by_its_folder_is_known_to_be_the_same():
     assert again.judgements[0].order == "after result"
 
 
+def test_weights_that_a_training_had_left_before_are_not_new_when_they_are_trained_again():
+    story = Story()
+    early = story.threshold(metric="accuracy", experiment="reward")
+    story.train()
+    story.threshold(metric="accuracy")
+    story.train(run="b" * 32)
+    story.result()
+    orders = {one.threshold.entry == early: one.order for one in story.only().judgements}
+    assert orders == {True: "before training", False: "before result"}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_training_that_went_on_from_a_checkpoint_began_where_that_one_was_trained(known):
+    story = Story()
+    begin(story, RUN)
+    story.tell(ev.Step(step=1), RUN)
+    saved = story.tell(ev.WeightsSaved(step=1, name="checkpoint-1", digest=digest("c"), files=1, bytes=1), RUN)
+    story.threshold()
+    begin(story, "b" * 32)
+    resumed = ev.RunResumed(step=1, checkpoint=digest("c"), entry=saved if known else None, from_run=RUN)
+    story.tell(resumed, "b" * 32)
+    story.tell(ev.Step(step=2), "b" * 32)
+    story.tell(model("final", "final"), "b" * 32)
+    story.result()
+    (judged,) = story.only().judgements
+    assert (judged.order, judged.outcome) == ("before result", "met")
+
+
+def begin(story: Story, run: str) -> None:
+    story.tell(ev.RunStarted(experiment="reward", entry_point="cell", tool="t"), run)
+    story.tell(ev.TrainerAttached(trainer="RewardTrainer", loss=None, max_steps=3, seed=1, hyperparameters={}), run)
+    story.tell(model("base", "start"), run)
+
+
+FOLDER = {"identified": "folder", "folder_digest": digest("F")}
+LIVE = {"base_digest": digest("start")}
+
+
+@pytest.mark.parametrize(("first", "second"), [(FOLDER, LIVE), (LIVE, FOLDER), (LIVE, LIVE), (FOLDER, FOLDER)])
+@pytest.mark.parametrize("again", [True, False])
+def test_a_known_figure_stays_known_however_the_model_is_handed_in(first, second, again):
+    """Trained again with the same result, or evaluated before the training's last entry."""
+    story = Story()
+    if again:
+        story.train()
+        told_first = story.result(0.75, **first)
+        story.threshold()
+        story.train(run="b" * 32)
+    else:
+        begin(story, RUN)
+        told_first = story.result(0.75, **first)
+        story.tell(model("final", "final"), RUN)
+        story.threshold()
+    story.result(0.75, **second)
+    (judged,) = story.read().done[-1].judgements
+    assert (judged.order, judged.known_since) == ("after result", told_first)
+
+
+def test_the_same_adapter_on_another_base_is_another_model():
+    story = Story()
+    story.train()
+    story.result(0.75, base_digest=digest("other base"))
+    story.threshold()
+    story.result(0.75, base_digest=digest("start"))
+    (judged,) = story.read().done[-1].judgements
+    assert judged.order == "before result"
+
+
 def test_an_earlier_figure_on_other_data_or_of_another_model_tells_nothing_of_this_one():
     for more in ({"data": OTHER}, {"weights": "start"}):
         story = Story()
