@@ -27,7 +27,14 @@ from rlhf_audit_nb.capture.ranks import training_in_ranks
 from rlhf_audit_nb.capture.resume import Resumption, find_resumption
 from rlhf_audit_nb.capture.rewards import describe_company
 from rlhf_audit_nb.capture.run import InheritedPlan, PrivatePlan, Run, current_run, open_private_runs
-from rlhf_audit_nb.capture.saving import inside_trainer, is_saving, saving_classes, wrap_save_pretrained
+from rlhf_audit_nb.capture.saving import (
+    LastTraining,
+    inside_trainer,
+    is_saving,
+    saving_classes,
+    step_of,
+    wrap_save_pretrained,
+)
 from rlhf_audit_nb.capture.settings import generators, hyperparameters, unchanged
 from rlhf_audit_nb.capture.weights import describe_model, digest_tensors, final_tensors
 from rlhf_audit_nb.counted import Counted
@@ -136,7 +143,7 @@ def _wrap_save_model(original: Callable[..., Any]) -> Callable[..., Any]:
         run = current_run()
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         if run is not None and ours and self.args.should_save and folder.is_dir():
-            run.weights_saved(folder, int(self.state.global_step) or None)
+            run.weights_saved(folder, step_of(run, self))
         return result
 
     return save_model
@@ -198,7 +205,7 @@ def _is_foreign(optimizer: Any, trainer: Any) -> bool:
 def _train_in_run(run: Run, trainer: Any, train: Callable[[], Any], checkpoint: Any) -> Any:
     """Train ``trainer`` inside ``run``, from ``checkpoint`` where one was named, and record it."""
     run.close_loop()
-    run.training = trainer
+    run.training, run.last_training = trainer, LastTraining(trainer)
     run.training_ended(None)
     try:
         return _record_training(run, trainer, train, checkpoint)
@@ -206,7 +213,7 @@ def _train_in_run(run: Run, trainer: Any, train: Callable[[], Any], checkpoint: 
         run.training_ended(error)
         raise
     finally:
-        run.training = None
+        run.training, run.last_training = None, LastTraining(trainer)  # of a model that was made when it began, too
         if run.state.status == "training":
             run.state.status = "open"
 

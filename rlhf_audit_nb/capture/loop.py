@@ -316,7 +316,7 @@ class Loop:
         return with_origin(event, model, processing_class, artifacts=self._run.trail.artifacts)
 
     def _open(self, optimizers: list[Any]) -> None:
-        self._opened = True
+        self._opened, self._run.last_training = True, None
         self._run.record(
             TrainerAttached(
                 trainer=PLAIN_LOOP,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_audit_nb.capture.folders import digest_folder
 from rlhf_audit_nb.capture.saving import find_saved
 from rlhf_audit_nb.errors import RunError
-from rlhf_audit_nb.events import RunResumed, RunStarted, decode_body
+from rlhf_audit_nb.events import RunResumed, RunStarted, WeightsSaved, decode_body
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.capture.run import Run
@@ -110,11 +110,15 @@ def _digest(folder: Path) -> str | None:
 
 
 def _saved(reader: TrailReader, digest: str) -> tuple[int, str | None, bool] | None:
-    """The newest entry that saved a folder of this digest: its index, its run, and whether that run was private."""
+    """The newest entry that saved a folder of this digest: its index, its run, and whether a private run trained it."""
     found = find_saved(reader, digest)
     if found is None:
         return None
-    return *found, found[1] is not None and _was_private(reader, found[1])
+    index, run = found
+    told = next(reader.entries(index, index + 1))
+    event = decode_body(told.type, told.body)
+    trained = isinstance(event, WeightsSaved) and event.step is not None  # else the run did no more than save it
+    return index, run, trained and run is not None and _was_private(reader, run)
 
 
 def _was_private(reader: TrailReader, run: str) -> bool:

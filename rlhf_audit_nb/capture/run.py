@@ -52,6 +52,7 @@ from rlhf_audit_nb.events import (
 from rlhf_audit_nb.trail.ending import SIGTERM
 
 if TYPE_CHECKING:
+    from rlhf_audit_nb.capture.saving import LastTraining
     from rlhf_audit_nb.trail import Trail
 
 __all__ = [
@@ -178,6 +179,7 @@ class Run(ByHand):
 
     Attributes:
         outer: the run inside which it was opened, or ``None``.
+        last_training: of a trainer, also when it is over; ``None`` before, and after a loop that was written by hand.
         holds_private: whether it, or a run that was opened inside it, is private.
     """
 
@@ -208,6 +210,7 @@ class Run(ByHand):
         self.state.clean = self._scrubber.text
         self.stopped_by_budget = False
         self.training: Any = None
+        self.last_training: LastTraining | None = None
         self.ranks = Ranks(place, self.experiment, trail) if place is not None else None
         self.birth = Birth.now()
         self.overhead = Overhead()

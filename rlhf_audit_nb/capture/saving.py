@@ -6,12 +6,16 @@ folder of its own, which is signed, adds a ``README.md`` and uploads both: the c
 ``save_pretrained(..., push_to_hub=True)`` the upload is over before the folder is signed: the signature stays here.
 
 What writes weights without either (``torch.save``, safetensors' own ``save_file``) is not seen.
+
+A save tells of a step only where it saves what the run's last training trains. Any other model that is saved while a
+run is open has no step: it is signed and recorded, and nothing is said of where it learnt.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,7 +28,15 @@ from rlhf_audit_nb.events import WeightsSaved, decode_body
 if TYPE_CHECKING:
     from rlhf_audit_nb.trail import TrailReader
 
-__all__ = ["find_saved", "inside_trainer", "is_saving", "saving_classes", "wrap_save_pretrained"]
+__all__ = [
+    "LastTraining",
+    "find_saved",
+    "inside_trainer",
+    "is_saving",
+    "saving_classes",
+    "step_of",
+    "wrap_save_pretrained",
+]
 
 _saving: ContextVar[bool] = ContextVar("rlhf_audit_saving", default=False)
 
@@ -70,17 +82,46 @@ def wrap_save_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
         folder = Path(save_directory)
         given = shape.bind(self, save_directory, *args, **kwargs).arguments
         if folder.is_dir() and given.get("is_main_process", True):
-            run.weights_saved(folder, _step(run))
+            run.weights_saved(folder, _step(run, self))
         return result
 
     return save_pretrained
 
 
-def _step(run: Run) -> int | None:
-    """The optimizer step that the weights are of: the trainer's own count while it trains, else the run's."""
-    if run.training is not None:
+class LastTraining:
+    """Which trainer trains in a run, or did last, and which model; neither is kept alive.
+
+    Args:
+        trainer: the trainer.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer, self._model = weakref.ref(trainer), weakref.ref(trainer.model)
+
+    def is_of(self, trainer: Any) -> bool:
+        """Whether it is this trainer's."""
+        return self._trainer() is trainer
+
+    def trains(self, model: Any) -> bool:
+        """Whether ``model`` is what it trains, or a part of that."""
+        trainer = self._trainer()
+        own = trainer.model if trainer is not None else self._model()
+        return own is not None and any(part is model for part in own.modules())
+
+
+def step_of(run: Run, trainer: Any) -> int | None:
+    """The optimizer step that the trainer's weights are of; ``None`` where the run's last training is another's."""
+    ours = run.last_training is not None and run.last_training.is_of(trainer)
+    return int(trainer.state.global_step) or None if ours else None
+
+
+def _step(run: Run, model: Any) -> int | None:
+    """The same of a model that is saved by itself; where the run has a loop of its own and no trainer, the loop's."""
+    if run.training is not None and run.last_training is not None and run.last_training.trains(model):
         return int(run.training.state.global_step) or None
-    return run.steps or None
+    if run.last_training is None or run.last_training.trains(model):
+        return run.steps or None
+    return None
 
 
 def find_saved(reader: TrailReader, digest: str) -> tuple[int, str | None] | None:

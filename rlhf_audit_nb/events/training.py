@@ -48,7 +48,10 @@ class Step(Event, frozen=True, kw_only=True):
 
 
 class WeightsSaved(Event, frozen=True, kw_only=True):
-    """A folder of weights was saved: digest over its files, and its OpenSSF model signature's digest."""
+    """A folder of weights was saved: digest over its files, and its OpenSSF model signature's digest.
+
+    ``step`` is that of the run's last training, whose weights they are; ``None`` where nobody knows whose they are.
+    """
 
     TYPE: ClassVar[str] = "weights.saved"
 

@@ -83,7 +83,7 @@ class Training:
         models: what it began from, used and left, by their roles.
         reserved: the entries that reserved its spend.
         inherited: what it inherited, where it charged nothing of its own.
-        saved: the folders of weights that were written in it.
+        saved: the folders that its own weights were saved in.
         resumed: the entry that says so where it went on from a checkpoint, and the entry of that checkpoint (``None``
             where this trail does not know it).
     """
@@ -145,6 +145,8 @@ class Descent:
         elif isinstance(event, PrivacyInherited):
             training.inherited = (index, event)
         elif isinstance(event, WeightsSaved):
+            if event.step is None:
+                return  # nobody says that it is what this training trained
             training.saved.append((index, event))
             self._saved.setdefault(event.digest, []).append(training)
         else:

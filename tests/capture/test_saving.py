@@ -44,6 +44,7 @@ def trained(tmp_path_factory):
         trainer.save_model()
         trainer.model.save_pretrained(place / "plain")
         causal_model(seed=3).save_pretrained(place / "not-mine", is_main_process=False)
+        causal_model(seed=4).save_pretrained(place / "another")
     auditor.trail.flush()
     causal_model().save_pretrained(place / "later")
     return Trained(place, auditor)
@@ -51,10 +52,32 @@ def trained(tmp_path_factory):
 
 def test_a_save_without_a_trainer_is_signed_and_recorded_once(trained):
     saved = [event.name for event in trained.of(WeightsSaved)]
-    assert sorted(saved) == ["checkpoint-2", "checkpoint-3", "out", "plain"]
-    assert trained.of(WeightsSaved)[-1].step == 3
+    assert sorted(saved) == ["another", "checkpoint-2", "checkpoint-3", "out", "plain"]
     assert (trained.place / "plain" / "model.sig").is_file()
     assert not (trained.place / "later" / "model.sig").exists()
+
+
+def test_a_model_that_the_run_did_not_train_is_no_step_of_it(trained):
+    steps = {event.name: event.step for event in trained.of(WeightsSaved)}
+    assert steps == {"checkpoint-2": 2, "checkpoint-3": 3, "out": 3, "plain": 3, "another": None}
+    folders = {folder.name for node in trained.auditor.lineage().graph.nodes for folder in node.folders}
+    assert folders == {"checkpoint-3", "out", "plain"}
+    trained.auditor.log_evaluation({"accuracy": 0.9}, model=trained.place / "another")
+    assert trained.auditor.evaluations().found.done[-1].model.as_ == "unknown"
+
+
+def test_of_two_trainings_of_a_run_each_ones_folder_is_its_own(tmp_path):
+    auditor = AuditableRLHF(audit_config=AuditConfig(trail=str(tmp_path / "audit")))
+    with auditor.track_training(experiment_name="both"):
+        first, second = (
+            sft_trainer(synthetic_pairs(2), tmp_path / name, peft=None, max_steps=1) for name in ("first", "second")
+        )
+        first.train()
+        second.train()
+        first.save_model(str(tmp_path / "of-first"))
+        second.save_model(str(tmp_path / "of-second"))
+    models = auditor.lineage().graph.of("model")
+    assert [[folder.name for folder in node.folders] for node in models if node.folders] == [["of-second"]]
 
 
 def test_the_digest_of_a_folder_leads_to_its_entry(trained):

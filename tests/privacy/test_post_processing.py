@@ -30,6 +30,7 @@ from rlhf_audit_nb.events import (
     PublicDeclared,
     Step,
     TrainerAttached,
+    WeightsSaved,
 )
 from rlhf_audit_nb.privacy.accountant import Mechanism, composed_epsilon
 from rlhf_audit_nb.privacy.post_processing import digest_function
@@ -202,6 +203,23 @@ def test_a_reward_model_from_a_saved_folder_is_known_and_so_is_a_checkpoint_on_t
     with torch.no_grad():
         next(loaded.parameters())[0, 0] += 1
     refused(held, grpo_trainer([loaded], here / "changed"), "no private run of this trail left")
+
+
+def test_another_model_that_a_private_run_only_saved_is_refused(here):
+    """Saving a model says nothing of where it learnt."""
+    from transformers import AutoModelForSequenceClassification
+
+    held = auditor()
+    elsewhere = reward_trainer(PAIRS, here / "elsewhere", model=reward_model(seed=7), max_steps=1)
+    elsewhere.train()  # outside of any run
+    with held.track_training("reward"):
+        reward_trainer(PAIRS, here / "reward", max_steps=1).train()
+        elsewhere.model.save_pretrained(here / "model")
+        elsewhere.save_model(str(here / "trainer"))
+    assert [event.step for event in events(held.trail, WeightsSaved)] == [None, None]
+    for folder in ("model", "trainer"):
+        loaded = AutoModelForSequenceClassification.from_pretrained(here / folder)
+        refused(held, grpo_trainer([loaded], here / "policy"), "no private run of this trail left")
 
 
 def test_a_reward_model_with_one_changed_weight_is_refused(here):
