@@ -10,7 +10,9 @@ core alone, so a folder with a larger file is listed by *shards* (``name:start:e
 of the same standard. Which one follows from the folder, never from the machine. Shards cannot list an empty file, nor
 a name with a colon: a folder with one of these is listed by files.
 
-*Folder digest.* SHA-256 over the listed digests (raw, in the order of names and starts); the signature's subject.
+*Folder digest.* SHA-256 over the listed digests (raw, in the order of names and starts); the signature's subject. No
+name is in it, so files that were renamed in their order have the same. *List digest*: SHA-256 over lines of name, NUL,
+hex digest and line feed, in that order.
 
 Everything is hashed side by side on all cores that this process may use, through one buffer for each: memory does not
 grow with a file. Digests are lower-case hex.
@@ -47,6 +49,7 @@ __all__ = [
     "FolderSignature",
     "Manifest",
     "changes",
+    "digest_and_list",
     "digest_folder",
     "folder_state",
     "holds_weights",
@@ -101,9 +104,10 @@ _HAS_AFFINITY = hasattr(os, "sched_getaffinity")
 
 @dataclass(frozen=True)
 class FolderSignature:
-    """What was signed: the subject's digest, how many files and bytes, and the digest of ``model.sig`` itself."""
+    """What was signed: the subject's digest and the list's, how many files and bytes, and ``model.sig``'s digest."""
 
     digest: str
+    listed: str
     files: int
     bytes: int
     signature_digest: str
@@ -139,6 +143,7 @@ def sign_folder(folder: Path, key: ec.EllipticCurvePrivateKey) -> FolderSignatur
     _write_atomically(folder / SIGNATURE_FILE, bundle)
     return FolderSignature(
         digest=root,
+        listed=_list_digest(digests),
         files=len(files),
         bytes=sum(path.stat().st_size for path in files),
         signature_digest=hashlib.sha256(bundle).hexdigest(),
@@ -152,8 +157,14 @@ def digest_folder(folder: Path) -> str:
         RunError: the folder holds a symbolic link.
         OSError: the folder cannot be read.
     """
+    return digest_and_list(folder)[0]
+
+
+def digest_and_list(folder: Path) -> tuple[str, str]:
+    """The folder's digest, and that of its list, of the folder as it is; errors as of `digest_folder`."""
     files = list(_files(folder, _ignored_paths(folder)))
-    return _root(_digests(folder, files, _method(folder, files)))
+    digests = _digests(folder, files, _method(folder, files))
+    return _root(digests), _list_digest(digests)
 
 
 def nested_checkpoints(folder: Path) -> list[str]:
@@ -230,6 +241,11 @@ def _part_digest(path: Path, start: int, end: int) -> str:
 
 def _root(digests: dict[str, str]) -> str:
     return hashlib.sha256(b"".join(bytes.fromhex(digest) for digest in digests.values())).hexdigest()
+
+
+def _list_digest(digests: dict[str, str]) -> str:
+    lines = "".join(f"{name}\0{digest}\n" for name, digest in digests.items())
+    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _statement(name: str, root: str, digests: dict[str, str], ignored: list[str], method: Method) -> bytes:

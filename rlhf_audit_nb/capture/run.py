@@ -482,6 +482,7 @@ class Run(ByHand):
                 step=step,
                 name=folder.resolve().name,
                 digest=signed.digest,
+                listed=signed.listed,
                 files=signed.files,
                 bytes=signed.bytes,
                 signature_digest=signed.signature_digest,

@@ -27,7 +27,7 @@ from rlhf_audit_nb.capture.folders import (
     TENSORS_SUFFIX,
     Change,
     changes,
-    digest_folder,
+    digest_and_list,
     holds_weights,
     nested_checkpoints,
     read_manifest,
@@ -206,7 +206,7 @@ class _Check:
         nested = nested_checkpoints(self._folder)
         if nested:
             these = ", ".join(nested[:3]) + (", …" if len(nested) > 3 else "")  # noqa: PLR2004 (a line's worth)
-            self._notes.append(f"Not part of this: {these}, each signed on its own. Name them to check them.")
+            self._notes.append(f"Not part of this: {these}. Name them to check them.")
         others = tuple(one for one in self._saved if saved is not None and one.digest == saved.digest and one != saved)
         if others:
             self._notes.append(
@@ -250,7 +250,7 @@ class _Check:
     def _by_digest(self) -> SavedWeights | None:
         """The entry of this content, where there is no signature to go by."""
         try:
-            digest = digest_folder(self._folder)
+            digest, listed = digest_and_list(self._folder)
         except RunError as error:
             self._fault("file-link", self._folder.name, error.message)
             return None
@@ -261,8 +261,15 @@ class _Check:
             )
             self._fault("weights-unknown", self._folder.resolve().name, f"{missing} no entry has its digest {digest}.")
             return None
-        self._notes.append(f"{SIGNATURE_FILE} is gone; the files are those of the entry by their digest.")
-        return same[-1]
+        known = {item.index: event.listed for item, event in self._evidence.of(WeightsSaved)}
+        found = next((one for one in reversed(same) if known[one.entry] in (listed, None)), None)
+        if found is None:
+            self._fault("file-renamed", self._folder.resolve().name, "The files have other names than were saved.")
+        elif known[found.entry] is None:
+            self._notes.append(f"{SIGNATURE_FILE} is gone; the files are those of the entry, whatever their names are.")
+        else:
+            self._notes.append(f"{SIGNATURE_FILE} is gone; the files are those of the entry by their digest.")
+        return found or same[-1]
 
     def _check_key(self, manifest: Manifest, index: int) -> None:
         """The signature must be by the model key that the trail names for that entry."""

@@ -51,6 +51,7 @@ class WeightsSaved(Event, frozen=True, kw_only=True):
     """A folder of weights was saved: digest over its files, and its OpenSSF model signature's digest.
 
     ``step`` is that of the run's last training, whose weights they are; ``None`` where nobody knows whose they are.
+    ``listed`` is the digest of the files' names with their digests (`rlhf_audit_nb.capture.folders`).
     """
 
     TYPE: ClassVar[str] = "weights.saved"
@@ -61,3 +62,4 @@ class WeightsSaved(Event, frozen=True, kw_only=True):
     files: int
     bytes: int
     signature_digest: str | None = None
+    listed: str | None = None

@@ -21,7 +21,7 @@ from rlhf_audit_nb.trail.tiles import publish_tiles
 RUN = "a" * 32
 
 
-def record_save(trail, folder, key, step):
+def record_save(trail, folder, key, step, *, listed=True):
     signed = sign_folder(folder, key)
     event = ev.WeightsSaved(
         step=step,
@@ -30,6 +30,7 @@ def record_save(trail, folder, key, step):
         files=signed.files,
         bytes=signed.bytes,
         signature_digest=signed.signature_digest,
+        listed=signed.listed if listed else None,
     )
     trail.append(event.TYPE, encode_body(event), run=RUN).wait()
 
@@ -117,6 +118,25 @@ def test_without_its_signature_a_folder_is_known_by_its_digest(place):
     found = check(place)
     assert codes(found) == ["weights-unknown"]
     assert found.level is Level.INVALID
+
+
+def test_without_its_signature_a_renamed_file_is_noticed_still(place):
+    """Renamed so that the order of the files stays, the folder's digest stays too."""
+    (place / "model" / "model.sig").unlink()
+    (place / "model" / "config.json").rename(place / "model" / "configuration.json")
+    found = check(place)
+    assert codes(found) == ["file-renamed"]
+    assert found.level is Level.INVALID
+
+
+def test_where_an_entry_lists_no_names_it_is_said_that_they_are_not_shown(place):
+    (place / "model" / "config.json").write_text("{  }")
+    with Trail.open(place / "audit") as trail:
+        record_save(trail, place / "model", trail.keys.model, 6, listed=False)
+    (place / "model" / "model.sig").unlink()
+    found = check(place)
+    assert found.intact
+    assert "whatever their names are" in found.notes[0]
 
 
 def test_a_damaged_signature_is_said_to_be_one(place):
