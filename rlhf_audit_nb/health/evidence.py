@@ -8,8 +8,10 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
+from rlhf_audit_nb import events
 from rlhf_audit_nb.errors import AuditError, FormatError, StoreError
 from rlhf_audit_nb.health.finding import Finding, Findings
 from rlhf_audit_nb.health.place import Place, UnknownError
@@ -27,11 +29,15 @@ __all__ = ["check_clock", "check_runs", "check_seen", "check_trail", "check_vaul
 TAIL = 256
 """How many of the newest entries a quick look hashes again."""
 
+FRONT = 1024
+"""How many of the oldest are looked at for private halves, where there is no vault."""
+
 CLOCK_SLACK = 60.0
 LOG_BYTES = 64 << 20
 QUIET_SECONDS = 3600.0
 TOKEN_SKEW = 300.0
 
+_LOST = "Restore vault.sqlite from a backup; what it held can be read by nobody until then."
 _DOUBT = "Run `rlhf-audit verify` for every reason; do not rely on this trail."
 
 
@@ -130,17 +136,34 @@ def check_vault(place: Place) -> Finding:
     found = Findings()
     path = place.folder / "vault.sqlite"
     if not path.is_file():
+        if _seals(place):
+            found.fail("The trail seals private halves, and the vault that holds them is gone.", _LOST)
         return found.finding("vault", "Nothing private was sealed yet.")
     with store_errors(path), reading(path) as session:
         generation = session.raw.execute("SELECT generation FROM state").fetchone()
         openings = session.raw.execute("SELECT count(*) FROM openings WHERE sealed IS NOT NULL").fetchone()[0]
+        rows = session.raw.execute("SELECT count(*) FROM openings").fetchone()[0]
     log = path.with_name(path.name + "-wal")
     waiting = log.stat().st_size if log.exists() else 0
     found.facts |= {"openings": openings, "generation": generation[0] if generation else 0, "log_bytes": waiting}
     if waiting > LOG_BYTES:
         found.warn(f"Its write-ahead log has grown to {waiting >> 20} MiB.", "End whoever keeps reading the vault.")
+    if not rows and _seals(place):
+        found.fail("The trail seals private halves, and the vault holds none.", _LOST)
     opened = _opened(place, path, found)
     return found.finding("vault", f"{plural(openings, 'private half', 'private halves')}; {opened}.")
+
+
+def _seals(place: Place) -> bool:
+    """Whether an entry has a private half: among the first and the newest, and those of kinds that may have one."""
+    kinds = [kind.TYPE for kind in vars(events).values() if getattr(kind, "PRIVATE", None) is not None]
+    try:
+        size, reader = place.head.size, place.reader
+    except UnknownError:
+        return False  # the check of the trail says why
+    looked = [reader.entries(0, min(size, FRONT)), reader.entries(max(0, size - TAIL))]
+    looked += [reader.entries(type=kind) for kind in kinds if kind != events.Step.TYPE]  # its run seals its data first
+    return any(entry.envelope.sealed is not None for entry in chain.from_iterable(looked))
 
 
 def _opened(place: Place, path: Path, found: Findings) -> str:

@@ -377,6 +377,25 @@ def test_a_backup_is_known_of_until_the_keys_change(patient: Patient, monkeypatc
     assert patient.look()["backup"].status == "ok"
 
 
+def test_a_vault_that_is_gone_or_emptied_fails_where_the_trail_seals_something(patient: Patient) -> None:
+    patient.change("DELETE FROM openings", file="vault.sqlite")
+    message = status(patient.look(), "vault")
+    assert message[0] == "fail"
+    assert "the vault holds none" in message[1]
+    for path in patient.audit.glob("vault.sqlite*"):
+        path.unlink()
+    found = patient.look()["vault"]
+    assert found.status == "fail"
+    assert "the vault that holds them is gone" in found.message
+
+
+def test_a_trail_that_never_sealed_anything_needs_no_vault(tmp_path: Path) -> None:
+    with Trail.open(tmp_path / "audit", home=tmp_path / "home") as trail:
+        trail.append("example.note", b"{}")
+    (tmp_path / "audit" / "vault.sqlite").unlink(missing_ok=True)
+    assert examine(tmp_path / "audit", home=tmp_path / "home")["vault"].status == "ok"
+
+
 def test_a_vault_that_is_damaged_fails(patient: Patient) -> None:
     (patient.audit / "vault.sqlite").write_bytes(b"no database at all" * 100)
     found = patient.look()
