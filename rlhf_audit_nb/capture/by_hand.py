@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from rlhf_audit_nb.capture.opened import current_run
 from rlhf_audit_nb.errors import RunError, UnsupportedTrainerError
 
 if TYPE_CHECKING:
@@ -174,9 +175,11 @@ class ByHand:
         return cast("Run", self)
 
     def _by_hand(self, why_not: str) -> Loop:
-        if self._run.private:
+        here = current_run()
+        if self._run.private or (here is not None and here.private):
+            which = "this run" if self._run.private or here is None else f"the run {here.experiment!r}, open here,"
             raise UnsupportedTrainerError(
-                f"{why_not}, and this run is under differential privacy; nothing was recorded.",
+                f"{why_not}, and {which} is under differential privacy; nothing was recorded.",
                 next_step="Train with a TRL trainer, or open a run without privacy for data that protects nobody.",
                 code="loop-in-private-run",
             )

@@ -5,7 +5,8 @@ first is the trail's own order, and `rlhf_audit_nb.compliance.thresholds` reads 
 live one by the digest of its weights, a folder by the digest of its files, and where only a digest is handed in, that
 is said. Data is known by the digest of its rows (`digest_rows`).
 
-Figures on data of protected people are functions of that data. On a trail that protects anybody, they stand in the open
+Figures on data of protected people are functions of that data. On a trail that protects anybody, and on any while a
+private run is open in this process, they stand in the open
 only where a named person declared the data to hold nothing of them (`declare_public_data`); else figures, size and
 digest are the private half of the entry, and the open part says which metrics there are.
 """
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_audit_nb.capture.data import bind_data, digest_prompts
 from rlhf_audit_nb.capture.folders import digest_folder
-from rlhf_audit_nb.capture.run import COARSE_US, ENV_RECORD, current_run
+from rlhf_audit_nb.capture.run import COARSE_US, ENV_RECORD, current_run, open_private_runs
 from rlhf_audit_nb.capture.secrets import Scrubber
 from rlhf_audit_nb.capture.weights import (
     base_tensors,
@@ -367,7 +368,7 @@ def _public_entry(trail: Trail, digest: str | None, *, protects: bool) -> int | 
             claim = decode_body(entry.type, entry.body)
             if isinstance(claim, PublicDeclared) and claim.kind == "data" and claim.digest == digest:
                 return entry.index
-    return _SEALED if protects or _protects(reader) else None
+    return _SEALED if protects or open_private_runs() or _protects(reader) else None
 
 
 def _protects(reader: TrailReader) -> bool:

@@ -14,10 +14,11 @@ import pytest
 from support.tiny import dpo_trainer, synthetic_pairs
 from support.trails import events
 
+from rlhf_audit_nb import AuditableRLHF, AuditConfig
 from rlhf_audit_nb.capture.run import AuditWarning, Run, current_run
 from rlhf_audit_nb.capture.telemetry import TELEMETRY, no_telemetry
 from rlhf_audit_nb.errors import RunError, UnsupportedTrainerError
-from rlhf_audit_nb.events import FailurePrivate, RunFailure, RunFinished, RunStarted, Step, decode_body
+from rlhf_audit_nb.events import FailurePrivate, MetricsLogged, RunFailure, RunFinished, RunStarted, Step, decode_body
 from rlhf_audit_nb.privacy.quiet import quiet_preparation
 from rlhf_audit_nb.trail import Trail, TrailReader, verify_trail
 
@@ -183,6 +184,26 @@ def test_what_went_wrong_in_a_private_child_is_not_told_by_the_run_around_it(tra
     assert all(event.frames for event in events(trail, RunFailure)[2:])
     assert not any(b"person-3" in entry.data for entry in trail.reader().entries())
     assert FailurePrivate(message="x").frames == []
+
+
+def test_what_a_private_child_does_is_not_told_by_hand_to_the_run_around_it(trail):
+    with Run(trail, "outer") as outer:
+        with Run(trail, "inner", privatiser=Protects()):
+            for tell in (outer.log_metrics, outer.step):
+                with pytest.raises(UnsupportedTrainerError, match="the run 'inner', open here, is under"):
+                    tell({"loss": 0.5})
+            with pytest.raises(UnsupportedTrainerError):
+                outer.bind_data([{"a": 1}])
+        outer.log_metrics({"loss": 0.25})
+    assert [event.metrics for event in events(trail, MetricsLogged)] == [{"loss": 0.25}]
+    assert not events(trail, Step)
+
+
+def test_an_evaluation_inside_a_private_run_is_sealed_on_whatever_trail(trail, tmp_path):
+    beside = AuditableRLHF(audit_config=AuditConfig(trail=str(tmp_path / "beside")))
+    with Run(trail, "private", privatiser=Protects()):
+        assert beside.log_evaluation({"accuracy": 0.5}, model="ab" * 32, data=[{"a": 1}]).sealed
+    assert not beside.log_evaluation({"accuracy": 0.5}, model="ab" * 32, data=[{"a": 1}]).sealed
 
 
 # --- beside ----------------------------------------------------------------------------------------------------------
