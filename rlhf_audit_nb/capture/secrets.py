@@ -7,7 +7,8 @@ passes `Scrubber.event` in `Run.record`, the one door to the trail. Taken out is
   publish, cut down to shapes that nothing else has),
 - a value that is *called* a secret, in ``name=value`` pairs of a text and under such names in settings, and
 - the value of every environment variable whose name says secret, token, key or password, wherever it turns up (also
-  in base64, or quoted as in an address).
+  in base64, or quoted as in an address). ``PROMPT_KEY=question``, ``PAD_TOKEN=<|endoftext|>`` and
+  ``MAX_TOKENS=10000000`` name no secret: see `_is_ordinary`.
 
 In its place stands what it was: ``[removed: GitHub token]``. A secret that looks like a common word under an innocent
 name is not recognised by anybody. Digests and git commits are no secrets and stay: a hexadecimal number is removed only
@@ -128,7 +129,15 @@ _VARIABLE = re.compile(
     r"(?:^|_)(?:SECRET|SECRETS|TOKEN|TOKENS|PASSWORD|PASSWD|PWD|PASSPHRASE|CREDENTIAL|CREDENTIALS|KEY|KEYS|APIKEY|PAT)"
     r"(?:$|_)"
 )
+_OWN_WORDS = frozenset({"adjacency", "category", "entry_point", "identified", "relation", "role", "status", "unit"})
+"""Fields whose words are this package's own: whoever's password is ``completed`` gives nothing away with them."""
 _NO_SECRET_VARIABLES = frozenset({"PWD", "OLDPWD"})
+_ALWAYS_SECRET = re.compile(
+    r"SECRET|PASS|PWD|CREDENTIAL|API|ACCESS|PRIVATE|AUTH|CRYPT|SIGN|MASTER|LICEN|ACCOUNT|SERVICE|SSH|GPG|SESSION|HF_|HUB"
+)
+_SPECIAL_TOKEN = re.compile(r"(?:^|_)(?:PAD|EOS|BOS|UNK|MASK|SEP|CLS|STOP|IMAGE|SPECIAL)_TOKEN$")
+_SPECIAL = re.compile(r"<[^<>\s]{1,40}>|\[[A-Z]{2,20}\]")
+_FEW_WORDS = re.compile(r"[a-z]{2,16}(?:[ _.,/-][a-z]{2,16}){0,3}")
 _RANDOM = re.compile(r"^(?=.*\d)(?=.*[A-Za-z]).{16,}")
 _REPLACED = "[removed: {}]"
 
@@ -163,7 +172,7 @@ class Scrubber:
         """Read the environment's secrets anew."""
         found: dict[str, str] = {}
         for name, value in os.environ.items():
-            if _is_secret_variable(name) and len(value.strip()) >= MIN_VARIABLE:
+            if _is_secret_variable(name) and len(value.strip()) >= MIN_VARIABLE and not _is_ordinary(name, value):
                 for form in _forms(value.strip()):
                     found[form] = name
         if found != self._variables:
@@ -217,7 +226,7 @@ class Scrubber:
         changed = {}
         for name in struct.__struct_fields__:
             value = getattr(struct, name)
-            if value is not None and not isinstance(value, int | float):
+            if value is not None and name not in _OWN_WORDS and not isinstance(value, int | float):
                 new = self.values(value, name)
                 if new is not value:
                     changed[name] = new
@@ -241,6 +250,22 @@ class Scrubber:
 @lru_cache(maxsize=1024)
 def _is_secret_variable(name: str) -> bool:
     return name not in _NO_SECRET_VARIABLES and _VARIABLE.search(name.upper()) is not None
+
+
+@lru_cache(maxsize=1024)
+def _is_ordinary(name: str, value: str) -> bool:
+    """A setting that only sounds like a secret: a special token, a count of tokens, a key that is a few plain words.
+
+    What is called by a word that only secrets have (secret, password, api, access, private ...) is never one.
+    """
+    name, value = name.upper(), value.strip()
+    if _ALWAYS_SECRET.search(name):
+        return False
+    if name.endswith("_TOKENS") or "_TOKENS_" in name:
+        return value.isdecimal()
+    if name.endswith("_TOKEN"):
+        return _SPECIAL_TOKEN.search(name) is not None or _SPECIAL.fullmatch(value) is not None
+    return name.endswith(("_KEY", "_KEYS")) and _FEW_WORDS.fullmatch(value) is not None
 
 
 @lru_cache(maxsize=1024)

@@ -9,7 +9,7 @@ from urllib.parse import quote
 import pytest
 
 from rlhf_audit_nb.capture.secrets import PATTERNS, Scrubber, find_secret, scrub, scrub_values
-from rlhf_audit_nb.events import RunStarted, Step
+from rlhf_audit_nb.events import RunFinished, RunStarted, Step
 
 PEM = "-----BEGIN EC PRIVATE KEY-----\nMHcCAQEEIBm0\n-----END EC PRIVATE KEY-----"
 SECRETS = {
@@ -154,3 +154,46 @@ def test_an_event_is_scrubbed_in_every_text_and_is_itself_where_there_is_nothing
 def test_scrubbing_twice_is_scrubbing_once():
     for secret in (*SECRETS.values(), "password=hunter2", "https://me:pw@example.com"):
         assert scrub(scrub(secret)) == scrub(secret)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PROMPT_KEY", "question"),
+        ("REWARD_KEYS", "rewards/chosen"),
+        ("TEXT_KEY", "prompt_text"),
+        ("PAD_TOKEN", "<|endoftext|>"),
+        ("EOS_TOKEN", "endoftext"),
+        ("STOP_TOKEN", "[STOPHERE]"),
+        ("MAX_TOKENS", "10000000"),
+    ],
+)
+def test_a_setting_that_only_sounds_like_a_secret_leaves_texts_as_they_are(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    text = f"columns: {value}, answer"
+    assert scrub(text) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SERVICE_API_KEY", "correcthorse"),
+        ("STORE_PASSWORD", "question"),
+        ("APP_SECRET", "rewards/chosen"),
+        ("JUPYTER_TOKEN", "correcthorse"),
+        ("JUPYTER_TOKEN", "10000000"),
+        ("SOME_KEY", "abcdefghijklmnopqrstuv"),
+        ("SOME_KEY", "0123456789abcdef"),
+        ("PAT", "question"),
+    ],
+)
+def test_what_may_be_a_secret_is_taken_out_also_where_it_is_a_word(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    assert value not in scrub(f"it says {value} here")
+
+
+def test_the_words_of_this_package_are_nobodys_password(monkeypatch):
+    monkeypatch.setenv("STORE_PASSWORD", "completed")
+    event = RunFinished(status="completed", steps=1, trained=True, reason="completed")
+    assert Scrubber().event(event).status == "completed"
+    assert "completed" not in Scrubber().event(event).reason.replace("[removed", "")
