@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_audit_nb.capture.flop import update_band
-from rlhf_audit_nb.compliance.facts import run_facts
+from rlhf_audit_nb.compliance.facts import run_facts, training_steps
 from rlhf_audit_nb.events import BaseComputeDeclared, ComputeRecorded, TrainerAttached
 from rlhf_audit_nb.privacy.descent import Descent
 
@@ -91,6 +91,7 @@ class TrainingCompute:
         notes: the assumptions behind the figures.
         entries: all entries that the figures rest on.
         before: the trainings, by the entry of their compute, that left the weights which this one began with.
+        gaps: those of them that have no entry on compute, by the entry of their trainer.
     """
 
     entry: int
@@ -109,6 +110,7 @@ class TrainingCompute:
     notes: tuple[str, ...]
     entries: tuple[int, ...]
     before: tuple[int, ...] = ()
+    gaps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -201,18 +203,20 @@ def compute_ledger(evidence: Evidence, *, base_flop: float | None = None, system
     """
     descent = Descent((item.index, item.run, item.event) for item in evidence.items if item.event is not None)
     runs = {run.run: run for run in run_facts(evidence)}
+    steps = training_steps(evidence)
     by_training: dict[int, TrainingCompute] = {}
     for item, event in evidence.of(ComputeRecorded):
         training = _training_of(descent, item)
         run = runs.get(item.run or "")
         if training is not None and run is not None:
-            by_training[training.index] = _one(item, event, run, training)
+            by_training[training.index] = _one(item, event, run, training, stepless=training.index not in steps)
     for training in descent.trainings:
         own = by_training.get(training.index)
         if own is not None:
             earlier = {one.index for role, _, one in descent.inputs(training) if role in _SAID}
             before = tuple(sorted(by_training[at].entry for at in earlier if at in by_training))
-            by_training[training.index] = replace(own, before=before)
+            gaps = tuple(sorted(at for at in earlier if at not in by_training))
+            by_training[training.index] = replace(own, before=before, gaps=gaps)
     found = tuple(sorted(by_training.values(), key=lambda one: one.entry))
     missing = tuple(one.index for one in descent.trainings if one.index not in by_training)
     ledger = Ledger(found, {}, missing)
@@ -229,7 +233,7 @@ def one_third(
 ) -> tuple[OneThird, ...]:
     """Where ``trainings`` together stand: against the stated base, or against both thresholds for an unknown one."""
     together = list(trainings)
-    unknown = any(one.basis == "none" for one in together)
+    unknown = any(one.basis == "none" or one.gaps for one in together)
     update = sum((one.update for one in together), Band())
     generation = sum((one.generation for one in together), Band())
     scoring = sum((one.scoring for one in together), Band())
@@ -281,7 +285,7 @@ def _training_of(descent: Descent, item: Item) -> Training | None:
 _NOTHING: tuple[Band, tuple[str, ...], tuple[int, ...]] = (Band(), (), ())
 
 
-def _one(item: Item, event: ComputeRecorded, run: RunFacts, training: Training) -> TrainingCompute:
+def _one(item: Item, event: ComputeRecorded, run: RunFacts, training: Training, *, stepless: bool) -> TrainingCompute:
     columns = {name: Band(one.low * event.processes, one.high * event.processes) for name, one in event.columns.items()}
     bound, why, entries = _NOTHING
     if not event.columns and item.sealed is not None:
@@ -292,7 +296,9 @@ def _one(item: Item, event: ComputeRecorded, run: RunFacts, training: Training) 
     if event.shape.trainable < event.shape.parameters:
         notes.append("a part of the parameters learns: 6PD is the upper end, not the figure")
     update = event.columns.get("update")
-    basis: Literal["measured", "settings", "none"] = "measured" if columns else "settings" if bound.high else "none"
+    # Steps that no pass was counted for were not free: what computed them was not seen.
+    counted = bool(columns) and (stepless or (update is not None and update.high > 0))
+    basis: Literal["measured", "settings", "none"] = "measured" if counted else "settings" if bound.high else "none"
     nothing = Band()
     return TrainingCompute(
         entry=item.index,

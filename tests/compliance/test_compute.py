@@ -216,6 +216,29 @@ def test_a_training_without_an_entry_is_named(tmp_path):
     assert "no entry tells of the compute of 1 training" in compute_lines(ledger)[0]
 
 
+def test_steps_without_a_counted_update_are_no_figure_of_nothing(tmp_path):
+    """The passes of the reward model were seen, those of what was trained were not."""
+    for number, update in enumerate(({}, {"update": passes(0.0, 0.0)})):
+        told = training("T", "01", "02", {"reward": passes(1e19, 1e19), **update})
+        trail = written(tmp_path / f"{number}", ("unseen", (*told[:2], ev.Step(step=1), *told[2:])))
+        ledger = compute_ledger(Evidence.from_trail(trail))
+        (one,) = ledger.trainings
+        assert one.basis == "none"
+        assert {rule.state for rule in ledger.verdicts[one.entry]} == {"unknown"}
+
+
+def test_what_goes_back_to_a_training_without_an_entry_is_not_said_to_be_below(tmp_path):
+    """Such as one that a loop of one's own made."""
+    first = training("PlainLoop", "01", "02", {})[:3]
+    second = training("DPOTrainer", "02", "03", {"update": passes(1e19, 2e19)})
+    third = training("DPOTrainer", "03", "04", {"update": passes(1e19, 2e19)})
+    trail = written(tmp_path / "audit", ("loop", first), ("policy", second), ("again", third))
+    ledger = compute_ledger(Evidence.from_trail(trail))
+    assert len(ledger.missing) == 1
+    assert [one.gaps for one in ledger.trainings] == [ledger.missing, ()]
+    assert {rule.state for one in ledger.trainings for rule in ledger.verdicts[one.entry]} == {"unknown"}
+
+
 def test_the_report_has_a_section_that_cites_the_entries(place, ledger):
     report = build_compliance_report(Evidence.from_trail(place), "eu_ai_act")
     html = report.html if hasattr(report, "html") else str(report)
