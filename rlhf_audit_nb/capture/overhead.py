@@ -206,7 +206,7 @@ def _rounded(value: float) -> float:
 # --- what is told of it ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class RunOverhead:
     """What recording cost one run.
 
@@ -238,8 +238,8 @@ class RunOverhead:
         if found["waiting"] > found["share"] / 4:
             said += f", {100 * found['waiting']:.3g} % of it waiting for the device, which is mostly the training's own"
         steps = f"{found['steps']} step{'' if found['steps'] == 1 else 's'}"
-        took = f"a step {found['step_ms']['p50']:.3g} ms, of which ours {found['recording_us']['p50']:.3g} µs"
-        return f"{said}; {steps}, {took} (p50; p99 {found['recording_us']['p99']:.3g} µs)."
+        took = f"a step {_figure(found['step_ms']['p50'])} ms, of which ours {_figure(found['recording_us']['p50'])} µs"
+        return f"{said}; {steps}, {took} (p50; p99 {_figure(found['recording_us']['p99'])} µs)."
 
     def notes(self) -> list[str]:
         """What a reader must know beside the figures."""
@@ -252,6 +252,8 @@ class RunOverhead:
         lines = [f"  {name:<16} {share:>9} {median:>11} {high:>11}" for name, share, median, high in table]
         return "\n".join([self.headline(), *lines, *self.notes()])
 
+    __repr__ = __str__
+
     def _repr_html_(self) -> str:
         def row(tag: str, cells: tuple[str, ...]) -> str:
             return (
@@ -263,8 +265,13 @@ class RunOverhead:
         return f"<p>{escape(self.headline())}</p><table>{''.join(rows)}</table>{notes}"
 
 
+def _figure(value: float) -> str:
+    """Three digits, and all that stand before the point."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"  # noqa: PLR2004
+
+
 def _us(part: Mapping[str, float], name: str) -> str:
-    return f"{part[name]:,.3g} µs" if name in part else ""
+    return f"{_figure(part[name])} µs" if name in part else ""
 
 
 def read_overhead(reader: TrailReader, half: Callable[[Entry], Half], run: str | None = None) -> RunOverhead:

@@ -15,6 +15,7 @@ from rlhf_audit_nb.compliance.compute import compute_ledger
 from rlhf_audit_nb.compliance.evidence import Cite, cite
 from rlhf_audit_nb.compliance.facts import composed_privacy, run_facts
 from rlhf_audit_nb.compliance.framework import load_framework
+from rlhf_audit_nb.compliance.inputs import code_text, commit_text, digest_texts, files_note, files_text
 from rlhf_audit_nb.compliance.thresholds import evaluations
 from rlhf_audit_nb.events import PrivacyChecked, PrivacyPopulation
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.compliance.evidence import Evidence, Item
     from rlhf_audit_nb.compliance.facts import RunFacts, Spend
     from rlhf_audit_nb.compliance.thresholds import Evaluated
-    from rlhf_audit_nb.events import ModelBound, PrivacyInherited
+    from rlhf_audit_nb.events import EnvironmentCaptured, ModelBound, PrivacyInherited
 
 __all__ = ["NOT_STATED", "CardContent", "Field", "Section", "card_content"]
 
@@ -188,8 +189,15 @@ def _development(evidence: Evidence, run: RunFacts | None) -> Section:
     base = run.model("base") if run else None
     if base:
         at, model = base
-        text = f"{model.name or 'name not recorded'}, weights sha256 {model.weights_digest}"
+        commit = f", {commit_text(model.revision)}" if model.revision else ""
+        text = f"{model.name or 'name not recorded'}{commit}, weights sha256 {model.weights_digest}"
         fields.append(Field("Base model", text, cite([at.index]), where))
+        if model.files is not None:
+            text = f"{files_text(model.files)}; {files_note(model.files, model.weights_digest)}"
+            fields.append(Field("Files of the base model", text, cite([at.index]), where))
+        fields.append(
+            Field("Tokenizer and settings of the base model", "; ".join(digest_texts(model)), cite([at.index]), where)
+        )
     for item, event in run.trainers if run else ():
         loss = f", loss {event.loss}" if event.loss else ""
         fields.append(Field("Method", f"{event.trainer}{loss}", cite([item.index]), where))
@@ -202,11 +210,19 @@ def _development(evidence: Evidence, run: RunFacts | None) -> Section:
         known = ", ".join(f"{name} {env.packages[name]}" for name in KEY_PACKAGES if name in env.packages)
         software = f"{env.implementation} {env.python}" + (f", {known}" if known else "")
         fields.append(Field("Software", software, cite([item.index]), "Annex IV 1(c)"))
+        fields.append(Field("Code", _code(env), cite([item.index]), "Annex IV 1(c)"))
         fields.append(Field("Hardware of training", words.hardware_text(env.hardware), cite([item.index])))
     if not fields:
         fields += _missing(("Method and steps", where))
     fields += _missing(("Reasons for the choices", "Annex IV 2(b)"))
     return Section("Development", (*fields, *_compute(evidence, run)))
+
+
+def _code(env: EnvironmentCaptured) -> str:
+    """The commit and the imported local files."""
+    commit = f"commit {env.git_commit}{' with uncommitted changes' if env.git_dirty else ''}" if env.git_commit else ""
+    local = f"imported: {code_text(env.code)}, list sha256 {env.code.digest}" if env.code is not None else ""
+    return "; ".join(filter(None, (commit, local))) or NOT_STATED
 
 
 def _compute(evidence: Evidence, run: RunFacts | None) -> Iterator[Field]:

@@ -65,7 +65,7 @@ def _overview() -> str:
     for title in get_args(Section):
         found = [command for command in COMMANDS if command.section == title]
         if found:
-            lines += [f"{title}:", *(f"  {command.name:<12} {command.help}" for command in found), ""]
+            lines += [f"{title}:", *(f"  {command.name:<13} {command.help}" for command in found), ""]
     lines += [
         f"{PROGRAM} COMMAND --help tells what a command takes. Exit codes: 0 done, 1 a notebook failed",
         "or a replay differs, 2 usage or bad input, 3 refused (budget, policy); verdicts: 10 below what was",
@@ -118,6 +118,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         known = commands[args.command].all_options()
+        if unknown[0] == "--trail" and hasattr(args, "target"):
+            raise ConfigError(
+                f"{PROGRAM} {args.command} takes the trail's folder without '--trail'.",
+                next_step=f"Write {PROGRAM} {args.command} FOLDER.",
+                code="usage",
+            )
         raise ConfigError(
             f"{PROGRAM} {args.command} does not take {unknown[0]!r}.{_did_you_mean(unknown[0], known)}",
             next_step=f"See {PROGRAM} {args.command} --help.",

@@ -328,7 +328,7 @@ _OPENINGS = (("openings", "in the vault"), ("erased", "erased"), ("missing", "mi
 
 def add_target(parser: Parser) -> None:
     """What is checked or told of, and whom to trust."""
-    parser.add_argument("target", metavar="RECORD.ipynb|TRAIL")
+    parser.add_argument("target", metavar="RECORD.ipynb|TRAIL", help="a record, or a trail's folder")
     add_policy(parser)
 
 

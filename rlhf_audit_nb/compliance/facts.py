@@ -14,7 +14,9 @@ from rlhf_audit_nb.errors import AuditError
 from rlhf_audit_nb.events import (
     BudgetSet,
     CellAudited,
+    CodeBound,
     DataBound,
+    DataRead,
     EnvironmentCaptured,
     Event,
     LabelsReleased,
@@ -121,6 +123,8 @@ class RunFacts:
     inherited: tuple[tuple[Item, PrivacyInherited], ...] = ()
     cells: tuple[tuple[Item, CellAudited], ...] = ()
     failures: tuple[tuple[Item, RunFailure], ...] = ()
+    reads: tuple[tuple[Item, DataRead], ...] = ()
+    code: tuple[tuple[Item, CodeBound], ...] = ()
 
     @property
     def status(self) -> str:
@@ -260,6 +264,8 @@ class _Grouped:
         self._finished = _by_run(evidence.of(RunFinished))
         self._cells = _by_run(evidence.of(CellAudited))
         self._failures = _by_run(evidence.of(RunFailure))
+        self._reads = _by_run(evidence.of(DataRead))
+        self._code = _by_run(evidence.of(CodeBound))
 
     def facts(self, item: Item, started: RunStarted, gone: tuple[Item, RunInterrupted] | None) -> RunFacts:
         run = item.run or ""
@@ -281,6 +287,8 @@ class _Grouped:
             inherited=self._inherited.get(run, ()),
             cells=self._cells.get(run, ()),
             failures=self._failures.get(run, ()),
+            reads=self._reads.get(run, ()),
+            code=self._code.get(run, ()),
         )
 
     def _spend(self, item: Item, reserved: PrivacyReserved) -> Spend:

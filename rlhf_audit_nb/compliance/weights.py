@@ -80,7 +80,7 @@ class SavedWeights:
         return f"{self.name} of {self.experiment!r} (run {short(self.run)}), saved{after}: entry {self.entry}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class WeightsVerdict:
     """What a check of a folder of weights found.
 
@@ -145,6 +145,8 @@ class WeightsVerdict:
         lines = [f"{self.level.name}: {self.words}"]
         lines += [f"  {reason.where}: {reason.message} [{reason.code}]" for reason in self.reasons]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+    __repr__ = __str__  # what a report shows of a notebook's cell
 
     def _repr_html_(self) -> str:
         return f"<pre>{escape(str(self))}</pre>"

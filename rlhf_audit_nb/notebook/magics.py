@@ -55,7 +55,7 @@ argument: Any = _arguments.argument
 
 CELL = "audit_train"
 LINE = "audit"
-_SHOWN = ("status", "verify", "report", "card", "budget", "lineage", "evaluations")
+_SHOWN = ("status", "verify", "report", "card", "budget", "lineage", "evaluations", "compute")
 COMMANDS = (*_SHOWN, "privacy-check", "doctor", "overhead")
 _MATCHER = "rlhf_audit_nb"
 _VERDICT = ("rlhf_audit_nb.trail.verdict", "Verdict")
@@ -173,14 +173,14 @@ class AuditMagics(Magics):
     @argument("--sampling-rate", type=float, metavar="Q", help="budget: the chance of each unit per step of these")
     @argument("--epsilon", type=float, metavar="E", help="budget: another budget than the one in force, to try it")
     @argument("--population", type=int, metavar="N", help="budget: for this population (0: new annotators)")
-    @argument("--json", action="store_true", help="budget: as plain values")
+    @argument("--json", action="store_true", help="budget, compute, overhead: as plain values")
     @argument("--compliance-mode", metavar="MODE", help="framework of the report (default eu_ai_act)")
     @argument("--record", action="store_true", help="privacy-check: write what was found into the trail")
     @argument("--full", action="store_true", help="doctor: verify every entry, not only the newest")
     @line_magic
     def audit(self, line: str) -> Any:
         """Look at the trail: ``%audit status``, ``verify``, ``report``, ``card``, ``budget``, ``lineage``,
-        ``evaluations``, ``privacy-check``, ``doctor`` or ``overhead``.
+        ``evaluations``, ``compute``, ``privacy-check``, ``doctor`` or ``overhead``.
 
         ``%audit report --format html --out report.html`` writes the compliance report; without ``--out`` it is shown.
         ``%audit budget --noise-multiplier 2 --sampling-rate 0.1`` tells how many steps are left.
@@ -236,6 +236,9 @@ class AuditMagics(Magics):
 
     def _evaluations(self, auditor: AuditableRLHF, options: Any) -> Any:
         return _saved(auditor.evaluations(), options.out)
+
+    def _compute(self, auditor: AuditableRLHF, options: Any) -> Any:
+        return _plain_or_shown(auditor.compute(), options)
 
     def _privacy_check(self, auditor: AuditableRLHF, options: Any) -> Any:
         found = auditor.privacy_check(record=options.record)

@@ -25,7 +25,7 @@ _BASIS = {
 _LAW = "Commission guidelines C(2025) 7719, not binding; paragraphs"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ComputeView:
     """A ledger that shows itself in a notebook, with the level of the verdict that it was read under."""
 
@@ -38,6 +38,8 @@ class ComputeView:
 
     def __str__(self) -> str:
         return "\n".join([*compute_lines(self.ledger), f"over a trail that is {self.level}"])
+
+    __repr__ = __str__  # what a report shows of a notebook's cell
 
     def _repr_html_(self) -> str:
         return f"<pre>{escape(str(self))}</pre>"
@@ -85,7 +87,9 @@ def _facts(one: TrainingCompute, ledger: Ledger) -> list[Fact]:
     if one.notes:
         facts.append(Fact("Assumptions", "; ".join(one.notes), at))
     chain = ledger.lineage(one.entry)
-    with_it = "" if len(chain) == 1 else f"with the {len(chain) - 1} before it: "
+    before = len(chain) - 1
+    those = "training" if before == 1 else f"{before} trainings"
+    with_it = f"with the {those} before it: " if before else ""
     for rule in ledger.verdicts[one.entry]:
         where = cite([*(entry for part in chain for entry in part.entries), *rule.entries])
         note = f"{_LAW} {rule.paragraphs}; threshold {flop_text(rule.threshold)}"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.compliance.evidence import Evidence
     from rlhf_audit_nb.compliance.thresholds import Evaluated, Evaluations, Threshold
 
-__all__ = ["EvaluationsView", "evaluation_groups", "evaluation_words"]
+__all__ = ["EvaluationsView", "evaluation_groups", "evaluation_summary", "evaluation_words"]
 
 AS_HANDED_IN = "The figures are as they were handed in; the trail shows when, and of which model."
 NEVER_HELD = "set, and no evaluation was ever held to it"
@@ -49,9 +49,15 @@ class EvaluationsView:
         """Write all of it as JSON.
 
         Raises:
-            ReportError: the file cannot be written.
+            ReportError: the name does not end in .json, or the file cannot be written.
         """
         target = Path(path)
+        if target.suffix.lower() != ".json":
+            raise ReportError(
+                f"Evaluations are not written as {target.suffix or 'a file without a suffix'!r}.",
+                next_step="Name a file that ends in .json; `rlhf-audit report` writes them into an HTML or PDF.",
+                code="unknown-format",
+            )
         try:
             target.write_text(json.dumps(self.to_dict(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
@@ -69,6 +75,11 @@ class EvaluationsView:
         done = self.found.done
         reached = sum(one.passed for one in done)
         return f"<Evaluations, {self.level}: {words.plural(len(done), 'evaluation')}, {reached} passed>"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # noqa: FBT001 - IPython's own signature
+        """As text in a notebook: what a report shows of the cell."""
+        del cycle
+        printer.text(str(self))
 
     def _repr_html_(self) -> str:
         said = "".join(f"<li>{escape(sentence)}</li>" for sentence in evaluation_words(self.found))
@@ -88,6 +99,26 @@ def _found(one: Evaluated) -> str:
         judged = [item.words for item in one.judgements if item.metric == name]
         parts.append(f"{one.figure(name)}: {'; '.join(judged)}" if judged else f"{one.figure(name)}, no threshold")
     return "; ".join([*parts, *one.problems])
+
+
+def evaluation_summary(evidence: Evidence) -> Fact | None:
+    """One sentence on all evaluations and thresholds; ``None`` where there are none."""
+    found = evaluations(evidence)
+    if not found.done and not found.unused:
+        return None
+    judged = [item for one in found.done for item in one.judgements]
+    held = [item for item in judged if item.outcome != "not judged"]
+    met = sum(item.passed for item in held)
+    said = [words.plural(len(found.done), "evaluation")]
+    if held:
+        said.append(f"of {words.plural(len(held), 'threshold')} set before the result, {met} reached")
+    if len(judged) > len(held):
+        said.append(f"{words.plural(len(judged) - len(held), 'threshold')} that judged nothing")
+    if found.unused:
+        said.append(f"{words.plural(len(found.unused), 'threshold')} that no evaluation was held to")
+    where = {one.entry for one in found.done} | {one.entry for one in found.unused}
+    where |= {item.threshold.entry for item in judged}
+    return Fact("Evaluations", f"{'; '.join(said)}.", cite(where))
 
 
 def evaluation_groups(evidence: Evidence) -> tuple[Group, ...]:

@@ -46,6 +46,7 @@ _INK, _INK_2 = "#1b2430", "#4d5a6a"
 _COLOURS = {"own": "#17704f", "inherited": "#0f5e7a", "public": "#3150b4", "protected": "#1b2430", "none": "#8f5200",
             "unknown": "#66707c", "open": "#4d5a6a"}  # fmt: skip
 _ROLES = {"evaluation": "eval"}  # as it is written beside a line, where room is short
+_ASKED = {"data": "on"}  # in a sentence on an evaluation
 _BOUNDED = ("own", "inherited", "protected")
 _STATES = {"met": "#17704f", "not met": "#b3261e", "": "#66707c"}
 _LEGENDS = {
@@ -54,7 +55,9 @@ _LEGENDS = {
     "open": "no differential privacy: no bound",
 }  # fmt: skip
 _KINDS = {"data": "data", "model": "model", "training": "training", "evaluation": "evaluation"}
+_PORT, _BESIDE = 16, 5  # between two ends of lines; from a line to its label
 _LETTER = 5.6  # width of a letter at size 10.5, on average
+_WIDEST = 0.63  # the same in the widest of the usual fonts, at size 1: a page draws with the font that it has
 
 
 class LineageView:
@@ -123,6 +126,11 @@ class LineageView:
         counts = ", ".join(words.plural(len(graph.of(kind)), _KINDS[kind]) for kind in kinds)
         return f"<Lineage of {graph.origin}, {self.level}: {counts}>"
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # noqa: FBT001 - IPython's own signature
+        """As text in a notebook: what a report shows of the cell."""
+        del cycle
+        printer.text(str(self))
+
     def _repr_html_(self) -> str:
         said = "".join(f"<li>{escape(sentence)}</li>" for sentence in lineage_words(self.graph))
         picture = f'<div style="max-width:760px;background:#fff;padding:8px">{self.svg}</div>' if self.svg else ""
@@ -144,7 +152,9 @@ def lineage_words(graph: Lineage) -> list[str]:
         )
         found.append(words.visible(said))
     for evaluation in graph.of("evaluation"):
-        took = [f"{edge.role} {_named(names[edge.source])}" for edge in graph.into(evaluation.id)]
+        took = [
+            f"{_ASKED.get(edge.role, edge.role)} {_named(names[edge.source])}" for edge in graph.into(evaluation.id)
+        ]
         said = f"{evaluation.label} (#{evaluation.entries[0]}) tested {', '.join(took)}: {'; '.join(evaluation.lines)}."
         found.append(words.visible(said))
     return found
@@ -401,7 +411,7 @@ def draw(graph: Lineage) -> str:
     ports = _ports(routes)
     parts, labels = [head], []
     for number, (edge, route) in enumerate(routes):
-        path, label = _edge(edge, route, ports[number])
+        path, label = _edge(edge, route, *ports[number])
         parts.append(path)
         labels.append(label)
     parts += [_box(place) for row in rows for place in row if place.node is not None]
@@ -426,21 +436,45 @@ def _legend(used: set[str], wide: float, top: float) -> tuple[str, float]:
     return f'<g class="legend">{"".join(found)}</g>', y + _EDGE
 
 
-def _ports(routes: Sequence[tuple[Edge, list[_Place]]]) -> list[float]:
-    """Where on its target's upper side each edge ends: side by side, in the order of where they come from."""
-    found = [0.0] * len(routes)
+def _ports(routes: Sequence[tuple[Edge, list[_Place]]]) -> list[tuple[float, int]]:
+    """Where on its target's upper side each edge ends, and on which side of its end its label stands.
+
+    Ends are side by side in the order of where their edges come from. A label is beside the line where it does not
+    come from (1: right, -1: left), and two neighbours are as far apart as the labels between them are long.
+    """
+    found = [(0.0, 1)] * len(routes)
     for target in {route[-1].name: route[-1] for _, route in routes}.values():
         into = sorted(
             (number for number, (_, route) in enumerate(routes) if route[-1] is target),
             key=lambda number: (routes[number][1][-2].x, number),
         )
         step = min(72.0, (_WIDE - 80) / max(len(into) - 1, 1))
-        for place, number in enumerate(into):
-            found[number] = target.x + (place - (len(into) - 1) / 2) * step
+        even = [target.x + (place - (len(into) - 1) / 2) * step for place in range(len(into))]
+        sides = [-1 if routes[number][1][-2].x > x else 1 for number, x in zip(into, even, strict=True)]
+        rooms = [_room(routes[number][0]) for number in into]
+        gaps = [
+            max(_PORT, left * (side > 0) + right * (other < 0))
+            for (left, side), (right, other) in pairwise(zip(rooms, sides, strict=True))
+        ]
+        whole = min(max(sum(gaps), step * len(gaps)), _WIDE - 2 * _EDGE)
+        x = target.x - whole / 2
+        for number, side, gap in zip(into, sides, [*gaps, 0.0], strict=True):
+            found[number] = (x, side)
+            x += gap * whole / (sum(gaps) or 1)
     return found
 
 
-def _edge(edge: Edge, route: Sequence[_Place], port: float) -> tuple[str, str]:
+def _label(edge: Edge) -> str:
+    """What is written beside an edge; nothing where a training left it."""
+    return "" if edge.role == "final" else _ROLES.get(edge.role, edge.role)
+
+
+def _room(edge: Edge) -> float:
+    """How wide an edge's label is, with what keeps it apart."""
+    return len(_label(edge)) * _WIDEST * 9.5 + _BESIDE + 3
+
+
+def _edge(edge: Edge, route: Sequence[_Place], port: float, side: int) -> tuple[str, str]:
     x, y = route[0].x + _EDGE, route[0].top + route[0].high
     path = f"M{x:.1f},{y:.1f}"
     if y < route[0].top + route[0].row:  # a low box in a high layer: straight down to the layer's end
@@ -454,13 +488,12 @@ def _edge(edge: Edge, route: Sequence[_Place], port: float) -> tuple[str, str]:
         if not last:
             path += f"V{to_y + place.row:.1f}"
         x, y = to_x, to_y + place.row
-    side, anchor = (-5, "end") if route[-2].x > port else (5, "start")  # beside the line, where it does not come from
     label = (
-        f'<text x="{port + _EDGE + side:.1f}" y="{route[-1].top - 4:.1f}" font-size="9.5" text-anchor="{anchor}" '
-        f'fill="{_INK_2}">{escape(_ROLES.get(edge.role, edge.role))}</text>'
+        f'<text x="{port + _EDGE + _BESIDE * side:.1f}" y="{route[-1].top - 4:.1f}" font-size="9.5" '
+        f'text-anchor="{"start" if side > 0 else "end"}" fill="{_INK_2}">{escape(_label(edge))}</text>'
     )
     line = f'<path d="{path}" fill="none" stroke="{_INK_2}" stroke-width="1.2" marker-end="url(#lineage-arrow)"/>'
-    return line, "" if edge.role == "final" else label
+    return line, label if _label(edge) else ""
 
 
 def _box(place: _Place) -> str:
@@ -530,5 +563,7 @@ def _text(x: float, y: float, text: str, size: float, colour: str, weight: int =
     most = int((_WIDE - 22) / (_LETTER * size / 10.5 * (1.06 if weight > 400 else 1.0)))  # noqa: PLR2004
     text = words.visible(text)
     shown = text if len(text) <= most else text[: most - 1] + "…"
-    bold = f' font-weight="{weight}"' if weight != 400 else ""  # noqa: PLR2004
-    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}"{bold} fill="{colour}">{escape(shown)}</text>'
+    look = f' font-weight="{weight}"' if weight != 400 else ""  # noqa: PLR2004
+    if len(shown) * _WIDEST * size * (1.1 if weight > 400 else 1.0) > _WIDE - 22:  # noqa: PLR2004
+        look += f' textLength="{_WIDE - 24}" lengthAdjust="spacingAndGlyphs"'  # it fits in whatever font
+    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}"{look} fill="{colour}">{escape(shown)}</text>'

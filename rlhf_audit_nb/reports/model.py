@@ -20,7 +20,7 @@ from rlhf_audit_nb.events import BudgetSet, LabelsReleased, PrivacyPopulation, R
 from rlhf_audit_nb.reports import figures
 from rlhf_audit_nb.reports.cells import Cell, cells_of
 from rlhf_audit_nb.reports.compute import compute_groups
-from rlhf_audit_nb.reports.evaluations import evaluation_groups
+from rlhf_audit_nb.reports.evaluations import evaluation_groups, evaluation_summary
 from rlhf_audit_nb.reports.integrity import integrity_facts
 from rlhf_audit_nb.reports.lineage import lineage_figure
 from rlhf_audit_nb.reports.parts import Cites, EvidenceRow, Fact, Group, PrivacyPart, RunPart, Tile
@@ -139,7 +139,9 @@ class _Builder:
         newest = max((item.time for item in evidence.items), default=0)
         framework = self.assessment.framework
         privacy = tuple(privacy_part(run, trusted=evidence.trusted) for run in self.runs) + check_part(evidence)
-        runs = tuple(run_part(run, trusted=evidence.trusted) for run in self.runs)
+        runs = tuple(
+            run_part(run, trusted=evidence.trusted, earlier=self.runs[:number]) for number, run in enumerate(self.runs)
+        )
         drawn = self._figures()
         cells = cells_of(evidence)
         model = ReportModel(
@@ -246,12 +248,14 @@ class _Builder:
         rows = [event.rows for run in self.runs for _, event in run.data
                 if event.role == "train" and event.rows is not None]  # fmt: skip
         if rows:
-            return Tile(words.count(rows[-1]), f"rows of training data{said}")
+            newest = f" in the newest of {len(self.runs)} runs" if len(set(rows)) > 1 else ""
+            return Tile(words.count(rows[-1]), f"rows of training data{newest}{said}")
         return Tile("not stated", "how much data was used")
 
     def _summary(self) -> tuple[Fact, ...]:
         facts = [run_sentence(run) for run in self.runs]
-        facts = [*self._record_outcome(), *facts]
+        tested = evaluation_summary(self.evidence)
+        facts = [*self._record_outcome(), *facts, *([tested] if tested is not None else [])]
         if not self.evidence.trusted:
             facts.insert(0, Fact("Not verified", "What follows is only what the file says."))
         if not self.runs:

@@ -6,16 +6,29 @@ from typing import TYPE_CHECKING
 
 from rlhf_audit_nb.compliance import words
 from rlhf_audit_nb.compliance.evidence import cite
+from rlhf_audit_nb.compliance.inputs import (
+    code_note,
+    code_text,
+    commit_text,
+    digest_texts,
+    files_note,
+    files_text,
+)
 from rlhf_audit_nb.reports.parts import Fact, Group, RunPart
 from rlhf_audit_nb.reports.privacy import guarantee_fact
 
 if TYPE_CHECKING:
-    from rlhf_audit_nb.compliance.evidence import Item
+    from collections.abc import Sequence
+
+    from rlhf_audit_nb.compliance.evidence import Cite, Item
     from rlhf_audit_nb.compliance.facts import RunFacts
     from rlhf_audit_nb.events import (
         CellAudited,
+        CodeFiles,
         DataBound,
+        DataRead,
         EnvironmentCaptured,
+        InputFiles,
         ModelBound,
         RunFailure,
         TrainerAttached,
@@ -26,6 +39,7 @@ __all__ = ["lineage_group", "run_part", "run_sentence"]
 
 KEY_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "opacus", "dp-accounting",
                 "rlhf-audit-trail", "numpy")  # fmt: skip
+EVALUATION = "evaluation"  # what a step's entry is noted as that a trainer's own evaluation left: no warning
 
 
 def run_sentence(run: RunFacts) -> Fact:
@@ -68,8 +82,8 @@ def _status_words(run: RunFacts) -> str:
     }.get(run.status, f"ended with status {run.status}")
 
 
-def run_part(run: RunFacts, *, trusted: bool) -> RunPart:
-    """All that is said of a run and where it ran."""
+def run_part(run: RunFacts, *, trusted: bool, earlier: Sequence[RunFacts] = ()) -> RunPart:
+    """All that is said of a run and where it ran; what is the same as in an ``earlier`` run is not told twice."""
     started, at = run.started, cite([run.item.index])
     facts = [
         Fact("Experiment", started.experiment, at),
@@ -93,13 +107,23 @@ def run_part(run: RunFacts, *, trusted: bool) -> RunPart:
         facts.append(Fact("Model, as declared", started.declared_model, at, note="a declaration, not an observation"))
     facts += guarantee_fact(run, at, trusted=trusted)
     facts += [fact for item, event in run.trainers for fact in _trainer_facts(item, event)]
-    notes = sorted({note for _, step in run.steps for note in step.notes})
-    if notes:
-        where = cite(item.index for item, step in run.steps if step.notes)
-        facts.append(Fact("Warnings", "; ".join(notes), where))
-    environment = tuple(fact for item, event in run.environments for fact in _environment_facts(item, event))
+    facts += _step_notes(run)
     state = {"completed": "ok", "stopped-by-budget": "ok", "failed": "bad", "interrupted": "warn"}.get(run.status, "na")
-    return RunPart(started.experiment, run.run, run.status, state, tuple(facts), environment)
+    return RunPart(started.experiment, run.run, run.status, state, tuple(facts), _environment(run, earlier))
+
+
+def _step_notes(run: RunFacts) -> list[Fact]:
+    """The trainer's own evaluations, and what the steps warn of."""
+    facts = []
+    evaluated = [item.index for item, step in run.steps if EVALUATION in step.notes]
+    if evaluated:
+        times = words.plural(len(evaluated), "time")
+        facts.append(Fact("Evaluated in training", f"{times}, by the trainer", cite(evaluated)))
+    warned = [(item.index, note) for item, step in run.steps for note in step.notes if note != EVALUATION]
+    if warned:
+        said = "; ".join(sorted({note for _, note in warned}))
+        facts.append(Fact("Warnings", said, cite({index for index, _ in warned})))
+    return facts
 
 
 def _cell_fact(item: Item, event: CellAudited) -> Fact:
@@ -138,37 +162,77 @@ def _trainer_facts(item: Item, event: TrainerAttached) -> list[Fact]:
     return facts
 
 
+def _environment(run: RunFacts, earlier: Sequence[RunFacts]) -> tuple[Fact, ...]:
+    """The machine and the code of a run."""
+    facts: list[Fact] = []
+    for item, event in run.environments:
+        same = next((one for other in earlier for one in other.environments if one[1] == event), None)
+        facts += _environment_facts(item, event) if same is None else [_as_before(item, same[0], earlier)]
+    if run.started.cell_digest:
+        at = cite([run.item.index])
+        facts.append(Fact("Code of the cell", f"sha256 {run.started.cell_digest}", at, mono=True))
+    facts += [_code_fact("Imported or changed later", event.code, cite([item.index])) for item, event in run.code]
+    return tuple(facts)
+
+
+def _as_before(item: Item, same: Item, earlier: Sequence[RunFacts]) -> Fact:
+    name = next(run.started.experiment for run in earlier if run.run == same.run)
+    return Fact("Machine and code", f"in every field as recorded for {name}", cite([same.index, item.index]))
+
+
 def _environment_facts(item: Item, event: EnvironmentCaptured) -> list[Fact]:
     at = cite([item.index])
     packages = event.packages
     key = [f"{name} {packages[name]}" for name in KEY_PACKAGES if name in packages]
     rest = len(packages) - len(key)
     more = f" and {words.plural(rest, 'other')}, each by version in the entry" if rest else ""
-    hardware = words.hardware_text(event.hardware)
-    commit = event.git_commit or "not recorded"
-    if event.git_commit and event.git_dirty:
-        commit += " with uncommitted changes"
+    threads = f"; threads: {event.threads}" if event.threads is not None else ""
+    listed = f"list with the digest of each sha256 {event.packages_digest}" if event.packages_digest else ""
+    tool = f"this tool's own source sha256 {event.tool_digest}" if event.tool_digest else ""
     facts = [
         Fact("Interpreter", f"{event.implementation} {event.python} on {event.platform}", at),
-        Fact("Packages", (", ".join(key) or "none of the usual ones") + more, at),
-        Fact("Hardware", hardware, at),
-        Fact("Code version", commit, at, mono=bool(event.git_commit)),
-    ]
-    if event.determinism:
-        settings = ", ".join(f"{k}={words.plain_text(v)}" for k, v in sorted(event.determinism.items()))
-        facts.append(Fact("Determinism", settings, at, mono=True))
+        Fact("Packages", (", ".join(key) or "none of the usual ones") + more, at,
+             note="; ".join(filter(None, (listed, tool)))),
+        Fact("Hardware", words.hardware_text(event.hardware) + threads, at),
+        _commit_fact(event, at),
+    ]  # fmt: skip
+    if event.code is not None:
+        facts.append(_code_fact("Imported local code", event.code, at))
+    for label, settings in (
+        ("Drivers", event.drivers),
+        ("Determinism", event.determinism),
+        ("Variables", event.variables),
+    ):
+        if settings:
+            said = ", ".join(f"{k}={words.plain_text(v)}" for k, v in sorted(settings.items()))
+            facts.append(Fact(label, said, at, mono=True))
     return facts
+
+
+def _commit_fact(event: EnvironmentCaptured, at: tuple[Cite, ...]) -> Fact:
+    commit = event.git_commit
+    if commit is None:
+        folder = event.code is not None and event.code.project == "folder"
+        return Fact("Code version", "in no repository" if folder else "not recorded", at)
+    note = f"changes (git diff HEAD) sha256 {event.git_diff}" if event.git_diff else ""
+    return Fact("Code version", commit + (" with uncommitted changes" if event.git_dirty else ""), at, True, note)
+
+
+def _code_fact(label: str, code: CodeFiles, at: tuple[Cite, ...]) -> Fact:
+    return Fact(label, code_text(code), at, note=code_note(code))
 
 
 def lineage_group(run: RunFacts) -> Group:
     """The data, models and weights of a run."""
-    facts = [_data_fact(item, event) for item, event in run.data]
-    facts += [_model_fact(item, event) for item, event in run.models]
+    facts = [fact for item, event in run.data for fact in _data_facts(item, event)]
+    facts += [_read_fact(item, event) for item, event in run.reads]
+    told: set[str] = set()
+    facts += [fact for item, event in run.models for fact in _model_facts(item, event, told)]
     facts += [_weights_fact(item, event) for item, event in run.weights]
     return Group(run.started.experiment, tuple(facts))
 
 
-def _data_fact(item: Item, event: DataBound) -> Fact:
+def _data_facts(item: Item, event: DataBound) -> list[Fact]:
     if event.rows is not None:
         amount = words.plural(event.rows, "row")
     elif event.units is not None:
@@ -178,15 +242,37 @@ def _data_fact(item: Item, event: DataBound) -> Fact:
     sealed = "digest sealed in the vault" if item.sealed else "no digest"
     digest = f"sha256 {event.digest}" if event.digest else sealed
     value = f"{event.source or 'source not stated'}: {amount}; columns {', '.join(event.columns)}"
-    note = f"{digest}; provenance {event.provenance}"
-    return Fact(f"Data, {event.role}", value, cite([item.index]), note=note)
+    library = f"fingerprint {event.fingerprint}" if event.fingerprint else ""
+    parts = (digest, f"provenance {event.provenance}", commit_text(event.revision), library)
+    facts = [Fact(f"Data, {event.role}", value, cite([item.index]), note="; ".join(filter(None, parts)))]
+    return facts + _files_fact(f"Data, {event.role}: read from", item, event.files)
 
 
-def _model_fact(item: Item, event: ModelBound) -> Fact:
+def _read_fact(item: Item, event: DataRead) -> Fact:
+    value = f"{words.plural(event.batches, 'batch', 'batches')} of the stream, {words.plural(event.rows, 'row')}"
+    return Fact(f"Data, {event.role}: as trained on", value, cite([item.index]), note=f"sha256 {event.digest}")
+
+
+def _files_fact(label: str, item: Item, files: InputFiles | None, weights: str | None = None) -> list[Fact]:
+    if files is None:
+        return []
+    return [Fact(label, files_text(files), cite([item.index]), note=files_note(files, weights))]
+
+
+def _model_facts(item: Item, event: ModelBound, told: set[str]) -> list[Fact]:
+    """A model, what it was loaded from, and those of its digests that are not ``told`` of an earlier one."""
+    at = cite([item.index])
     value = f"{event.name or 'no name recorded'}: {event.architecture}, {words.count(event.parameters)} parameters"
-    adapter = f"; adapter {words.adapter_text(event.adapter)}" if event.adapter else ""
-    note = f"weights sha256 {event.weights_digest}{adapter}"
-    return Fact(f"Model, {event.role}", value, cite([item.index]), note=note)
+    adapter = f"adapter {words.adapter_text(event.adapter)}" if event.adapter else ""
+    packed = f"quantized: {words.plain_text(event.quantization)}" if event.quantization else ""
+    parts = (f"weights sha256 {event.weights_digest}", commit_text(event.revision), adapter, packed)
+    facts = [Fact(f"Model, {event.role}", value, at, note="; ".join(filter(None, parts)))]
+    facts += _files_fact(f"Model, {event.role}: loaded from", item, event.files, event.weights_digest)
+    new = [text for text in digest_texts(event) if text not in told]
+    told.update(new)
+    if new:
+        facts.append(Fact(f"Model, {event.role}: tokenizer and settings", "; ".join(new), at, mono=True))
+    return facts
 
 
 def _weights_fact(item: Item, event: WeightsSaved) -> Fact:

@@ -15,7 +15,7 @@ from support.trails import events, private_half, without_cross_checks
 from rlhf_audit_nb import AuditableRLHF, PrivacyConfig
 from rlhf_audit_nb import events as ev
 from rlhf_audit_nb.capture.data import digest_rows
-from rlhf_audit_nb.errors import AuditError, ConfigError, DataError
+from rlhf_audit_nb.errors import AuditError, ConfigError, DataError, ReportError
 
 PAIRS = synthetic_pairs(6)
 HELD_OUT = [{"prompt": f"Public {number}?", "chosen": " yes", "rejected": " no"} for number in range(5)]
@@ -76,6 +76,9 @@ def test_the_view_says_it_in_words_in_html_and_as_json(trained, tmp_path):
     assert "0 passed" not in repr(view)
     assert "<li>" in view._repr_html_()
     assert view.save(tmp_path / "e.json").read_text(encoding="utf-8").count('"judgements"') == 3
+    with pytest.raises(ReportError, match=r"\.pdf"):
+        view.save(tmp_path / "e.pdf")
+    assert not (tmp_path / "e.pdf").exists()
 
 
 @pytest.mark.parametrize("condition", ["0.7", "== 0.7", ">= 70%", ">= nan", ">= inf", "", None, ">=", "=> 1"])

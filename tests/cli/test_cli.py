@@ -24,7 +24,7 @@ def test_help_lists_every_command_under_its_section(run):
     assert code == 0
     for command in cli.COMMANDS:
         assert f"{command.section}:" in out
-        assert f"{command.name:<12} {command.help}" in out
+        assert f"{command.name:<13} {command.help}" in out
     assert run()[1] == out
 
 
@@ -41,6 +41,7 @@ def test_each_command_has_help_and_json(run, command):
         (["verfy", "x.ipynb"], "Did you mean 'verify'?"),
         (["run", "x.ipynb", "--kernl", "y"], "Did you mean '--kernel'?"),
         (["verify"], "RECORD.ipynb|TRAIL"),
+        (["compute", "--trail", "audit"], "takes the trail's folder without '--trail'"),
         (["budget"], "plan|show|left|check|set"),
         (["budget", "plan", "--sampling-rate", "0.1"], "--steps"),
         (["budget", "plan", "--sampling-rate", "0.1", "--steps", "5"], "either the noise multiplier or the ε"),

@@ -245,7 +245,7 @@ def test_the_report_has_a_section_that_cites_the_entries(place, ledger):
     policy = ledger.trainings[-1]
     groups = {group.title: group for group in report.model.compute}
     rule = next(fact for fact in groups["policy: GRPOTrainer"].facts if fact.label == "One-third rule")
-    assert "with the 1 before it" in rule.value
+    assert "with the training before it" in rule.value
     assert any(policy.entry in range(one.first, one.last + 1) for one in rule.cites)
     assert html
 

@@ -17,7 +17,7 @@ from rlhf_audit_nb import AuditableRLHF, PrivacyConfig
 from rlhf_audit_nb import events as ev
 from rlhf_audit_nb.compliance import Evidence
 from rlhf_audit_nb.compliance.facts import run_facts
-from rlhf_audit_nb.compliance.lineage import lineage
+from rlhf_audit_nb.compliance.lineage import Edge, lineage
 from rlhf_audit_nb.errors import ReportError
 from rlhf_audit_nb.reports.lineage import MOST_EVER, LineageView, condensed, draw, drawable, lineage_figure
 from rlhf_audit_nb.reports.privacy import inherited_words, privacy_part
@@ -199,6 +199,21 @@ def test_the_picture_holds_every_node_and_stands_alone(chain):
     assert "href" not in view.svg
     description = root.find(f"{SVG}desc").text
     assert all(node.label in description for node in view.graph.of("training"))
+
+
+def test_the_labels_at_a_box_with_four_inputs_are_apart(chain):
+    graph = chain[0].graph
+    policy = training(graph, "policy")
+    more = Edge(roles(graph, policy)["base"].id, policy.id, "reference", 0)
+    root = ET.fromstring(draw(replace(graph, edges=(*graph.edges, more))))
+    spans = []
+    for text in root.findall(f"{SVG}text"):
+        x, wide = float(text.get("x")), 4.6 * len(text.text)
+        left = x if text.get("text-anchor") == "start" else x - wide
+        spans.append((float(text.get("y")), left, left + wide, text.text))
+    assert "reference" in {span[3] for span in spans}
+    for one, two in pairwise(sorted(spans)):
+        assert one[0] != two[0] or one[2] < two[1], (one, two)
 
 
 def test_the_picture_draws_every_edge_downwards(chain):

@@ -375,6 +375,9 @@ def test_report_and_card_show_each_figure_with_its_entries():
     assert {cite.first for cite in said["accuracy, threshold"].cites} == {at}
     assert "A. Keeper" in said["accuracy, threshold"].note
     assert 'id="evaluations"' in report.html
+    (summed,) = [fact for fact in report.model.summary if fact.label == "Evaluations"]
+    assert summed.value == "1 evaluation; of 1 threshold set before the result, 1 reached."
+    assert {cite.first for cite in summed.cites} == {at, then}
     card = build_card(evidence)
     section = next(one for one in card.sections if one.title == "Evaluation")
     (field,) = section.fields

@@ -365,13 +365,19 @@ def test_reports_and_cards_are_saved_and_recorded(shell, trail, tmp_path, capsys
     assert (card.format, card.size) == ("eu_standard", 6)
 
 
-def test_the_lineage_is_shown_and_saved(shell, trail, tmp_path, capsys):
+def test_lineage_and_compute_are_shown_saved_and_given_as_plain_values(shell, trail, tmp_path, capsys):
     run(shell, f"%%audit_train --experiment plain\n{TRAIN}")
     shown = run(shell, "%audit lineage").result
     assert "plain: DPOTrainer" in str(shown)
     assert "<svg" in shell.display_formatter.format(shown)[0]["text/html"]
     assert run(shell, "%audit lineage -o lineage.svg").success
     assert (tmp_path / "lineage.svg").read_text(encoding="utf-8") == shown.svg
+    assert "plain: DPOTrainer" in shell.display_formatter.format(shown)[0]["text/plain"]
+    data, _ = shell.display_formatter.format(run(shell, "%audit compute").result)
+    assert "plain: DPOTrainer" in data["text/plain"]
+    assert "One-third rule: Below one third" in data["text/html"]
+    plain = run(shell, "%audit compute --json").result
+    assert [one["trainer"] for one in plain["trainings"]] == ["DPOTrainer"]
 
 
 def test_public_prompts_are_declared_on_the_line(shell, trail):
