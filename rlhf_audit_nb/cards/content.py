@@ -221,7 +221,8 @@ def _development(evidence: Evidence, run: RunFacts | None) -> Section:
 def _code(env: EnvironmentCaptured) -> str:
     """The commit and the imported local files."""
     commit = f"commit {env.git_commit}{' with uncommitted changes' if env.git_dirty else ''}" if env.git_commit else ""
-    local = f"imported: {code_text(env.code)}, list sha256 {env.code.digest}" if env.code is not None else ""
+    local = f"imported: {code_text(env.code)}" if env.code is not None else ""
+    local += f"; list sha256 {env.code.digest}" if env.code is not None and env.code.count else ""
     return "; ".join(filter(None, (commit, local))) or NOT_STATED
 
 

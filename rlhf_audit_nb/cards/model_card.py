@@ -144,7 +144,8 @@ def _text(card: ModelCard) -> str:
 
 _SPECIAL = re.compile(r"([\\`*\[\]|~$])")
 _EDGE_UNDERSCORE = re.compile(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
-_START = re.compile(r"^(\s*)([#+\-=]|\d+[.)])")
+_START = re.compile(r"^(\s*)([#+\-=])")
+_NUMBERED = re.compile(r"^(\s*\d+)([.)])(?=\s|$)")  # a backslash before a digit would be shown
 
 
 def escaped(value: str) -> str:
@@ -152,7 +153,7 @@ def escaped(value: str) -> str:
     text = visible(" ".join(value.split()))
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = _EDGE_UNDERSCORE.sub(r"\\_", _SPECIAL.sub(r"\\\1", text))
-    return _START.sub(r"\1\\\2", text)
+    return _NUMBERED.sub(r"\1\\\2", _START.sub(r"\1\\\2", text))
 
 
 def _metadata(card: ModelCard) -> str:

@@ -118,6 +118,8 @@ def test_names_cannot_bring_markup_into_a_card():
 def test_text_is_escaped_for_one_line_of_markdown():
     assert escaped("a|b*c_d _e_\nf") == r"a\|b\*c_d \_e\_ f"
     assert escaped("# x") == r"\# x"
+    assert escaped("1. x") == r"1\. x"
+    assert escaped("0.5 of 2") == "0.5 of 2"
     assert escaped("<b>&") == "&lt;b&gt;&amp;"
 
 
