@@ -70,8 +70,7 @@ def _words(verdict: WeightsVerdict) -> list[str]:
 
     said = level_words(verdict.level.name)
     lines = [f"{verdict.level.name}  {visible(verdict.words)}"]
-    told = [f"{visible(reason.where)}: {visible(reason.message)} [{reason.code}]" for reason in verdict.reasons]
-    told += [visible(note) for note in verdict.notes]
+    told = [visible(text) for text in (*verdict.reason_words, *verdict.notes)]
     left = len(told) - MOST_LINES
     lines += [part for text in told[:MOST_LINES] for part in _wrapped(text)]
     if left > 0:
@@ -85,7 +84,7 @@ def _words(verdict: WeightsVerdict) -> list[str]:
         lines.append(f"  {trail.origin}: {trail.size:,} entries, root {short(trail.root)}, {trail.level.name}")
     if not verdict.reasons:
         lines += textwrap.wrap(said.shows, WIDTH, initial_indent="  ", subsequent_indent="  ")
-    return [*lines, *textwrap.wrap(said.not_shown, WIDTH, initial_indent="  ", subsequent_indent="  ")]
+    return [*lines, *textwrap.wrap(verdict.not_shown, WIDTH, initial_indent="  ", subsequent_indent="  ")]
 
 
 def _wrapped(text: str) -> list[str]:

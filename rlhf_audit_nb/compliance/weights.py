@@ -126,6 +126,21 @@ class WeightsVerdict:
             return f"{self.folder} is not known to the trail {self.trail.origin}."
         return f"{self.folder} is, file by file, {self.saved.words}."
 
+    @property
+    def reason_words(self) -> tuple[str, ...]:
+        """Each reason in a sentence, with the place where the sentence does not begin with it, and its code."""
+        return tuple(
+            f"{'' if reason.message.startswith(reason.where) else f'{reason.where}: '}{reason.message} [{reason.code}]"
+            for reason in self.reasons
+        )
+
+    @property
+    def not_shown(self) -> str:
+        """What this outcome does not show."""
+        if self.reasons and level_words(self.trail.level.name).trusted:
+            return "It does not show who changed what, nor when."
+        return level_words(self.level.name).not_shown
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         return {
@@ -143,7 +158,7 @@ class WeightsVerdict:
 
     def __str__(self) -> str:
         lines = [f"{self.level.name}: {self.words}"]
-        lines += [f"  {reason.where}: {reason.message} [{reason.code}]" for reason in self.reasons]
+        lines += [f"  {text}" for text in self.reason_words]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
     __repr__ = __str__  # what a report shows of a notebook's cell

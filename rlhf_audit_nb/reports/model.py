@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["ReportModel", "build_report"]
 
 MAX_FIGURE_RUNS = 3
+MINUTE = 60_000_000  # in the trail's microseconds
 
 
 @dataclass(frozen=True)
@@ -206,11 +207,14 @@ class _Builder:
         said = "" if self.evidence.trusted else ", as the file says"
         steps = sum(run.steps_done for run in self.runs)
         lasted = sum(run.last_time - run.item.time for run in self.runs)
+        duration = words.duration_text(lasted)
+        if any(run.started.privacy is not None for run in self.runs):  # their entries have the minute only
+            duration = f"about {duration}" if lasted >= MINUTE else "under 2\u00a0min"
         return (
             self._privacy_tile(),
             self._data_tile(said),
             Tile(words.count(steps), f"optimizer {'step' if steps == 1 else 'steps'} in "
-                 f"{words.plural(len(self.runs), 'run')}, {words.duration_text(lasted)}{said}"),
+                 f"{words.plural(len(self.runs), 'run')}, {duration}{said}"),
             Tile(f"{evidenced} of {total}", f"{counts.framework.title} requirements evidenced{part}; "
                  f"{counts.count(State.MISSING)} missing"),
         )  # fmt: skip

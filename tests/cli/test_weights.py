@@ -50,6 +50,9 @@ def test_the_trail_beside_it_is_found_without_being_named(run, place, monkeypatc
 
 def test_a_change_is_named_and_ends_with_the_code_of_invalid(run, place):
     (place / "model" / "extra.bin").write_bytes(b"x")
+    said = run("verify", place / "model", "--trail", place / "audit")[1]
+    assert "\n  extra.bin was added. [file-added]\n" in said
+    assert said.endswith("It does not show who changed what, nor when.\n")
     (place / "model" / "model.safetensors").rename(place / "model" / "other.safetensors")
     code, out, _ = run("verify", place / "model", "--trail", place / "audit", "--json")
     said = json.loads(out)

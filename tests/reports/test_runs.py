@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 import report_story as story
 
 from rlhf_audit_nb import events as ev
@@ -158,6 +159,20 @@ def test_the_card_names_base_files_settings_and_code():
     assert story.digest("template") in fields["Tokenizer and settings of the base model"].value
     assert fields["Code"].value.startswith("commit 0a1b with uncommitted changes; imported: 1 file of the repository")
     assert [cite.first for cite in fields["Code"].cites] == [2]
+
+
+@pytest.mark.parametrize(
+    ("after", "said"), [(0, "under 2\u00a0min"), (59, "under 2\u00a0min"), (61, "about 1\u00a0min 1\u00a0s")]
+)
+def test_the_time_of_a_private_run_is_said_as_coarsely_as_it_is_recorded(after, said):
+    teller = story.Teller()
+    evidence(teller=teller, started=msgspec.structs.replace(STARTED, privacy={"epsilon": 8.0}))
+    teller.tell(ev.RunFinished(status="completed", steps=1, trained=True), RUN, after=after)
+    tile = build_compliance_report(story.told(teller)).model.tiles[2]
+    assert tile.label == f"optimizer step in 1 run, {said}"
+    open_run = story.Teller()
+    evidence(teller=open_run)
+    assert "min" not in build_compliance_report(story.told(open_run)).model.tiles[2].label
 
 
 def test_rows_of_several_runs_are_said_to_be_those_of_the_newest():
