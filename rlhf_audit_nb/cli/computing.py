@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import textwrap
 from typing import TYPE_CHECKING
 
 from rlhf_audit_nb.cli.checking import add_target
-from rlhf_audit_nb.cli.shared import WIDTH, Command, Parser, finish, read_policy
+from rlhf_audit_nb.cli.shared import Command, Parser, finish, read_policy, wrapped
 from rlhf_audit_nb.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,13 +36,8 @@ def _do_compute(args: argparse.Namespace) -> int:
 def _words(ledger: Ledger, level: str) -> list[str]:
     from rlhf_audit_nb.reports.compute import compute_lines
 
-    lines = [line for text in compute_lines(ledger) for line in _wrapped(text)]
+    lines = [line for text in compute_lines(ledger) for line in wrapped(text)]
     return [*lines, f"  over a trail that is {level}"]
-
-
-def _wrapped(text: str) -> list[str]:
-    inner = len(text) - len(text.lstrip())
-    return textwrap.wrap(text, WIDTH, subsequent_indent=" " * (inner + 2), break_on_hyphens=False)
 
 
 def _add_compute(parser: Parser) -> None:

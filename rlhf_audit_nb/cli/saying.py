@@ -17,6 +17,7 @@ from rlhf_audit_nb.cli.shared import (
     note,
     output,
     read_policy,
+    wrapped,
 )
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def _do_lineage(args: argparse.Namespace) -> int:
 
     evidence = _evidence(args.target, read_policy(args))
     view = LineageView(lineage(evidence), evidence.level)
-    said = str(view).splitlines()
+    said = [line for text in str(view).splitlines() for line in wrapped(text)]
     if args.out is not None:
         path = view.save(output(args, Path(args.out)))
         said = [f"lineage  {path} ({evidence.level})"]
@@ -80,7 +81,7 @@ def _do_evaluations(args: argparse.Namespace) -> int:
 
     evidence = _evidence(args.target, read_policy(args))
     view = EvaluationsView(evaluations(evidence), evidence.level)
-    said = str(view).splitlines()
+    said = [line for text in str(view).splitlines() for line in wrapped(text)]
     if args.out is not None:
         path = view.save(output(args, Path(args.out)))
         said = [f"evaluations  {path} ({evidence.level})"]

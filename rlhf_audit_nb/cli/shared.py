@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ __all__ = [
     "say",
     "shown",
     "trail_folder",
+    "wrapped",
 ]
 
 PROGRAM = "rlhf-audit"
@@ -108,6 +110,12 @@ def say(text: str = "") -> None:
 def note(text: str) -> None:
     """Progress and complaints, which are no result."""
     print(shown(text), file=sys.stderr, flush=True)
+
+
+def wrapped(text: str) -> list[str]:
+    """A line of words as lines of a terminal's width, those after the first indented further."""
+    inner = len(text) - len(text.lstrip())
+    return textwrap.wrap(text, WIDTH, subsequent_indent=" " * (inner + 2), break_on_hyphens=False)
 
 
 def finish(args: argparse.Namespace, result: dict[str, Any], words: Sequence[str], code: int = 0) -> int:

@@ -187,7 +187,7 @@ def _environment_facts(item: Item, event: EnvironmentCaptured) -> list[Fact]:
     rest = len(packages) - len(key)
     more = f" and {words.plural(rest, 'other')}, each by version in the entry" if rest else ""
     threads = f"; threads: {event.threads}" if event.threads is not None else ""
-    listed = f"list with the digest of each sha256 {event.packages_digest}" if event.packages_digest else ""
+    listed = f"their list, with a digest of each, sha256 {event.packages_digest}" if event.packages_digest else ""
     tool = f"this tool's own source sha256 {event.tool_digest}" if event.tool_digest else ""
     facts = [
         Fact("Interpreter", f"{event.implementation} {event.python} on {event.platform}", at),

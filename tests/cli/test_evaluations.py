@@ -47,7 +47,7 @@ def test_a_pipeline_goes_on_only_where_what_was_set_before_is_reached(run, tmp_p
 def test_it_says_it_in_sentences_and_as_json(run, tmp_path):
     trail = told(tmp_path / "audit", 0.8)
     _, out, _ = run("evaluations", trail)
-    assert "accuracy 0.8: ≥ 0.7 met (set in #1, before the training's first step)" in out
+    assert "accuracy 0.8: ≥ 0.7 met (set in #1, before the training's first step)" in " ".join(out.split())
     said = json.loads(run("evaluations", trail, "--json")[1])
     assert said["passed"] is True
     assert said["evaluations"][0]["judgements"][0]["order"] == "before training"
