@@ -334,19 +334,20 @@ class Run(ByHand):
     def _close(self, error: BaseException | None) -> None:
         failure = error or self._failure
         status = outcome_of(failure, stopped_by_budget=self.stopped_by_budget)
-        try:
-            self.close_loop(whole=not isinstance(failure, Exception))
-            self._sign_changed_folders()
-            self._record_new_code()
-            if self.ranks is not None:
-                self.ranks.ended(self, status, failure)
-            else:
-                count_children(self)
+        # From the last to the first: whatever cannot be told (a folder that cannot be signed any more), the rest is.
+        with ExitStack() as telling:
+            telling.callback(setattr, self.state, "status", status)
+            telling.callback(self._finish, status, type(failure).__name__ if failure is not None else None)
             if failure is not None:
-                self.record(*describe_failure(failure, private=self.holds_private, scrub=self._scrubber.text))
-            self._finish(status, type(failure).__name__ if failure is not None else None)
-        finally:
-            self.state.status = status
+                told = describe_failure(failure, private=self.holds_private, scrub=self._scrubber.text)
+                telling.callback(self.record, *told)
+            if self.ranks is not None:
+                telling.callback(self.ranks.ended, self, status, failure)
+            else:
+                telling.callback(count_children, self)
+            telling.callback(self._record_new_code)
+            telling.callback(self._sign_changed_folders)
+            telling.callback(self.close_loop, whole=not isinstance(failure, Exception))
 
     def _record_new_code(self) -> None:
         """The local code that was imported or changed since the run was opened."""

@@ -96,7 +96,9 @@ class LastTraining:
     """
 
     def __init__(self, trainer: Any) -> None:
-        self._trainer, self._model = weakref.ref(trainer), weakref.ref(trainer.model)
+        model = getattr(trainer, "model", None)  # which may have been taken away to free its memory
+        self._trainer = weakref.ref(trainer)
+        self._model: Callable[[], Any] = weakref.ref(model) if model is not None else lambda: None
 
     def is_of(self, trainer: Any) -> bool:
         """Whether it is this trainer's."""
@@ -105,7 +107,7 @@ class LastTraining:
     def trains(self, model: Any) -> bool:
         """Whether ``model`` is what it trains, or a part of that."""
         trainer = self._trainer()
-        own = trainer.model if trainer is not None else self._model()
+        own = getattr(trainer, "model", None) if trainer is not None else self._model()
         return own is not None and any(part is model for part in own.modules())
 
 

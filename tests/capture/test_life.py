@@ -12,6 +12,7 @@ from support.trails import events, private_half
 
 from rlhf_audit_nb.capture.life import FIRST_FRAMES, LAST_FRAMES
 from rlhf_audit_nb.capture.run import Run
+from rlhf_audit_nb.errors import RunError
 from rlhf_audit_nb.events import RunFailure, RunFinished, RunInterrupted, RunStarted, Step, decode_body
 from rlhf_audit_nb.trail import Level, Trail, TrailReader, verify_trail
 
@@ -276,3 +277,21 @@ def test_steps_that_were_recorded_before_the_end_count(trail):
         run.record(Step(step=1))
         raise LookupError
     assert [entry.type for entry in trail.reader().entries(run=run.id)][-2:] == ["run.failure", "run.finished"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_folder_that_cannot_be_signed_again_does_not_take_the_runs_end_with_it(trail, tmp_path, fails):
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    (saved / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(ValueError if fails else RunError) as told, Run(trail, "ends") as run:
+        run.record(Step(step=1))
+        run.weights_saved(saved, 1)
+        (saved / "latest").symlink_to(saved / "model.safetensors")
+        if fails:
+            raise ValueError("of the user's own")
+    (finished,) = events(trail, RunFinished)
+    assert (finished.status, len(events(trail, RunFailure))) == (("failed", 1) if fails else ("completed", 0))
+    assert not run.is_open
+    said = str(told.value) if not fails else told.value.__notes__[0]
+    assert "symbolic link" in said
