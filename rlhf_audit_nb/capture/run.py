@@ -309,7 +309,8 @@ class Run(ByHand):
             if self._cell is not None:
                 self.record(*audited_cell(self.trail, self._cell, private=self.private))
             if self.private:
-                self._resolution_us = COARSE_US
+                for run in self.outwards():  # their next entries tell how long this one took
+                    run._resolution_us = COARSE_US  # noqa: SLF001  a run's own
             self._undo = undo.pop_all()
 
     def __exit__(
@@ -365,9 +366,9 @@ class Run(ByHand):
                 trained=self.steps > 0,
                 reason=reason,
                 unrecorded_steps=self.unrecorded_steps,
-                overhead=None if self.private else measured,
+                overhead=None if self.holds_private else measured,
             ),
-            RunFinishedPrivate(overhead=measured) if self.private and measured is not None else None,
+            RunFinishedPrivate(overhead=measured) if self.holds_private and measured is not None else None,
         )
         self.trail.flush()
 

@@ -15,12 +15,12 @@ from support.tiny import dpo_trainer, synthetic_pairs
 from support.trails import events
 
 from rlhf_audit_nb import AuditableRLHF, AuditConfig
-from rlhf_audit_nb.capture.run import AuditWarning, Run, current_run
+from rlhf_audit_nb.capture.run import COARSE_US, AuditWarning, Run, current_run
 from rlhf_audit_nb.capture.telemetry import TELEMETRY, no_telemetry
 from rlhf_audit_nb.errors import RunError, UnsupportedTrainerError
 from rlhf_audit_nb.events import FailurePrivate, MetricsLogged, RunFailure, RunFinished, RunStarted, Step, decode_body
 from rlhf_audit_nb.privacy.quiet import quiet_preparation
-from rlhf_audit_nb.trail import Trail, TrailReader, verify_trail
+from rlhf_audit_nb.trail import Level, Trail, TrailReader, verify_trail
 
 PAIRS = synthetic_pairs(6)
 
@@ -197,6 +197,27 @@ def test_what_a_private_child_does_is_not_told_by_hand_to_the_run_around_it(trai
         outer.log_metrics({"loss": 0.25})
     assert [event.metrics for event in events(trail, MetricsLogged)] == [{"loss": 0.25}]
     assert not events(trail, Step)
+
+
+def test_how_long_a_private_child_takes_is_not_told_by_the_run_around_it_on_another_trail(trail, tmp_path):
+    with Trail.open(tmp_path / "other") as other:
+        with Run(other, "outer") as outer:
+            outer.record(Step(step=1))
+            with Run(trail, "inner", privatiser=Protects()):
+                pass
+            outer.record(Step(step=2))
+        other.flush()
+        assert verify_trail(other.location).level is Level.UNANCHORED
+        *_, before, step, finished = list(other.reader().entries(run=outer.id))
+    # Whole minutes, or no later than what was told before: times never run back.
+    assert all(entry.time == before.time or not entry.time % COARSE_US for entry in (step, finished))
+
+
+def test_nor_by_the_times_of_a_training_in_whose_callback_it_was_opened(trail, monkeypatch):
+    with Run(trail, "outer") as outer, Run(trail, "inner", privatiser=Protects()):
+        monkeypatch.setattr(outer.overhead, "to_dict", lambda: {"seconds": 12.3})
+    assert [event.overhead for event in events(trail, RunFinished)] == [None, None]
+    assert b"12.3" not in b"".join(entry.data for entry in trail.reader().entries())
 
 
 def test_an_evaluation_inside_a_private_run_is_sealed_on_whatever_trail(trail, tmp_path):
