@@ -171,7 +171,8 @@ def _data(one: Evaluated) -> str:
 
 
 def _about(one: Threshold) -> str:
-    data = f"for data {one.data_name or ''} sha256 {words.short(one.data)}" if one.data else "for any data"
+    name = f" {one.data_name}" if one.data_name else ""
+    data = f"for data{name} sha256 {words.short(one.data)}" if one.data else "for any data"
     parts = ["for data that is sealed" if one.data_sealed else data, f"set {words.time_text(one.time)}"]
     if one.by or one.reason:
         parts.append(": ".join(part for part in (one.by, one.reason) if part))

@@ -364,7 +364,7 @@ def test_an_unknown_model_evidences_nothing():
 
 def test_report_and_card_show_each_figure_with_its_entries():
     story = Story()
-    at = story.threshold(by="A. Keeper", reason="as good as last year's")
+    at = story.threshold(by="A. Keeper", reason="as good as last year's", data=DATA)
     story.train()
     then = story.result(0.8125, evaluator="pairwise 1.0", seeds=[1], samples=16)
     evidence = told(story)
@@ -374,6 +374,7 @@ def test_report_and_card_show_each_figure_with_its_entries():
     assert said["accuracy"].value == "0.8125"
     assert {cite.first for cite in said["accuracy, threshold"].cites} == {at}
     assert "A. Keeper" in said["accuracy, threshold"].note
+    assert f"for data sha256 {DATA[:6]}…" in said["accuracy, threshold"].note
     assert 'id="evaluations"' in report.html
     (summed,) = [fact for fact in report.model.summary if fact.label == "Evaluations"]
     assert summed.value == "1 evaluation; of 1 threshold set before the result, 1 reached."
