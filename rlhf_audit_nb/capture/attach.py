@@ -237,7 +237,9 @@ def _record_training(run: Run, trainer: Any, train: Callable[[], Any], checkpoin
         plan = run.privatiser.plan(trainer, done=done) if run.privatiser is not None and inherited is None else None
         recorder = StepRecorder(run, trainer, opening.record, run.state.step, private=plan is not None)
         if plan is not None:
-            opening.announce(done + plan.steps, plan)
+            stack.enter_context(run.overhead.training())  # what is digested before it begins is recording, too
+            with run.overhead.part("inputs"):
+                opening.announce(done + plan.steps, plan)
             _show_plan(run, plan)
             stack.callback(_remember_private_training, trainer, trainer.state)
         stack.enter_context(measuring(run, trainer, private=plan is not None))

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny import dpo_trainer, synthetic_pairs
-from support.trails import events
+from support.tiny import dpo_trainer, reward_trainer, synthetic_pairs
+from support.trails import events, without_cross_checks
 
+from rlhf_audit_nb import AuditableRLHF
+from rlhf_audit_nb.capture import attach
 from rlhf_audit_nb.capture.overhead import PARTS, STEP_PARTS, Histogram, Overhead, read_overhead
 from rlhf_audit_nb.capture.run import Run
 from rlhf_audit_nb.capture.weights_path import WeightsPath
-from rlhf_audit_nb.config import AuditConfig
+from rlhf_audit_nb.config import AuditConfig, PrivacyConfig
 from rlhf_audit_nb.errors import DataError
 from rlhf_audit_nb.events import RunFinished, RunFinishedPrivate, RunStarted, encode_body, encode_private
 from rlhf_audit_nb.trail import Trail
@@ -214,6 +216,23 @@ def test_a_private_runs_figures_lie_in_the_vault_alone(tmp_path: Path, clock: Cl
         assert found.private
         assert found.figures["steps"] == 3
         assert "keep them to yourself" in str(found)
+
+
+def test_what_is_digested_before_a_private_training_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    describe = attach.describe_model
+
+    def slowly(*args: Any, **more: Any) -> Any:
+        time.sleep(0.5)
+        return describe(*args, **more)
+
+    monkeypatch.setattr(attach, "describe_model", slowly)
+    audit = AuditConfig(trail=str(tmp_path / "audit"))
+    config = PrivacyConfig(epsilon=8.0, sampling_rate=0.5, noise_multiplier=2.0)
+    held = AuditableRLHF(privacy_config=config, audit_config=audit)
+    with without_cross_checks(), held.track_training("private"):
+        reward_trainer(synthetic_pairs(8), tmp_path / "out", max_steps=1).train()
+    found = held.overhead().figures
+    assert found["parts"]["inputs"]["share"] * found["seconds"] >= 1.0  # before and after
 
 
 def test_two_private_runs_that_took_other_times_leave_the_same_in_the_open(tmp_path: Path, clock: Clock) -> None:
