@@ -244,7 +244,8 @@ def test_a_training_tells_what_its_canaries_show_beside_what_it_claims(
     assert found.ceiling == pytest.approx(ceiling(400, 1e-5, each))
     again = epsilon_bound(found.canaries, found.guesses, found.right, found.delta, each)
     assert found.epsilon_lower == pytest.approx(again), "whoever reads the entry can work it out"
-    assert kinds(held.trail, run.id)[-4:].index("privacy.settled") < kinds(held.trail, run.id)[-4:].index(found.TYPE)
+    written = kinds(held.trail, run.id)
+    assert written.index("privacy.settled") < written.index(found.TYPE)
     assert not [said for said in run.state.warnings if "canaries" in said]
     shown = build_view(run.state, held.trail.status())["privacy"]["note"]
     assert "400 canaries show ε ≥ " in shown

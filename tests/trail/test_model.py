@@ -345,7 +345,7 @@ def test_the_trail_agrees_with_lists_that_are_kept_by_hand():
 
 @pytest.mark.slow
 def test_the_trail_agrees_with_lists_that_are_kept_by_hand_for_longer():
-    play(TrailMachine, examples=50, steps=40, number=SEED + 1)
+    play(TrailMachine, examples=30, steps=40, number=SEED + 1)
 
 
 # Whether the machine would see it: faults of the kind that it is there for.
