@@ -226,6 +226,7 @@ def measuring(run: Run, trainer: Any, *, private: bool) -> Iterator[None]:
     """Measure what ``trainer`` does meanwhile, and record it in ``run`` however it ends."""
     shape = model_shape(trainer.model)
     notes: list[str] = []
+    uncounted: list[str] = []
     meter, energy = PassMeter(look=not private), EnergyMeter([*rapl_counters(), *nvml_counters()])
     meter.on_pass(energy.sample)
     name = type(trainer).__name__
@@ -237,6 +238,7 @@ def measuring(run: Run, trainer: Any, *, private: bool) -> Iterator[None]:
                 stack.enter_context(meter.watching(model, kind, shape if kind == "policy" else None))
         if getattr(trainer, "use_vllm", False):
             notes.append("sampling ran in vLLM and was not counted")
+            uncounted.append("generation")
         began = time.monotonic()
         try:
             yield
@@ -255,6 +257,7 @@ def measuring(run: Run, trainer: Any, *, private: bool) -> Iterator[None]:
                 processes=int(trainer.args.world_size),
                 devices=int(trainer.args.world_size) * max(1, int(trainer.args.n_gpu)),
                 notes=notes,
+                uncounted=uncounted,
                 **({} if private else msgspec.structs.asdict(measured)),
             )
             run.record(event, measured if private else None)

@@ -92,6 +92,7 @@ class TrainingCompute:
         entries: all entries that the figures rest on.
         before: the trainings, by the entry of their compute, that left the weights which this one began with.
         gaps: those of them that have no entry on compute, by the entry of their trainer.
+        uncounted: columns of which something was computed that no figure holds.
     """
 
     entry: int
@@ -111,6 +112,7 @@ class TrainingCompute:
     entries: tuple[int, ...]
     before: tuple[int, ...] = ()
     gaps: tuple[int, ...] = ()
+    uncounted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class OneThird:
         threshold: in FLOP.
         counted: the band that is compared.
         state: ``below`` (its upper end, and 30 % more, is under the threshold), ``above`` (its lower end, and 30 %
-            less, is over it), ``open`` between, or ``unknown`` where a training has no figure.
+            less, is over it), ``open`` between, or ``unknown`` where a training has no figure, or not of all.
         paragraphs: of the guidelines.
         entries: of a declared base.
     """
@@ -147,7 +149,7 @@ class OneThird:
             "below": f"Below one third: {figure}, with the 30 % margin too.",
             "above": f"Above one third: {figure}.",
             "open": f"Not to be told within the band and the 30 % margin: {figure}.",
-            "unknown": f"Not to be told: a training has no figure; the others come to {figure}.",
+            "unknown": f"Not to be told: a training was not counted, or not all of it; the rest comes to {figure}.",
         }[self.state]
 
 
@@ -233,7 +235,7 @@ def one_third(
 ) -> tuple[OneThird, ...]:
     """Where ``trainings`` together stand: against the stated base, or against both thresholds for an unknown one."""
     together = list(trainings)
-    unknown = any(one.basis == "none" or one.gaps for one in together)
+    unknown = any(one.basis == "none" or one.gaps or one.uncounted for one in together)
     update = sum((one.update for one in together), Band())
     generation = sum((one.generation for one in together), Band())
     scoring = sum((one.scoring for one in together), Band())
@@ -316,6 +318,7 @@ def _one(item: Item, event: ComputeRecorded, run: RunFacts, training: Training, 
         kilowatt_hours={name: joules / 3.6e6 for name, joules in event.energy.items()},
         notes=tuple(notes),
         entries=tuple(sorted({item.index, training.index, *entries})),
+        uncounted=tuple(event.uncounted),
     )
 
 

@@ -66,7 +66,8 @@ class ComputeRecorded(Event, frozen=True, kw_only=True):
     ``scoring`` (the same model without a gradient: log-probabilities of an earlier or a reference policy),
     ``reference`` and ``reward`` (other models), and ``evaluation``. ``seconds`` are those of this training on a clock
     that only goes forward; ``devices`` how many devices all processes had. ``energy`` holds joules by the counter that
-    was read; without one it is empty. ``transformers_flos`` is the trainer's own estimate.
+    was read; without one it is empty. ``transformers_flos`` is the trainer's own estimate. ``uncounted`` names
+    columns that are not in ``columns`` though something was computed: it ran where its passes could not be seen.
 
     Under differential privacy the measured fields are in the private half, and ``shape`` alone stands in the open.
     """
@@ -84,6 +85,7 @@ class ComputeRecorded(Event, frozen=True, kw_only=True):
     energy: dict[str, float] = {}
     transformers_flos: float | None = None
     notes: list[str] = []
+    uncounted: list[str] = []
 
 
 class BaseComputeDeclared(Event, frozen=True, kw_only=True):

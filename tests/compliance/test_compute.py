@@ -227,6 +227,15 @@ def test_steps_without_a_counted_update_are_no_figure_of_nothing(tmp_path):
         assert {rule.state for rule in ledger.verdicts[one.entry]} == {"unknown"}
 
 
+def test_sampling_that_was_not_seen_leaves_the_rule_open(ledger):
+    from dataclasses import replace
+
+    policy = replace(ledger.trainings[-1], uncounted=("generation",))
+    assert {rule.state for rule in one_third([policy])} == {"unknown"}
+    assert "or not all of it" in one_third([policy])[0].words
+    assert one_third([replace(policy, update=Band(1e26, 1e26))])[0].state == "above"
+
+
 def test_what_goes_back_to_a_training_without_an_entry_is_not_said_to_be_below(tmp_path):
     """Such as one that a loop of one's own made."""
     first = training("PlainLoop", "01", "02", {})[:3]
