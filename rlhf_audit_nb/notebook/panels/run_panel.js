@@ -58,7 +58,9 @@ function digits(value) {
   return text.replace(/^-/, "−");
 }
 
-function ago(seconds) {
+// A moment that is told to the minute only (`within`) lies somewhere in the minute that began so long ago.
+function ago(seconds, within) {
+  if (within) return seconds < within ? "less than a minute ago" : `about ${Math.max(1, Math.round(seconds / 60))} min ago`;
   if (seconds < 1) return "just now";
   if (seconds < 90) return `${Math.floor(seconds)} s ago`;
   if (seconds < 5400) return `${Math.round(seconds / 60)} min ago`;
@@ -421,7 +423,7 @@ function render({ model, el }) {
         nodes = { main: row.copy ? copyButton(cell, row) : make("span", row.mono ? "rap-mono" : "", cell), detail: make("small", "", cell) };
         rowNodes.set(row.key, nodes);
       }
-      const text = now && row.time ? ago(now - row.time) : row.text;
+      const text = now && row.time ? ago(now - row.time, row.within) : row.text;
       if (row.copy && nodes.main.dataset.copy !== row.copy) {
         nodes.main.dataset.copy = row.copy;
         nodes.main.dataset.text = text;

@@ -306,7 +306,9 @@ def _integrity_view(status: StatusLike | None, check: Check | None, *, coarse: b
         ]
         if status.last_commit_time_us is not None:
             commit = _moment(status.last_commit_time_us / 1e6, coarse=coarse)
-            rows.append({"key": "commit", "term": "last commit", "text": say_time(commit), "time": round(commit, 3)})
+            rows.append(
+                {"key": "commit", "term": "last commit", "text": say_time(commit), **_when(commit, coarse=coarse)}
+            )
         rows.append({"key": "unsynced", "term": "not yet synced", "text": f"{status.unsynced:,}"})
     rows.append(_verified_row(check, coarse=coarse))
     size = status.size if status is not None else 0
@@ -325,6 +327,11 @@ def _moment(unix: float, *, coarse: bool) -> float:
     return unix - unix % COARSE_SECONDS if coarse else unix
 
 
+def _when(unix: float, *, coarse: bool) -> View:
+    """For whoever counts how long ago that is; ``within`` so many seconds after it, where it is told coarsely."""
+    return {"time": round(unix, 3), **({"within": COARSE_SECONDS} if coarse else {})}
+
+
 def _verified_row(check: Check | None, *, coarse: bool) -> View:
     row: View = {"key": "verified", "term": "verified", "text": "not yet"}
     if check is None:
@@ -333,7 +340,7 @@ def _verified_row(check: Check | None, *, coarse: bool) -> View:
         return {**row, "text": "could not be", "detail": check.error or ""}
     held = say_count(check.verdict.size, "entry", "entries")
     at = _moment(check.at, coarse=coarse)
-    return {**row, "text": say_time(at), "time": round(at, 3), "detail": held}
+    return {**row, "text": say_time(at), **_when(at, coarse=coarse), "detail": held}
 
 
 def _level(check: Check | None) -> View:

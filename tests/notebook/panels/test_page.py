@@ -165,9 +165,18 @@ def test_nothing_is_cut_off_at_any_width(browser, width):
     panel.page.close()
 
 
-def test_the_clock_goes_on_between_updates(panel):
+def test_the_clock_goes_on_between_updates(browser):
+    panel = Panel(browser, private=False)
     panel.step(5, Check(at=panel.now, verdict=made_up_verdict()))
     panel.page.wait_for_function("() => /[12] s ago/.test(document.querySelector('[data-card=integrity]').innerText)")
+    panel.page.close()
+
+
+def test_what_is_told_to_the_minute_only_is_not_counted_in_seconds(panel):
+    panel.step(5, Check(at=panel.now, verdict=made_up_verdict()))
+    shown = panel.text("[data-card=integrity]")
+    assert shown.count("less than a minute ago") == 2
+    assert " s ago" not in shown
 
 
 def test_a_closed_panel_leaves_no_clock_behind(panel):
