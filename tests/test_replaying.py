@@ -103,8 +103,8 @@ def changed_letter() -> list[dict[str, str]]:
     ("changes", "where", "what"),
     [
         ({"rows": changed_letter()}, "step 1", "gradient_norm"),
-        ({"learning_rate": 2.0000002e-3}, "trainer.attached", "hyperparameters"),
-        ({"beta": 0.1000001}, "trainer.attached", "hyperparameters"),
+        ({"learning_rate": 2.0000002e-3}, "trainer.attached", "hyperparameters.learning_rate"),
+        ({"beta": 0.1000001}, "trainer.attached", "hyperparameters.beta"),
         ({"model": causal_model(seed=1)}, "base model", "weights_digest"),
         ({"rows": PAIRS[:-2]}, "data.bound", "units"),
         ({"max_steps": 3}, "trainer.attached", "max_steps"),

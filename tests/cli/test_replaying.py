@@ -10,9 +10,9 @@ import pytest
 from rlhf_audit_nb.records.comparison import Comparison, Difference
 from rlhf_audit_nb.records.replay import ReplayFailedError, ReplayResult
 
-EQUAL = Comparison(differences=(), trainings=1, steps=4, digests=5)
+EQUAL = Comparison(differences=(), trainings=1, steps=4, digests=5, runs=1, compared=9)
 STEP = Difference(run="a" * 32, entry=9, where="step 3", what="gradient_norm", step=3)
-OTHER = Comparison(differences=(STEP,), trainings=1, steps=4, digests=5)
+OTHER = Comparison(differences=(STEP,), trainings=1, steps=4, digests=5, runs=1, compared=9)
 
 
 @pytest.fixture
