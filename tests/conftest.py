@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
+
+from rlhf_audit_nb.errors import AuditError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 NO_SKIP = "RLHF_AUDIT_NO_SKIP"
@@ -46,6 +51,25 @@ def pytest_make_collect_report(collector):
         report.outcome = "failed"
         report.longrepr = f"{collector.nodeid} would be skipped, and {NO_SKIP} is set: {report.longrepr}"
     return report
+
+
+@pytest.fixture(autouse=True)
+def _trails_are_let_go():
+    """Close the trails that a test left open, as a process's end does: a notebook keeps its few, a suite has thousands.
+
+    Those of fixtures of a wider scope were open before and stay so.
+    """
+    before = set(_open_trails())
+    yield
+    for writer in set(_open_trails()) - before:
+        # A test may have left it broken on purpose; that is told to the test, not here.
+        with contextlib.suppress(AuditError):
+            writer.close()
+
+
+def _open_trails() -> Iterable[Any]:
+    ending = sys.modules.get("rlhf_audit_nb.trail.ending")
+    return list(ending._OPEN) if ending is not None else ()
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.loops import run_loop
 from support.trails import events, private_half
 
 from rlhf_audit_nb.capture.life import FIRST_FRAMES, LAST_FRAMES
@@ -185,7 +186,7 @@ def test_a_closed_generator_and_a_cancelled_task_are_interruptions(trail):
         with pytest.raises(asyncio.CancelledError):
             await working
 
-    asyncio.run(cancels())
+    run_loop(cancels())
     assert [(event.status, event.reason) for event in events(trail, RunFinished)] == [
         ("interrupted", "GeneratorExit"),
         ("interrupted", "CancelledError"),

@@ -11,6 +11,7 @@ import warnings
 from contextlib import nullcontext
 
 import pytest
+from support.loops import run_loop
 from support.tiny import dpo_trainer, synthetic_pairs
 from support.trails import events
 
@@ -324,7 +325,7 @@ def test_runs_in_asyncio_tasks_are_not_mixed(trail):
             assert current_run() is outer
         return found
 
-    for run in [*asyncio.run(both()), *asyncio.run(inside())]:
+    for run in [*run_loop(both()), *run_loop(inside())]:
         assert [step.notes for step in events(trail, Step, run.id)] == [[run.experiment]] * 3
     assert started(trail) == {"a": None, "b": None, "outer": None, "c": "outer", "d": "outer"}
 

@@ -100,7 +100,9 @@ class Zygote:
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(asked).encode() + b"\n")
         self._process.stdin.flush()
-        assert select.select([self._process.stdout], [], [], SECONDS)[0], "the zygote does not answer"
+        answers = select.poll()  # and not select(), which knows only the first 1,024 descriptors
+        answers.register(self._process.stdout, select.POLLIN)
+        assert answers.poll(1000 * SECONDS), "the zygote does not answer"
         return int(self._process.stdout.readline())
 
     def start(self, script: str, folder: Path, said: str = "") -> Child:
