@@ -259,6 +259,7 @@ class AuditConfig:
         weights_every: digest of the trainable weights every so many steps; 0 leaves it to the end of the run.
         samples_every: what a trainer samples (prompts, completions, rewards, advantages) goes into the vault for one
             draw in so many, with its figures in the open; 0 records none. The vault grows by their size.
+        keep_records: whether a copy of each sealed record is kept in the trail's folder, under ``records/``.
     """
 
     trail: str | None = None
@@ -268,6 +269,7 @@ class AuditConfig:
     every_steps: int = 1
     weights_every: int = 0
     samples_every: int = 1
+    keep_records: bool = True
 
     def __post_init__(self) -> None:
         if self.durability not in get_args(Durability):
@@ -281,6 +283,12 @@ class AuditConfig:
                 f"asynchronous is {self.asynchronous!r}, which is not known.",
                 next_step="Leave it out, or write asynchronous=True or asynchronous=False.",
                 code="asynchronous",
+            )
+        if self.keep_records not in (True, False):
+            raise ConfigError(
+                f"keep_records is {self.keep_records!r}, which is not known.",
+                next_step="Leave it out, or write keep_records=False.",
+                code="keep_records",
             )
         for name, least in (("every_steps", 1), ("weights_every", 0), ("samples_every", 0)):
             value = getattr(self, name)

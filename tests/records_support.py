@@ -15,6 +15,9 @@ from rlhf_audit_nb.trail.checkpoint import checkpoint_of
 if TYPE_CHECKING:
     from rlhf_audit_nb.records import RunResult
 
+FIXTURES = Path(__file__).resolve().parent / "vectors" / "records"
+"""Sets of records that were made by earlier versions and are kept for good."""
+
 # What %%audit_train does in a kernel, in little: it appends a run's events to the trail that the engine names.
 TRAINING = """
 import os

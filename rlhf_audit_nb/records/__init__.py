@@ -11,12 +11,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rlhf_audit_nb.records.additions import Addition, add_to_record
+    from rlhf_audit_nb.records.kept import kept_record, kept_records
     from rlhf_audit_nb.records.record import OpenedRecord, open_record, read_record, verify_record
     from rlhf_audit_nb.records.run import RunResult, read_parameters, run_notebook
 
 __all__ = [
+    "Addition",
     "OpenedRecord",
     "RunResult",
+    "add_to_record",
+    "kept_record",
+    "kept_records",
     "open_record",
     "read_parameters",
     "read_record",
@@ -26,6 +32,8 @@ __all__ = [
 
 # Verifying needs no kernel client and running no verifier: each half is imported when it is asked for.
 _MODULES = dict.fromkeys(["OpenedRecord", "open_record", "read_record", "verify_record"], "record")
+_MODULES |= dict.fromkeys(["Addition", "add_to_record"], "additions")
+_MODULES |= dict.fromkeys(["kept_record", "kept_records"], "kept")
 _MODULES |= dict.fromkeys(["RunResult", "read_parameters", "run_notebook"], "run")
 
 

@@ -157,6 +157,7 @@ class AuditEngine(NBClientEngine):
         audit_trail: Path | str | None = None,
         audit_progress: Progress | None = None,
         audit_outcome: Callable[[str, Outcome], None] | None = None,
+        audit_config: AuditConfig | None = None,
         **settings: Any,
     ) -> Any:
         """Executes and seals; called by papermill.
@@ -169,11 +170,13 @@ class AuditEngine(NBClientEngine):
             audit_progress: called with position, number of cells and state (``running``, ``ok``, ``error``,
                 ``aborted``) of each code cell.
             audit_outcome: called once after sealing, with the record's id and the outcome.
+            audit_config: where the trail is, unless ``audit_trail`` says it, and whether a copy of the record is kept.
             settings: papermill's and nbclient's own.
         """
         kernel = _kernel(kernel_name)
-        location = Path(audit_trail) if audit_trail is not None else AuditConfig().trail_location()
-        session = RecordSession.begin(nb, kernel, location)
+        config = audit_config or AuditConfig()
+        location = Path(audit_trail) if audit_trail is not None else config.trail_location()
+        session = RecordSession.begin(nb, kernel, location, keep=config.keep_records)
         watch = _Watch(session, audit_progress, len(nb["cells"]))
         outcome = Outcome("aborted", reason="unknown")
         try:

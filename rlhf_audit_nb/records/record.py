@@ -5,10 +5,12 @@ signed entries lead to from it, signs the checkpoint; the checkpoint covers the 
 ``key.*`` entries name the record key of the record's time; the record key (and the ML-DSA-44 key, where the trail
 names one) signs the statement; the entry ``record.sealed`` and the statement name the notebook's digest. Each link is
 checked, and what does not hold is named by its place. Nothing in the file is trusted because it is in the file.
+What was added to the seal later, statements of others (`additions`) and anchors (`anchors`), is checked against it.
 
-A verdict is INVALID where anything does not hold, DIVERGED where a head of this trail that was seen on this machine
-contradicts the record's checkpoint, UNANCHORED where all holds and no one else has witnessed the checkpoint, COSIGNED
-where the policy's quorum of witnesses has. `OpenedRecord.notes` holds what is worth knowing and is no fault.
+A verdict is INVALID where anything does not hold, DIVERGED where a head of this trail that was seen on this machine, or
+one that the log has signed in an anchor, contradicts the record's checkpoint, UNANCHORED where all holds and no one
+else has witnessed the checkpoint or a later one, TIMESTAMPED where a trusted authority has, COSIGNED where the policy's
+quorum of witnesses has. `OpenedRecord.notes` holds what is worth knowing and is no fault.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from rlhf_audit_nb.config import DEFAULT_TRAIL, AuditConfig
 from rlhf_audit_nb.errors import AuditError, EntryError, FormatError, KeyFileError, RecordError
 from rlhf_audit_nb.events import RecordSealed, RecordStarted, TrailCreated
 from rlhf_audit_nb.records import checks
+from rlhf_audit_nb.records.additions import Addition, check_additions
+from rlhf_audit_nb.records.anchors import AnchorCheck
 from rlhf_audit_nb.records.checks import SEAL
 from rlhf_audit_nb.records.normal_form import SEAL_KEY, NormalFormError, parse_json
 from rlhf_audit_nb.records.seal import Seal, SealError, parse_seal
@@ -32,9 +36,10 @@ from rlhf_audit_nb.trail.heads import Heads
 from rlhf_audit_nb.trail.keys import home_folder, local_policy
 from rlhf_audit_nb.trail.merkle import check_consistency
 from rlhf_audit_nb.trail.succession import known_limits
+from rlhf_audit_nb.trail.verdict import DIVERGING, Anchor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from rlhf_audit_nb.trail import Entry, RunSummary
     from rlhf_audit_nb.trail.policy import CheckedCheckpoint
@@ -56,6 +61,7 @@ class OpenedRecord:
         statement: the statement as it stands in the seal, empty where it cannot be read.
         started: how the record began, ``None`` where its entry is missing or not proven.
         sealed: how it ended, likewise.
+        additions: what others say of it: those whose signature, subject and place hold, whoever has signed them.
     """
 
     verdict: Verdict
@@ -66,6 +72,7 @@ class OpenedRecord:
     statement: dict[str, Any] = field(default_factory=dict)
     started: RecordStarted | None = None
     sealed: RecordSealed | None = None
+    additions: tuple[Addition, ...] = ()
 
     @cached_property
     def notebook(self) -> Any:
@@ -82,13 +89,20 @@ class OpenedRecord:
             return None
 
 
-def open_record(path: Path | str, *, policy: TrustPolicy | None = None, home: Path | None = None) -> OpenedRecord:
+def open_record(
+    path: Path | str,
+    *,
+    policy: TrustPolicy | None = None,
+    home: Path | None = None,
+    tsa_roots: Sequence[bytes] | None = None,
+) -> OpenedRecord:
     """Reads and verifies a record.
 
     Args:
         path: the executed notebook.
         policy: whose signatures count; ``None`` takes the user's own key for the record's trail.
         home: the folder of keys and last-seen heads; ``None`` takes ``RLHF_AUDIT_HOME`` or the user's own.
+        tsa_roots: certificates (PEM) of the timestamping authorities that are trusted; ``None`` takes the home's.
 
     Raises:
         RecordError: the file cannot be read.
@@ -102,16 +116,28 @@ def open_record(path: Path | str, *, policy: TrustPolicy | None = None, home: Pa
             next_step="Name an executed notebook (.ipynb) that exists.",
             code="no-record",
         ) from error
-    return read_record(data, policy=policy, home=home, trails=(Path(path).parent / DEFAULT_TRAIL,))
+    beside = (Path(path).parent / DEFAULT_TRAIL,)
+    return read_record(data, policy=policy, home=home, trails=beside, tsa_roots=tsa_roots)
 
 
-def verify_record(path: Path | str, *, policy: TrustPolicy | None = None, home: Path | None = None) -> Verdict:
+def verify_record(
+    path: Path | str,
+    *,
+    policy: TrustPolicy | None = None,
+    home: Path | None = None,
+    tsa_roots: Sequence[bytes] | None = None,
+) -> Verdict:
     """The verdict on a record; arguments and errors as `open_record`."""
-    return open_record(path, policy=policy, home=home).verdict
+    return open_record(path, policy=policy, home=home, tsa_roots=tsa_roots).verdict
 
 
 def read_record(
-    data: bytes, *, policy: TrustPolicy | None = None, home: Path | None = None, trails: tuple[Path, ...] = ()
+    data: bytes,
+    *,
+    policy: TrustPolicy | None = None,
+    home: Path | None = None,
+    trails: tuple[Path, ...] = (),
+    tsa_roots: Sequence[bytes] | None = None,
 ) -> OpenedRecord:
     """`open_record` for a record's bytes.
 
@@ -138,7 +164,7 @@ def read_record(
     except FormatError as error:
         return _refused(Reason(error.reason, f"{SEAL}.checkpoint", error.message), notebook=notebook)
     places = (AuditConfig().trail_location(), *trails)
-    return _Verification(notebook, raw, seal, head, home_folder(home), places).opened(policy)
+    return _Verification(notebook, raw, seal, head, home_folder(home), places, tsa_roots).opened(policy)
 
 
 def _refused(*reasons: Reason, notebook: dict[str, Any] | None = None) -> OpenedRecord:
@@ -157,7 +183,14 @@ class _Verification:
     """One pass over a record whose file could be read."""
 
     def __init__(
-        self, notebook: dict[str, Any], raw: Any, seal: Seal, head: Checkpoint, home: Path, trails: tuple[Path, ...]
+        self,
+        notebook: dict[str, Any],
+        raw: Any,
+        seal: Seal,
+        head: Checkpoint,
+        home: Path,
+        trails: tuple[Path, ...],
+        tsa_roots: Sequence[bytes] | None,
     ) -> None:
         self._notebook = notebook
         self._raw = raw
@@ -165,23 +198,25 @@ class _Verification:
         self._head = head
         self._home = home
         self._trails = trails
+        self._tsa_roots = tsa_roots
         self._entries = tuple(item.entry for item in seal.entries)
         self._statement = checks.claims(seal)
         self._reasons: list[Reason] = []
         self._notes: list[Reason] = []
         self._runs: tuple[RunSummary, ...] = ()
-        self._wanted = "none"
         self._started: RecordStarted | None = None
         self._sealed: RecordSealed | None = None
         self._keys: KeySuccession | None = None
+        self._additions: tuple[Addition, ...] = ()
+        self._anchors: tuple[Anchor, ...] = ()
 
     def opened(self, policy: TrustPolicy | None) -> OpenedRecord:
         """Everything, in the order of trust; what rests on a broken link is left out rather than guessed."""
         proven = self._check_entries()
         if proven:
             self._check_content()
-        checked = self._check_trust(policy)
-        level = self._level(checked)
+        trusted, checked = self._check_trust(policy)
+        level = self._level(trusted, checked) if proven and trusted and checked else Level.INVALID
         verdict = Verdict(
             level=level,
             origin=self._head.origin,
@@ -190,6 +225,7 @@ class _Verification:
             signers=checked.signers if checked else (),
             runs=self._runs,
             reasons=tuple(self._reasons),
+            anchors=self._anchors,
         )
         return OpenedRecord(
             verdict,
@@ -200,6 +236,7 @@ class _Verification:
             statement=self._statement,
             started=self._started,
             sealed=self._sealed,
+            additions=self._additions if proven and checked else (),
         )
 
     def _check_entries(self) -> bool:
@@ -230,6 +267,9 @@ class _Verification:
         self._check_keys(sealed_at.index)
         self._check_streams()
         self._check_notebook(started, sealed)
+        self._additions, reasons, notes = check_additions(self._seal, sealed.digest)
+        self._reasons += reasons
+        self._notes += notes
 
     def _check_keys(self, sealed_at: int) -> None:
         keys = self._keys = checks.succession(self._entries, self._head.origin, self._limits())
@@ -268,33 +308,52 @@ class _Verification:
         self._reasons += [*changed, *reasons]
         self._notes += notes
 
-    def _check_trust(self, policy: TrustPolicy | None) -> CheckedCheckpoint | None:
+    def _check_trust(self, policy: TrustPolicy | None) -> tuple[TrustPolicy | None, CheckedCheckpoint | None]:
         try:
             trusted = policy or local_policy(self._home, self._head.origin)
             keys = self._keys or checks.succession((), self._head.origin, self._limits())
-            checked = keys.check(trusted, self._seal.checkpoint)
+            return trusted, keys.check(trusted, self._seal.checkpoint)
         except KeyFileError:
             if not self._reasons:
                 raise
             # Already INVALID by what the file itself shows; whose signatures count no longer matters.
-            return None
+            return None, None
         except FormatError as error:
             self._reasons.insert(0, Reason(error.reason, f"{SEAL}.checkpoint", error.message))
-            return None
-        self._wanted = trusted.quorum
-        return checked
+            return None, None
 
-    def _level(self, checked: CheckedCheckpoint | None) -> Level:
-        if self._reasons or checked is None:
+    def _level(self, trusted: TrustPolicy, checked: CheckedCheckpoint) -> Level:
+        sound = not self._reasons
+        reached, forked = self._check_anchors(trusted)
+        if not sound or {reason.code for reason in self._reasons} - DIVERGING:
             return Level.INVALID
+        if forked:
+            Heads(self._home).keep_evidence(self._head.origin, self._seal.checkpoint, forked[0])
+            return Level.DIVERGED
         if self._diverged():
             return Level.DIVERGED
-        if checked.cosigned:
-            return Level.COSIGNED
-        if self._wanted != "none":
-            message = f"The policy's quorum {self._wanted} has not cosigned the checkpoint."
+        level = Level.COSIGNED if checked.cosigned else reached
+        if trusted.quorum != "none" and level is not Level.COSIGNED:
+            message = f"The policy's quorum {trusted.quorum} has not cosigned the checkpoint."
             self._reasons.append(Reason("quorum", f"{SEAL}.checkpoint", message))
-        return Level.UNANCHORED
+        return level
+
+    def _check_anchors(self, trusted: TrustPolicy) -> tuple[Level, list[str]]:
+        """How far the anchors reach, and checkpoints in them that contradict the record's."""
+        check = AnchorCheck(self._head, self._entries, self._limits(), trusted, self._authorities)
+        reached = check.check(self._seal.anchors)
+        self._reasons += check.reasons
+        self._notes += check.notes
+        self._anchors = tuple(check.anchors)
+        return reached, check.forked
+
+    def _authorities(self) -> Sequence[bytes]:
+        if self._tsa_roots is None:
+            # Here and not above: most records carry no timestamp, and what reads one takes a while to import.
+            from rlhf_audit_nb.trail.timestamp import trusted_authorities
+
+            self._tsa_roots = trusted_authorities(self._home)
+        return self._tsa_roots
 
     def _diverged(self) -> bool:
         """Whether a head seen on this machine contradicts the checkpoint; a new, larger one is remembered."""

@@ -2,24 +2,31 @@
 
 ::
 
-    {"version": 1,
+    {"version": 2,
      "record": ID,                                   32 hex digits
      "statement": {"payloadType", "payload", "signatures": [{"keyid", "sig"}]},        DSSE, one signature or two
      "checkpoint": NOTE,                             C2SP signed tree head of the trail, as text
      "entries": [{"index": N, "data": BASE64, "proof": [BASE64, ...]}, ...],           ascending by index
-     "manifest": {...}}                              digests of every part of the notebook (normal_form.py)
+     "manifest": {...},                              digests of every part of the notebook (normal_form.py)
+     "additions": [{"payloadType", "payload", "signatures": [{"keyid", "sig"}]}, ...],   what others say of the record
+     "anchors": [{"checkpoint": NOTE, "consistency": [BASE64, ...], "timestamps": [BASE64, ...],
+                  "keys": [{"index", "data", "proof"}, ...]}, ...]}                      who has seen the trail since
 
 The entries are ``trail.created``, those that changed the trail's keys since (``key.rotated``, ``key.revoked``), those
 that name the record (``record.started``, ``record.cell``, ``record.sealed``, and of what its notebook wrote
 ``evaluation.threshold`` and ``evaluation.recorded``), every entry of the runs that were opened
 inside the record, and what the trail itself says of those runs (``run.interrupted``). Parsing is strict: no unknown
 key, no missing one, base64 and entries in their one form.
+
+The last two keys, and an anchor's ``keys``, are there where there is something in them. They are all that may be added
+to a seal later (`with_addition`, `with_anchors`); ``additions`` and ``anchoring`` say what is in them. Version 1 is
+version 2 without them: a seal of version 1 stays as it is until something is added to it.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -30,14 +37,39 @@ from rlhf_audit_nb.trail.entry import Entry
 from rlhf_audit_nb.trail.merkle import HASH_BYTES
 from rlhf_audit_nb.trail.note import decode_base64
 
-__all__ = ["SEAL_VERSION", "ProvenEntry", "Seal", "SealError", "SealedEntry", "format_seal", "parse_seal"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-SEAL_VERSION = 1
+__all__ = [
+    "MOST_ADDITIONS",
+    "MOST_ANCHORS",
+    "SEAL_VERSION",
+    "ProvenEntry",
+    "Seal",
+    "SealError",
+    "SealedAddition",
+    "SealedAnchor",
+    "SealedEntry",
+    "format_seal",
+    "parse_seal",
+    "with_addition",
+    "with_anchors",
+]
+
+SEAL_VERSION = 2
+FIRST_VERSION = 1
+"""The version whose seals nothing was added to."""
+
+MOST_ADDITIONS = 1000
+MOST_ANCHORS = 100
 
 _PLACE = re.compile(r" - at `\$(.*)`$", re.DOTALL)
 _RECORD_ID = re.compile("[0-9a-f]{32}")
 _MOST_SIGNATURES = 2
 _MOST_SIGNATURE_BYTES = 4096
+_MOST_ADDITION_CHARACTERS = 1 << 20
+_MOST_TIMESTAMPS = 16
+_MOST_KEYS = 1000
 
 
 class SealError(RecordError):
@@ -79,13 +111,30 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     cells: tuple[CellManifest, ...]
 
 
-class _SealForm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class _AnchorForm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    checkpoint: str
+    consistency: tuple[str, ...]
+    timestamps: tuple[str, ...]
+    keys: tuple[SealedEntry, ...] = ()
+
+
+class _SealForm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     version: int
     record: str
     statement: DsseEnvelope
     checkpoint: str
     entries: tuple[SealedEntry, ...]
     manifest: dict[str, Any]
+    additions: tuple[DsseEnvelope, ...] = ()
+    anchors: tuple[_AnchorForm, ...] = ()
+
+
+class SealedAddition(msgspec.Struct, frozen=True):
+    """What somebody says of the record, with its one signature; neither is verified."""
+
+    envelope: DsseEnvelope
+    payload: bytes
+    signature: bytes
 
 
 class ProvenEntry(msgspec.Struct, frozen=True):
@@ -95,9 +144,23 @@ class ProvenEntry(msgspec.Struct, frozen=True):
     proof: tuple[bytes, ...]
 
 
+class SealedAnchor(msgspec.Struct, frozen=True, kw_only=True):
+    """A later checkpoint of the record's trail, or the record's own, with what others said of it; none is verified.
+
+    ``consistency`` leads from the record's checkpoint to it, ``timestamps`` are RFC 3161 answers (DER) for the note
+    with the log's own lines alone, ``keys`` the entries between the two that change the trail's keys.
+    """
+
+    checkpoint: str
+    consistency: tuple[bytes, ...]
+    timestamps: tuple[bytes, ...] = ()
+    keys: tuple[ProvenEntry, ...] = ()
+
+
 class Seal(msgspec.Struct, frozen=True, kw_only=True):
     """A seal with everything in it decoded, and nothing in it verified."""
 
+    version: int
     record: str
     envelope: DsseEnvelope
     payload: bytes
@@ -105,6 +168,19 @@ class Seal(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint: str
     entries: tuple[ProvenEntry, ...]
     manifest: dict[str, Any]
+    additions: tuple[SealedAddition, ...] = ()
+    anchors: tuple[SealedAnchor, ...] = ()
+
+
+def _plain(form: msgspec.Struct) -> dict[str, Any]:
+    # Lists, not tuples: nbformat validates the notebook before it writes it.
+    listed: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(form))
+    return listed
+
+
+def _listed(item: ProvenEntry) -> SealedEntry:
+    proof = tuple(encode_base64(node) for node in item.proof)
+    return SealedEntry(index=item.entry.index, data=encode_base64(item.entry.data), proof=proof)
 
 
 def format_seal(
@@ -116,21 +192,29 @@ def format_seal(
         record=record,
         statement=envelope,
         checkpoint=checkpoint,
-        entries=tuple(
-            SealedEntry(
-                index=item.entry.index,
-                data=encode_base64(item.entry.data),
-                proof=tuple(encode_base64(node) for node in item.proof),
-            )
-            for item in entries
-        ),
+        entries=tuple(map(_listed, entries)),
         manifest=manifest,
     )
-    plain = msgspec.to_builtins(form)
-    assert isinstance(plain, dict)
-    # Lists, not tuples: nbformat validates the notebook before it writes it.
-    listed: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(plain))
-    return listed
+    return _plain(form)
+
+
+def with_addition(raw: dict[str, Any], envelope: DsseEnvelope) -> dict[str, Any]:
+    """The seal, as it stands in the file, with one more addition at the end."""
+    return {**raw, "version": SEAL_VERSION, "additions": [*raw.get("additions", ()), _plain(envelope)]}
+
+
+def with_anchors(raw: dict[str, Any], anchors: Sequence[SealedAnchor]) -> dict[str, Any]:
+    """The seal, as it stands in the file, with these anchors, the smallest first, in the place of those it had."""
+    forms = [
+        _AnchorForm(
+            checkpoint=anchor.checkpoint,
+            consistency=tuple(map(encode_base64, anchor.consistency)),
+            timestamps=tuple(map(encode_base64, anchor.timestamps)),
+            keys=tuple(map(_listed, anchor.keys)),
+        )
+        for anchor in anchors
+    ]
+    return {**raw, "version": SEAL_VERSION, "anchors": list(map(_plain, forms))}
 
 
 def _decode(text: str, where: str) -> bytes:
@@ -140,12 +224,17 @@ def _decode(text: str, where: str) -> bytes:
         raise SealError(f"{where} is not in canonical base64.", where=where) from error
 
 
+def _hashes(texts: tuple[str, ...], where: str) -> tuple[bytes, ...]:
+    found = tuple(_decode(text, f"{where}[{i}]") for i, text in enumerate(texts))
+    for i, node in enumerate(found):
+        if len(node) != HASH_BYTES:
+            raise SealError(f"Hash {i} of the proof has {len(node)} bytes, not 32.", where=f"{where}[{i}]")
+    return found
+
+
 def _entry(item: SealedEntry, where: str) -> ProvenEntry:
     data = _decode(item.data, f"{where}.data")
-    proof = tuple(_decode(node, f"{where}.proof[{i}]") for i, node in enumerate(item.proof))
-    for i, node in enumerate(proof):
-        if len(node) != HASH_BYTES:
-            raise SealError(f"Hash {i} of the proof has {len(node)} bytes, not 32.", where=f"{where}.proof[{i}]")
+    proof = _hashes(item.proof, f"{where}.proof")
     if item.index < 0:
         raise SealError(f"The index {item.index} is negative.", where=f"{where}.index")
     try:
@@ -154,23 +243,61 @@ def _entry(item: SealedEntry, where: str) -> ProvenEntry:
         raise SealError(error.message, where=f"{where}.data", code=error.reason) from error
 
 
-def _statement(envelope: DsseEnvelope) -> tuple[bytes, tuple[bytes, ...]]:
+def _enveloped(envelope: DsseEnvelope, where: str, most: int) -> tuple[bytes, tuple[bytes, ...]]:
     if envelope.payloadType != PAYLOAD_TYPE:
-        raise SealError(f"The payload type is not {PAYLOAD_TYPE}.", where="statement.payloadType")
-    if not 0 < len(envelope.signatures) <= _MOST_SIGNATURES:
+        raise SealError(f"The payload type is not {PAYLOAD_TYPE}.", where=f"{where}.payloadType")
+    if not 0 < len(envelope.signatures) <= most:
+        wanted = "one or two" if most == _MOST_SIGNATURES else "one"
         raise SealError(
-            f"The statement has {len(envelope.signatures)} signatures, not one or two.", where="statement.signatures"
+            f"The statement has {len(envelope.signatures)} signatures, not {wanted}.", where=f"{where}.signatures"
         )
-    payload = _decode(envelope.payload, "statement.payload")
-    return payload, tuple(_signature(item.sig, i) for i, item in enumerate(envelope.signatures))
+    payload = _decode(envelope.payload, f"{where}.payload")
+    signatures = enumerate(envelope.signatures)
+    return payload, tuple(_signature(item.sig, f"{where}.signatures[{i}].sig") for i, item in signatures)
 
 
-def _signature(text: str, at: int) -> bytes:
-    where = f"statement.signatures[{at}].sig"
+def _signature(text: str, where: str) -> bytes:
     signature = _decode(text, where)
     if not 0 < len(signature) <= _MOST_SIGNATURE_BYTES:
         raise SealError(f"The signature has {len(signature)} bytes.", where=where)
     return signature
+
+
+def _at_most(count: int, most: int, where: str) -> None:
+    if count > most:
+        raise SealError(f"There are {count:,} of these; at most {most:,} are read.", where=where)
+
+
+def _addition(envelope: DsseEnvelope, where: str) -> SealedAddition:
+    if len(envelope.payload) > _MOST_ADDITION_CHARACTERS:
+        raise SealError(f"It is longer than {_MOST_ADDITION_CHARACTERS:,} characters.", where=f"{where}.payload")
+    payload, (signature,) = _enveloped(envelope, where, 1)
+    return SealedAddition(envelope, payload, signature)
+
+
+def _anchor(form: _AnchorForm, where: str) -> SealedAnchor:
+    _at_most(len(form.timestamps), _MOST_TIMESTAMPS, f"{where}.timestamps")
+    _at_most(len(form.keys), _MOST_KEYS, f"{where}.keys")
+    return SealedAnchor(
+        checkpoint=form.checkpoint,
+        consistency=_hashes(form.consistency, f"{where}.consistency"),
+        timestamps=tuple(_decode(text, f"{where}.timestamps[{i}]") for i, text in enumerate(form.timestamps)),
+        keys=tuple(_entry(item, f"{where}.keys[{i}]") for i, item in enumerate(form.keys)),
+    )
+
+
+def _check_added(value: dict[str, Any], form: _SealForm) -> None:
+    """Raise `SealError` where the parts that may be added are not in their one form."""
+    for name in ("additions", "anchors"):
+        if name in value and form.version == FIRST_VERSION:
+            raise SealError(f"A seal of version {FIRST_VERSION} has no {name}.", where=name)
+        if name in value and not value[name]:
+            raise SealError(f"An empty list of {name} is left out of a seal.", where=name)
+    _at_most(len(form.additions), MOST_ADDITIONS, "additions")
+    _at_most(len(form.anchors), MOST_ANCHORS, "anchors")
+    for i, anchor in enumerate(form.anchors):
+        if "keys" in value["anchors"][i] and not anchor.keys:
+            raise SealError("An empty list of keys is left out of an anchor.", where=f"anchors[{i}].keys")
 
 
 def _malformed(error: msgspec.ValidationError, prefix: str) -> SealError:
@@ -208,12 +335,14 @@ def parse_seal(value: Any) -> Seal:
     except msgspec.ValidationError as error:
         raise _malformed(error, "") from error
     _check_manifest(form.manifest)
-    if form.version != SEAL_VERSION:
+    if form.version not in (FIRST_VERSION, SEAL_VERSION):
         raise SealError(f"The seal's version is {form.version}, which is not known.", where="version")
     if not _RECORD_ID.fullmatch(form.record):
         raise SealError("The record's id is not 32 hexadecimal digits.", where="record")
-    payload, signatures = _statement(form.statement)
+    _check_added(value, form)
+    payload, signatures = _enveloped(form.statement, "statement", _MOST_SIGNATURES)
     return Seal(
+        version=form.version,
         record=form.record,
         envelope=form.statement,
         payload=payload,
@@ -221,4 +350,6 @@ def parse_seal(value: Any) -> Seal:
         checkpoint=form.checkpoint,
         entries=tuple(_entry(item, f"entries[{i}]") for i, item in enumerate(form.entries)),
         manifest=form.manifest,
+        additions=tuple(_addition(item, f"additions[{i}]") for i, item in enumerate(form.additions)),
+        anchors=tuple(_anchor(item, f"anchors[{i}]") for i, item in enumerate(form.anchors)),
     )

@@ -7,12 +7,14 @@ events name the record. The kernel opens the same trail on its own: it is told w
 
 Sealing: the notebook is frozen (`normal_form`), ``record.sealed`` is appended with its digest, and under the
 checkpoint that covers that entry the statement is derived and signed. The trail's entry comes first: a crash in
-between leaves a trail that knows of a seal and a notebook that has none, never the reverse.
+between leaves a trail that knows of a seal and a notebook that has none, never the reverse. Then a copy is kept beside
+the trail (`kept`); where that fails, the record is whole all the same, and a line in the log says what is missing.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,7 +25,7 @@ import nbformat
 
 from rlhf_audit_nb.capture.secrets import find_secret, scrub_values
 from rlhf_audit_nb.config import ENV_TRAIL
-from rlhf_audit_nb.errors import RecordError
+from rlhf_audit_nb.errors import RecordError, StoreError
 from rlhf_audit_nb.events import (
     CellExecuted,
     EvaluationRecorded,
@@ -39,6 +41,7 @@ from rlhf_audit_nb.events import (
     encode_body,
 )
 from rlhf_audit_nb.records.dsse import key_id, sign_envelope
+from rlhf_audit_nb.records.kept import keep_record
 from rlhf_audit_nb.records.normal_form import (
     SEAL_KEY,
     canonical_json,
@@ -71,6 +74,8 @@ __all__ = [
     "record_entries",
     "refuse_secrets",
 ]
+
+_log = logging.getLogger(__name__)
 
 ENV_RECORD = "RLHF_AUDIT_RECORD"
 DISTRIBUTION = "rlhf-audit-trail"
@@ -156,13 +161,14 @@ def _runs(reader: TrailReader, record: str) -> list[str]:
 class RecordSession:
     """One record being made."""
 
-    def __init__(self, trail: Trail, record: str) -> None:
+    def __init__(self, trail: Trail, record: str, *, keep: bool = True) -> None:
         self._trail = trail
         self.record = record
+        self._keep = keep
         self._coarse = False
 
     @classmethod
-    def begin(cls, notebook: dict[str, Any], kernel: dict[str, str], location: Path) -> Self:
+    def begin(cls, notebook: dict[str, Any], kernel: dict[str, str], location: Path, *, keep: bool = True) -> Self:
         """Opens the trail and appends ``record.started``.
 
         An earlier seal leaves the notebook, and its kernel specification becomes that of the kernel that runs it.
@@ -171,6 +177,7 @@ class RecordSession:
             notebook: as it is about to run, with the parameters injected by papermill.
             kernel: the kernel specification's ``name``, ``language`` and ``display_name``.
             location: the trail's folder.
+            keep: whether a copy of the sealed notebook is kept beside the trail.
 
         Raises:
             StoreError, KeyFileError: the trail cannot be opened.
@@ -188,7 +195,7 @@ class RecordSession:
             tool=f"{DISTRIBUTION}/{importlib.metadata.version(DISTRIBUTION)}",
             kernel=kernel,
         )
-        session = cls(Trail.open(location), started.record)
+        session = cls(Trail.open(location), started.record, keep=keep)
         session._append(started).wait()
         return session
 
@@ -255,6 +262,15 @@ class RecordSession:
         )
         self._append(sealed).wait()
         notebook["metadata"][SEAL_KEY] = self._sealed(manifest)
+        if self._keep:
+            self._keep_copy(notebook)
+
+    def _keep_copy(self, notebook: dict[str, Any]) -> None:
+        try:
+            keep_record(self._trail.location, self.record, nbformat.writes(nbformat.from_dict(notebook)).encode())
+        except StoreError as error:
+            # The record is what was asked for and is sealed: it must be written although its copy could not be.
+            _log.warning("%s", error)
 
     def _sealed(self, manifest: dict[str, Any]) -> dict[str, Any]:
         reader = self._trail.reader()

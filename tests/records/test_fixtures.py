@@ -5,20 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from records_support import FIXTURES
 
 from rlhf_audit_nb.records import OpenedRecord, read_record
 from rlhf_audit_nb.trail import Level, TrustPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
-SETS = Path(__file__).resolve().parents[1] / "vectors" / "records"
-RECORDS = sorted(SETS.glob("*/*.ipynb"))
-NAMES = [str(path.relative_to(SETS)) for path in RECORDS]
+RECORDS = sorted(FIXTURES.glob("*/*.ipynb"))
+NAMES = [str(path.relative_to(FIXTURES)) for path in RECORDS]
 STATUS = {"plain": "completed", "private": "completed", "failed": "failed", "two-signatures": "completed"}
 
 
@@ -34,7 +34,7 @@ def test_no_set_and_no_record_was_lost():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_record_of_an_earlier_version_is_as_it_was_made_and_verifies(name, tmp_path):
-    path = SETS / name
+    path = FIXTURES / name
     data = path.read_bytes()
     sums = dict(reversed(line.split()) for line in (path.parent / "SHA256SUMS").read_text().splitlines())
     assert hashlib.sha256(data).hexdigest() == sums[path.name]
@@ -70,7 +70,7 @@ def changed(value: Any, drawn: random.Random) -> Any:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_changed_byte_in_a_record_of_an_earlier_version_is_named(name, tmp_path):
-    path = SETS / name
+    path = FIXTURES / name
     before = json.loads(path.read_bytes())
     parts: dict[str, list[tuple[Any, ...]]] = {}
     for keys in leaves(before):
