@@ -48,6 +48,7 @@ LEVEL_WORDS = {
     "UNANCHORED": "nobody whose statement counts here has vouched for this checkpoint",
     "DIVERGED": "another history of this trail was vouched for; nothing more was asked or kept than is said here",
 }
+ANCHORED = {"cosignature": "cosigned", "timestamp": "timestamped"}
 
 
 def _read(path: str, what: str) -> bytes:
@@ -89,6 +90,8 @@ def _tsa_roots(args: argparse.Namespace) -> Sequence[bytes] | None:
 def _do_anchor(args: argparse.Namespace) -> int:
     from rlhf_audit_nb.trail.anchoring import add_anchor, anchor_trail, keep_checkpoint
 
+    if args.record:
+        return _anchor_a_record(args)
     policy, roots, trail = read_policy(args), _tsa_roots(args), trail_folder(args)
     if args.prepare:
         path = keep_checkpoint(trail, policy=policy, endorse=endorse)
@@ -113,6 +116,46 @@ def _do_anchor(args: argparse.Namespace) -> int:
     return finish(args, answer, words, done.exit_code)
 
 
+def _anchor_a_record(args: argparse.Namespace) -> int:
+    from rlhf_audit_nb.records.anchoring import anchor_record
+
+    for option, given in (("--add", args.add), ("--prepare", args.prepare)):
+        if given:
+            raise ConfigError(
+                f"{option} is about the trail itself, and {args.record} was named.",
+                next_step="Do it for the trail first, without the record; then anchor the record.",
+                code="usage",
+            )
+    done = anchor_record(
+        args.record,
+        trail=args.trail,
+        policy=read_policy(args),
+        witnesses=args.witness,
+        authorities=args.tsa or (),
+        tsa_roots=_tsa_roots(args),
+        endorse=endorse,
+        timeout=args.timeout,
+    )
+    verdict, asked = done.opened.verdict, done.asked
+    answer = {
+        "record": args.record,
+        "level": verdict.level.name,
+        "added": done.added,
+        "anchors": [anchor.to_dict() for anchor in verdict.anchors],
+        "asked": None if asked is None else asked.to_dict(),
+    }
+    words = [f"{verdict.level.name}  {args.record}: {LEVEL_WORDS[verdict.level.name]}"]
+    if asked is not None:
+        words += map(_asked_words, asked.asked)
+    words += [
+        f"  {ANCHORED[anchor.kind]} by {anchor.by.split('+')[0]} at {_when(anchor.time)}, {anchor.size:,} entries"
+        for anchor in verdict.anchors
+    ]
+    if not done.added:
+        words.append("  It had all of this before.")
+    return finish(args, answer, _wrapped(words), 0 if asked is None else asked.exit_code)
+
+
 def _wrapped(lines: Iterable[str]) -> list[str]:
     fitting = textwrap.TextWrapper(WIDTH, subsequent_indent=" " * 4, break_long_words=False, break_on_hyphens=False)
     return [part for line in lines for part in fitting.wrap(line)]
@@ -135,11 +178,13 @@ def _anchor_words(done: Anchoring) -> list[str]:
 
 def _add_anchor(parser: Parser) -> None:
     parser.set_defaults(do=_do_anchor)
+    parser.add_argument("record", nargs="?", metavar="RECORD", help="a sealed notebook to put the anchors into")
     parser.description = (
         "Asks witnesses for cosignatures and timestamping authorities for timestamps of a trail's newest checkpoint, "
-        "verifies what comes and keeps it in the trail's folder anchors/. Nobody is contacted who is not named here or "
-        "has no address in the policy. Exit codes: 0 all that was needed came, 3 something did not, 30 a witness has "
-        "seen another history."
+        "verifies what comes and keeps it in the trail's folder anchors/. With RECORD, what was said of its trail "
+        "since it was sealed is put into that record; somebody is asked where they are named, or where what is there "
+        "is not enough. Nobody is contacted who is not named here or has no address in the policy. Exit codes: 0 all "
+        "that was needed came, 3 something did not, 30 a witness has seen another history."
     )
     add_trail(parser)
     add_policy(parser)

@@ -39,10 +39,10 @@ def verdict_of(target: str, policy: TrustPolicy | None) -> tuple[Verdict, Notes]
     return _trail(target, policy), ()
 
 
-def _record(target: str, policy: TrustPolicy | None) -> tuple[Verdict, Notes]:
+def _record(target: str, policy: TrustPolicy | None, roots: Sequence[bytes] | None = None) -> tuple[Verdict, Notes]:
     from rlhf_audit_nb.records import open_record
 
-    opened = open_record(Path(target), policy=policy)
+    opened = open_record(Path(target), policy=policy, tsa_roots=roots)
     return opened.verdict, (*opened.notes, *_canary_notes(opened.verdict, opened.entries))
 
 
@@ -133,8 +133,8 @@ def _verdict(args: argparse.Namespace, policy: TrustPolicy | None) -> tuple[Verd
         verdict, payload = verify_disclosure(target, policy=policy)
         return verdict, (), payload
     if is_record(target):
-        _refuse_for(args, "a record")
-    return *_record(target, policy), None
+        _refuse_for(args, "a record", of_record=True)
+    return *_record(target, policy, _roots(args)), None
 
 
 def _ledger_notes(verdict: Verdict, folder: Path) -> Notes:
@@ -201,9 +201,9 @@ def _proof(args: argparse.Namespace, policy: TrustPolicy | None) -> Verdict:
         ) from error
 
 
-def _refuse_for(args: argparse.Namespace, what: str) -> None:
+def _refuse_for(args: argparse.Namespace, what: str, *, of_record: bool = False) -> None:
     """Refuse the options that say nothing about what was named: a check that was asked for is never left out unsaid."""
-    for option, given in (("--openings", args.openings), ("--tsa-ca", args.tsa_ca)):
+    for option, given in (("--openings", args.openings), ("--tsa-ca", args.tsa_ca and not of_record)):
         if given:
             raise ConfigError(
                 f"{option} says nothing about {what}.", next_step="Leave it out, or name a trail.", code="usage"
@@ -287,7 +287,9 @@ def _anchor_words(verdict: Verdict) -> list[str]:
         done = "cosigned" if anchor.kind == "cosignature" else "timestamped"
         left = verdict.size - anchor.size
         reach = f"up to entry {anchor.size - 1}" if anchor.size else "while it was empty"
-        after = "" if not left else "; the one after that is not" if left == 1 else f"; the {left:,} after that are not"
+        after = (
+            "" if left <= 0 else "; the one after that is not" if left == 1 else f"; the {left:,} after that are not"
+        )
         by = anchor.by.split("+")[0]
         when = f"at {time_text(anchor.time * 1_000_000)}" if anchor.time else "without a time"
         lines.append(f"  {done} by {by} {when}, {reach}{after}")

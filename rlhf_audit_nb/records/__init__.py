@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.records.additions import Addition, add_to_record
+    from rlhf_audit_nb.records.anchoring import AnchoredRecord, anchor_record
     from rlhf_audit_nb.records.kept import kept_record, kept_records
     from rlhf_audit_nb.records.record import OpenedRecord, open_record, read_record, verify_record
     from rlhf_audit_nb.records.run import RunResult, read_parameters, run_notebook
 
 __all__ = [
     "Addition",
+    "AnchoredRecord",
     "OpenedRecord",
     "RunResult",
     "add_to_record",
+    "anchor_record",
     "kept_record",
     "kept_records",
     "open_record",
@@ -33,6 +36,7 @@ __all__ = [
 # Verifying needs no kernel client and running no verifier: each half is imported when it is asked for.
 _MODULES = dict.fromkeys(["OpenedRecord", "open_record", "read_record", "verify_record"], "record")
 _MODULES |= dict.fromkeys(["Addition", "add_to_record"], "additions")
+_MODULES |= dict.fromkeys(["AnchoredRecord", "anchor_record"], "anchoring")
 _MODULES |= dict.fromkeys(["kept_record", "kept_records"], "kept")
 _MODULES |= dict.fromkeys(["RunResult", "read_parameters", "run_notebook"], "run")
 

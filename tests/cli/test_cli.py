@@ -86,7 +86,7 @@ def test_what_is_worth_knowing_of_a_record_is_told_beside_the_verdict(run, monke
     note = Reason("last-seen", "home/heads", "It cannot be written. A later fork could go unseen.")
     verdict = Verdict(Level.UNANCHORED, "log.example", 5, "root")
     opened = records.OpenedRecord(verdict, notes=(note,))
-    monkeypatch.setattr(records, "open_record", lambda path, policy=None: opened)
+    monkeypatch.setattr(records, "open_record", lambda path, **_: opened)
     code, out, _ = run("verify", tmp_path / "r.ipynb")
     assert code == 0
     assert "worth knowing: home/heads: It cannot be written. A later fork could go unseen. [last-seen]" in out
