@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.capture.state import InheritedView, PrivacyView
     from rlhf_audit_nb.config import PrivacyConfig
     from rlhf_audit_nb.events import DataBound, DataPrivate, PrivacyInherited, PrivacySettled
-    from rlhf_audit_nb.privacy.accountant import Mechanism
+    from rlhf_audit_nb.privacy.accountant import Composable
     from rlhf_audit_nb.privacy.canaries import Canaries
     from rlhf_audit_nb.privacy.ledger import Ledger
     from rlhf_audit_nb.privacy.plan import Plan
@@ -74,21 +74,24 @@ class TrailPrivatiser:
         from rlhf_audit_nb.privacy.plan import plan_training
         from rlhf_audit_nb.privacy.replay import check_replaying, given_seeds, plan_replay
         from rlhf_audit_nb.privacy.reservation import read_ledger
+        from rlhf_audit_nb.privacy.slots import given_slot
 
         seeds = self._seeds or given_seeds(self.trail)
         ledger = read_ledger(self.trail.reader(), self.trail)
         unit, column = self.config.unit, self.config.unit_column
-        certain = ledger.certain(unit, column)
+        slot = given_slot() if seeds is None else None
+        certain = ledger.certain(unit, column, drawing=slot)
         ledger.check(self.config)
+        draw = ledger.draw(slot) if slot is not None else None
 
-        def prior_of(roster: Roster) -> Sequence[Mechanism]:
-            return ledger.mechanisms(unit, column, roster)
+        def prior_of(roster: Roster) -> Sequence[Composable]:
+            return ledger.mechanisms(unit, column, roster, drawing=slot)
 
         if seeds is not None:
             check_replaying(self.trail.reader(), seeds)
             plan = plan_replay(trainer, self.config, certain, prior_of, seeds.peek().reserved, done=done)
             return PlannedTraining(self.trail, plan, seeds=seeds)
-        plan = plan_training(trainer, self.config, certain, prior_of, done=done)
+        plan = plan_training(trainer, self.config, certain, prior_of, done=done, draw=draw)
         return PlannedTraining(self.trail, plan, _raised(ledger, self.config))
 
 

@@ -114,6 +114,7 @@ from rlhf_audit_nb.events.sampling import (
     SamplesPrivate,
     TrainerLogged,
 )
+from rlhf_audit_nb.events.sweeps import SlotsReleased, SlotsReserved, SweepFinished, SweepStarted
 from rlhf_audit_nb.events.trail import (
     KeyRevoked,
     KeyRotated,
@@ -197,8 +198,12 @@ __all__ = [
     "RunStarted",
     "SamplesDrawn",
     "SamplesPrivate",
+    "SlotsReleased",
+    "SlotsReserved",
     "Step",
     "StepPrivate",
+    "SweepFinished",
+    "SweepStarted",
     "ThresholdPrivate",
     "ThresholdSealed",
     "TrailCreated",

@@ -20,6 +20,7 @@ from rlhf_audit_nb.events import (
     records,
     runs,
     sampling,
+    sweeps,
     trail,
     training,
 )
@@ -40,6 +41,7 @@ _MODULES = (
     records,
     runs,
     sampling,
+    sweeps,
     trail,
     training,
 )

@@ -49,6 +49,7 @@ class PrivacyReserved(Event, frozen=True, kw_only=True):
     what is composed is then the noise multiplier of both together, (sigma_g^-2 + sigma_m^-2)^(-1/2).
     ``canaries`` is how many phantom units take part in it beside the ``units`` (`PrivacyAudited`); gradients are
     divided by the expected number of both.
+    ``slot`` is the budget held for this training before (`SlotsReserved`), whose place it takes.
     """
 
     TYPE: ClassVar[str] = "privacy.reserved"
@@ -78,6 +79,7 @@ class PrivacyReserved(Event, frozen=True, kw_only=True):
     loss_noise_multiplier: float | None = None
     loss_bound: float | None = None
     canaries: int | None = None
+    slot: str | None = None
 
 
 class PrivacySettled(Event, frozen=True, kw_only=True):

@@ -35,10 +35,20 @@ from rlhf_audit_nb.privacy.loss_distributions import (
     self_composed,
     usual_grid,
 )
-from rlhf_audit_nb.privacy.mechanisms import Mechanism, check_delta, merged
+from rlhf_audit_nb.privacy.mechanisms import Composable, Guarantee, Mechanism, check_delta, merged
 from rlhf_audit_nb.privacy.noise_search import MIN_NOISE_MULTIPLIER, SLOPE, Reached, first_guess, next_steps, search
 
-__all__ = ["Accounted", "Mechanism", "calibrate", "compose", "composed_epsilon", "epsilon_curve", "max_steps"]
+__all__ = [
+    "Accounted",
+    "Composable",
+    "Guarantee",
+    "Mechanism",
+    "calibrate",
+    "compose",
+    "composed_epsilon",
+    "epsilon_curve",
+    "max_steps",
+]
 
 _CHEAP_LOSS = 1e3
 _CURVE_FIRST = 16
@@ -66,7 +76,7 @@ class Accounted:
     notes: tuple[str, ...] = ()
 
 
-def compose(mechanisms: Sequence[Mechanism], delta: float) -> Accounted:
+def compose(mechanisms: Sequence[Composable], delta: float) -> Accounted:
     """The composed epsilon of all ``mechanisms`` at ``delta``, cross-checked.
 
     Raises:
@@ -84,7 +94,7 @@ def compose(mechanisms: Sequence[Mechanism], delta: float) -> Accounted:
     return Accounted(epsilon, by_prv, by_rdp, grid, (*compare(epsilon, by_prv, by_rdp), *left_out))
 
 
-def composed_epsilon(mechanisms: Sequence[Mechanism], delta: float) -> float:
+def composed_epsilon(mechanisms: Sequence[Composable], delta: float) -> float:
     """The authority's figure alone, without cross-checks (for what was cross-checked when it was planned).
 
     Raises:
@@ -95,7 +105,7 @@ def composed_epsilon(mechanisms: Sequence[Mechanism], delta: float) -> float:
     return authority(ran, delta)[0] if ran else 0.0
 
 
-def epsilon_curve(mechanism: Mechanism, delta: float, prior: Sequence[Mechanism] = ()) -> list[float]:
+def epsilon_curve(mechanism: Mechanism, delta: float, prior: Sequence[Composable] = ()) -> list[float]:
     """Composed total after 0, 1, ... ``mechanism.steps`` steps on top of ``prior``.
 
     It never understates: upper bounds stand on at most 57 points (the first 16 steps and 40 evenly spread), a step
@@ -143,7 +153,7 @@ def calibrate(
     delta: float,
     sampling_rate: float,
     steps: int,
-    prior: Sequence[Mechanism] = (),
+    prior: Sequence[Composable] = (),
     *,
     pairs: int = 1,
 ) -> float:
@@ -159,7 +169,7 @@ def calibrate(
     check_delta(delta)
     asked = Mechanism(1.0, sampling_rate, steps, pairs)
 
-    def with_noise(sigma: float) -> list[Mechanism]:
+    def with_noise(sigma: float) -> list[Composable]:
         return [*prior, replace(asked, noise_multiplier=sigma)]
 
     def quick(grid: float) -> Callable[[float], float]:
@@ -188,7 +198,7 @@ def max_steps(
     delta: float,
     noise_multiplier: float,
     sampling_rate: float,
-    prior: Sequence[Mechanism] = (),
+    prior: Sequence[Composable] = (),
     at_most: int = 100_000,
     *,
     pairs: int = 1,
@@ -203,7 +213,7 @@ def max_steps(
     check_delta(delta)
     once = Mechanism(noise_multiplier, sampling_rate, 1, pairs)
 
-    def ran(steps: int) -> list[Mechanism]:
+    def ran(steps: int) -> list[Composable]:
         return [*prior, once.with_steps(steps)]
 
     def cost(steps: int) -> float:

@@ -19,12 +19,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from rlhf_audit_nb.errors import PrivacyError
+from rlhf_audit_nb.privacy.mechanisms import Composable, Mechanism
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from rlhf_audit_nb.privacy.mechanisms import Mechanism
 
 __all__ = ["compare", "prv", "rdp", "renyi_divergences"]
 
@@ -36,6 +36,7 @@ _PRV_ERROR = 0.01
 _ORDERS = (*(1 + tenth / 10 for tenth in range(1, 100)), *range(11, 65), 128, 256)
 _RENYI_MOST = 6_000_000
 _DEVIATIONS = 12.0
+_PROMISED = "not computed: a part was only promised to be (epsilon, delta)-DP, which this accountant cannot compose"
 _NO_MIXTURE = "not computed: Opacus' PRV accountant has no mixture of Gaussians, which sampling pairs one by one is"
 
 
@@ -48,15 +49,18 @@ def _attempt(work: Callable[[], float]) -> float | str:
     return value if math.isfinite(value) else f"failed: returned {value}"
 
 
-def rdp(ran: tuple[Mechanism, ...], delta: float) -> tuple[float | str, tuple[str, ...]]:
+def rdp(ran: tuple[Composable, ...], delta: float) -> tuple[float | str, tuple[str, ...]]:
     """An RDP bound, and a note where orders that did not converge were left out (which loosens it)."""
     left_out = 0
+    sampled = _sampled(ran)
+    if sampled is None:
+        return _PROMISED, ()
 
     def work() -> float:
         nonlocal left_out
-        if any(item.pairs > 1 for item in ran):
-            return _integrated_rdp(ran, delta)
-        value, left_out = _dp_accounting_rdp(ran, delta)
+        if any(item.pairs > 1 for item in sampled):
+            return _integrated_rdp(sampled, delta)
+        value, left_out = _dp_accounting_rdp(sampled, delta)
         return value
 
     value = _attempt(work)
@@ -146,18 +150,27 @@ def renyi_divergences(sigma: float, rate: float, pairs: int, orders: Sequence[fl
     return np.asarray(found)
 
 
-def prv(ran: tuple[Mechanism, ...], delta: float, epsilon: float) -> float | str:
+def _sampled(ran: tuple[Composable, ...]) -> tuple[Mechanism, ...] | None:
+    """What ran; ``None`` where a part of it was only promised."""
+    sampled = tuple(item for item in ran if isinstance(item, Mechanism))
+    return sampled if len(sampled) == len(ran) else None
+
+
+def prv(ran: tuple[Composable, ...], delta: float, epsilon: float) -> float | str:
     """Opacus' upper bound, where it can be had in seconds and without gigabytes."""
-    if any(item.pairs > 1 for item in ran):
+    sampled = _sampled(ran)
+    if sampled is None:
+        return _PROMISED
+    if any(item.pairs > 1 for item in sampled):
         return _NO_MIXTURE
-    steps = sum(item.steps for item in ran)
-    if epsilon > _PRV_MAX_EPSILON or steps > _PRV_MAX_STEPS or len(ran) > _PRV_MAX_MECHANISMS:
+    steps = sum(item.steps for item in sampled)
+    if epsilon > _PRV_MAX_EPSILON or steps > _PRV_MAX_STEPS or len(sampled) > _PRV_MAX_MECHANISMS:
         return "not computed: the accountant needs gigabytes of memory or minutes for such settings"
     # The accountant's own choice of its grid, about: where that has millions of points, half as many are asked for,
     # which leaves the bound up to 0.02 above the truth instead of 0.01.
     mesh = _PRV_ERROR / math.sqrt(steps * math.log(12_000 / delta) / 2)
     many = 2 * (1.3 * epsilon + 3) / mesh > _PRV_MANY_POINTS
-    return _attempt(lambda: _opacus_prv(ran, delta, 2 * _PRV_ERROR if many else _PRV_ERROR))
+    return _attempt(lambda: _opacus_prv(sampled, delta, 2 * _PRV_ERROR if many else _PRV_ERROR))
 
 
 @functools.lru_cache(maxsize=64)

@@ -12,6 +12,10 @@ why (`Spend.doubt`). Whoever can sign entries could also leave steps out of the 
 What a run may plan with is its own configuration's epsilon, until somebody sets the trail's budget in an entry
 (``privacy.budget``): from then on no run may ask for more than the newest such entry says.
 
+Budget may be held for trainings to come (``privacy.slots``, see `slots`): a slot counts as what it may cost at most,
+until the reservation that names it takes its place or it is released. While slots are open, everything is composed with
+them: nobody knows yet whom they will be used for.
+
 Labels that were released (``privacy.labels``) are charged for good when they are; training on them costs nothing more.
 
 Trainings are composed in parallel, each against the whole budget, only where the trail proves that their annotators are
@@ -23,8 +27,8 @@ is refused; so is one whose runs tell annotators apart by different columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from rlhf_audit_nb.config import PrivacyConfig
@@ -37,17 +41,27 @@ from rlhf_audit_nb.events import (
     RunFinished,
     RunResumed,
     RunStarted,
+    SlotsReleased,
+    SlotsReserved,
     Step,
     TrainerAttached,
     decode_body,
 )
-from rlhf_audit_nb.privacy.accountant import Accounted, Mechanism, compose, composed_epsilon
+from rlhf_audit_nb.privacy.accountant import Accounted, Composable, Mechanism, compose, composed_epsilon
 from rlhf_audit_nb.privacy.live_loss import effective_noise
 from rlhf_audit_nb.privacy.populations import NOTHING_KNOWN, Registry, Roster
+from rlhf_audit_nb.privacy.slots import Draw, Slot, slots_of
 
 __all__ = ["EVIDENCE", "KINDS", "Group", "LabelSpend", "Ledger", "Limit", "Spend", "fold", "mechanism_of"]
 
-KINDS = (PrivacyReserved.TYPE, PrivacySettled.TYPE, BudgetSet.TYPE, LabelsReleased.TYPE)
+KINDS = (
+    PrivacyReserved.TYPE,
+    PrivacySettled.TYPE,
+    BudgetSet.TYPE,
+    LabelsReleased.TYPE,
+    SlotsReserved.TYPE,
+    SlotsReleased.TYPE,
+)
 """The ledger's own entries."""
 
 EVIDENCE = (RunStarted.TYPE, TrainerAttached.TYPE, RunResumed.TYPE, Step.TYPE, RunFinished.TYPE)
@@ -141,15 +155,20 @@ class Group:
     Attributes:
         populations: the rosters' names; ``None`` among them where one was not recorded.
         spends: the trainings, in the order of their reservations.
+        slots: the open slots, which count for whoever there is.
     """
 
     populations: frozenset[str | None]
     spends: tuple[Spend, ...]
+    slots: tuple[Slot, ...] = ()
 
     @property
-    def mechanisms(self) -> tuple[Mechanism, ...]:
+    def mechanisms(self) -> tuple[Composable, ...]:
         """What counts."""
-        return tuple(spend.mechanism for spend in self.spends if spend.steps)
+        return (
+            *(spend.mechanism for spend in self.spends if spend.steps),
+            *(slot.holds for slot in self.slots),
+        )
 
     @property
     def proven(self) -> bool:
@@ -164,10 +183,10 @@ class Group:
     def spent(self, delta: float) -> tuple[float, float]:
         """Composed epsilon of what was settled, and of that with all that is still reserved."""
         settled = composed_epsilon([spend.mechanism for spend in self.spends if spend.settled], delta)
-        if all(spend.settled for spend in self.spends):
+        if all(spend.settled for spend in self.spends) and not self.slots:
             return settled, settled
         # Bounds on grids of their own may cross where the reservation is next to nothing.
-        return settled, max(composed_epsilon([spend.mechanism for spend in self.spends], delta), settled)
+        return settled, max(composed_epsilon(self.mechanisms, delta), settled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +223,11 @@ class Ledger:
         budgets: the budgets that were set, in order; the last one is in force.
         releases: the releases of labels, in order; only where the unit is ``label``.
         registry: the populations, as far as their rosters can be shown.
+        slots: the budget that is held for trainings to come, slot by slot.
+        committed: names of everything that made the total grow: slots that were ever reserved, and reservations that
+            took no slot's place. While nothing is added to it, the total does not grow.
+        slot_limit: the budget that the last slots were reserved under.
+        drawn: the slots that were used, with the entry that did.
     """
 
     unit: str | None
@@ -212,6 +236,10 @@ class Ledger:
     budgets: tuple[Limit, ...] = ()
     releases: tuple[LabelSpend, ...] = ()
     registry: Registry = NOTHING_KNOWN
+    slots: tuple[Slot, ...] = ()
+    committed: frozenset[str] = frozenset()
+    slot_limit: Limit | None = None
+    drawn: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def label_total(self) -> float:
@@ -221,6 +249,8 @@ class Ledger:
     @property
     def groups(self) -> tuple[Group, ...]:
         """The trainings by population, those of rosters that are not proven disjoint together; oldest first."""
+        if self.slots:
+            return (Group(frozenset({None, *(spend.population for spend in self.spends)}), self.spends, self.slots),)
         return tuple(
             Group(names, tuple(spend for spend in self.spends if spend.population in names))
             for names in self.registry.groups(spend.population for spend in self.spends)
@@ -236,7 +266,31 @@ class Ledger:
         if self.budgets:
             return self.budgets[-1]
         last = self.spends or self.releases
-        return last[-1].asked if last else None
+        return last[-1].asked if last else self.slot_limit
+
+    def draw(self, name: str) -> Draw:
+        """The claim to an open slot.
+
+        Raises:
+            PrivacyError: ``slot-used``: a training took its place already; ``slot-unknown``: the trail holds no such
+                slot, or it was released.
+        """
+        slot = next((one for one in self.slots if one.id == name), None)
+        if slot is not None:
+            return Draw(slot, self.committed)
+        if name in self.drawn:
+            raise PrivacyError(
+                f"What this run of the sweep may spend is reserved already, by entry {self.drawn[name]}: a run trains "
+                "privately once. Nothing was trained.",
+                next_step="Train once in a notebook of a private sweep; let the sweep start a run that died again.",
+                code="slot-used",
+            )
+        raise PrivacyError(
+            f"This trail holds no budget for {name}, the place in a sweep that this run was started with, or it was "
+            "given back. Nothing was trained.",
+            next_step="Start the run again through the sweep, or without RLHF_AUDIT_SLOT.",
+            code="slot-unknown",
+        )
 
     def check(self, config: PrivacyConfig) -> None:
         """Whether a run may ask for what ``config`` asks for, now that the trail's budget was set (if it was).
@@ -270,19 +324,22 @@ class Ledger:
                 code="mixed-units",
             )
 
-    def mechanisms(self, unit: str, column: str | None = None, roster: Roster | None = None) -> tuple[Mechanism, ...]:
+    def mechanisms(
+        self, unit: str, column: str | None = None, roster: Roster | None = None, *, drawing: str | None = None
+    ) -> tuple[Composable, ...]:
         """What counts against the budget of those who are on ``roster``.
 
         Args:
             unit: what a unit is.
             column: the data column that tells units apart.
             roster: whom the run is about to train on; without one, whoever that may be: everything counts.
+            drawing: the slot that the run draws on, which is left out.
 
         Raises:
             PrivacyError: the trail's budget is kept for another unit, or by another column.
         """
         self.check_unit(unit)
-        if self.spends and column != self.column:
+        if (self.spends or self.slots) and column != self.column:
             same = f'Use annotator_column="{self.column}", or' if self.column else "Use"
             raise PrivacyError(
                 f"This trail keeps the privacy budget of {self.unit}s by {_column_words(self.column)}; a run by "
@@ -290,19 +347,22 @@ class Ledger:
                 next_step=f'{same} another trail (trail="...") for the other column.',
                 code="mixed-columns",
             )
-        if roster is None:
-            return tuple(spend.mechanism for spend in self.spends if spend.steps)
+        if roster is None or self.slots:
+            held = (slot.holds for slot in self.slots if slot.id != drawing)
+            return (*(spend.mechanism for spend in self.spends if spend.steps), *held)
         meets = self.registry.sharing((spend.population for spend in self.spends), roster)
         near = frozenset[str | None]().union(*(group.populations for group in self.groups if group.populations & meets))
         return tuple(spend.mechanism for spend in self.spends if spend.steps and spend.population in near)
 
-    def certain(self, unit: str, column: str | None = None) -> tuple[Mechanism, ...]:
+    def certain(self, unit: str, column: str | None = None, *, drawing: str | None = None) -> tuple[Composable, ...]:
         """What counts whoever is on the roster: everything, unless a roster could be proven to share nobody with any.
 
         Raises:
             PrivacyError: as `mechanisms`.
         """
-        everything = self.mechanisms(unit, column)
+        everything = self.mechanisms(unit, column, drawing=drawing)
+        if self.slots:
+            return everything
         known = unit == "annotator" and self.registry.can_tell_apart(spend.population for spend in self.spends)
         return () if known else everything
 
@@ -313,7 +373,7 @@ class Ledger:
     def composed(self, delta: float) -> Accounted:
         """The trail's total at ``delta``: that of the population that spent or reserved most."""
         group = self.largest(delta)
-        return compose([spend.mechanism for spend in group.spends] if group is not None else [], delta)
+        return compose(group.mechanisms if group is not None else (), delta)
 
     def left(self, config: PrivacyConfig) -> float:
         """What is left of the configured budget to the population that spent most, never below 0."""
@@ -365,7 +425,11 @@ class _Folding:
     """One pass over a trail."""
 
     def __init__(self) -> None:
-        self._first: PrivacyReserved | None = None
+        self._first: PrivacyReserved | SlotsReserved | None = None
+        self._slots: dict[str, Slot] = {}
+        self._drawn: dict[str, int] = {}
+        self._committed: set[str] = set()
+        self._slot_limit: Limit | None = None
         self._spends: dict[str, Spend] = {}
         self._budgets: list[Limit] = []
         self._releases: dict[str, LabelSpend] = {}
@@ -380,10 +444,17 @@ class _Folding:
             self._first = self._first or event
             _check_same_population(self._first, event)
             _reserve(self._spends, event, entry)
+            self._drawing(event, entry)
             self._of(entry).reserved(event.reservation)
         elif isinstance(event, PrivacySettled):
             _settle(self._spends, event, entry)
             self._of(entry).settled(event.reservation)
+        elif isinstance(event, SlotsReserved):
+            self._first = self._first or event
+            _check_same_population(self._first, event)
+            self._hold(event, entry)
+        elif isinstance(event, SlotsReleased):
+            self._give_back(event.sweep)
         elif isinstance(event, LabelsReleased):
             _release(self._releases, event, entry)
         elif isinstance(event, BudgetSet):
@@ -400,6 +471,27 @@ class _Folding:
             self._of(entry).resumed(event.step)
         elif isinstance(event, RunFinished):
             self._of(entry).finished(event.steps, entry.index)
+
+    def _drawing(self, event: PrivacyReserved, entry: LedgerEntry) -> None:
+        """Let a reservation take the place of the slot that it names; it counts in full whether there is one or not."""
+        slot = self._slots.pop(event.slot, None) if event.slot is not None else None
+        if slot is None:
+            self._committed.add(f"reservation {event.reservation}")
+            return
+        self._drawn[slot.id] = entry.index
+
+    def _hold(self, event: SlotsReserved, entry: LedgerEntry) -> None:
+        if not event.added:
+            self._give_back(event.sweep)
+        for slot in slots_of(event, entry.index):
+            if f"slot {slot.id}" in self._committed:
+                raise PrivacyError(f"Slot {slot.id} stands twice in the trail.", code="ledger")
+            self._committed.add(f"slot {slot.id}")
+            self._slots[slot.id] = slot
+        self._slot_limit = Limit(entry.index, event.unit, event.epsilon_budget, event.delta)
+
+    def _give_back(self, sweep: str) -> None:
+        self._slots = {name: slot for name, slot in self._slots.items() if slot.sweep != sweep}
 
     def _of(self, entry: LedgerEntry) -> _RunEvidence:
         return self._evidence.setdefault(entry.run or "", _RunEvidence())
@@ -423,6 +515,10 @@ class _Folding:
             tuple(self._budgets),
             tuple(self._releases.values()),
             registry,
+            tuple(self._slots.values()),
+            frozenset(self._committed),
+            self._slot_limit,
+            self._drawn,
         )
 
     def _hold_against(self, run: str, evidence: _RunEvidence) -> None:
@@ -533,7 +629,7 @@ def _steps(count: int) -> str:
     return f"{count} step{'' if count == 1 else 's'}"
 
 
-def _check_same_population(first: PrivacyReserved, other: PrivacyReserved) -> None:
+def _check_same_population(first: PrivacyReserved | SlotsReserved, other: PrivacyReserved | SlotsReserved) -> None:
     if other.unit != first.unit:
         raise _mixed_units(first.unit, other.unit)
     if other.column != first.column:

@@ -25,7 +25,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from rlhf_audit_nb.errors import PrivacyError
-from rlhf_audit_nb.privacy.mechanisms import Mechanism, drawn_pairs
+from rlhf_audit_nb.privacy.mechanisms import Composable, Guarantee, Mechanism, drawn_pairs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,6 +47,7 @@ __all__ = [
     "expected_loss",
     "on_grid",
     "one_step",
+    "promise",
     "self_composed",
     "usual_grid",
 ]
@@ -76,7 +77,7 @@ _NEWTON_TURNS = 60
 _CLOSE = 1e-10
 
 
-def authority(ran: tuple[Mechanism, ...], delta: float) -> tuple[float, float]:
+def authority(ran: tuple[Composable, ...], delta: float) -> tuple[float, float]:
     """Epsilon and the grid it was computed on: a coarse one where the loss is so wide that a fine one costs minutes.
 
     Args:
@@ -107,9 +108,9 @@ def authority(ran: tuple[Mechanism, ...], delta: float) -> tuple[float, float]:
     return epsilon, grid
 
 
-def affordable(ran: tuple[Mechanism, ...], grid: float, *, quick: bool = False) -> float:
+def affordable(ran: tuple[Composable, ...], grid: float, *, quick: bool = False) -> float:
     """``grid``, or the next coarser one on which the losses of a single step can be tabulated in seconds."""
-    while grid < 10 * COARSE_GRID and sum(_work(item, grid, quick=quick) for item in ran) > _MOST_WORK:
+    while grid < 10 * COARSE_GRID and sum(_work(item, grid, quick=quick) for item in _sampled(ran)) > _MOST_WORK:
         grid *= 10
     return grid
 
@@ -122,12 +123,12 @@ def _work(item: Mechanism, grid: float, *, quick: bool) -> float:
     return reach / grid * (len(counts) if quick or item.pairs > 1 else _PYTHON)
 
 
-def coarse_will_do(ran: tuple[Mechanism, ...]) -> bool:
+def coarse_will_do(ran: tuple[Composable, ...]) -> bool:
     """Whether a mixture is so wide and composed so seldom that the coarse grid adds less than a ten-thousandth."""
-    return any(item.pairs > 1 for item in ran) and sum(item.steps for item in ran) <= _MIXED_COARSE_STEPS
+    return any(item.pairs > 1 for item in _sampled(ran)) and sum(item.steps for item in ran) <= _MIXED_COARSE_STEPS
 
 
-def usual_grid(ran: tuple[Mechanism, ...], epsilon: float) -> float:
+def usual_grid(ran: tuple[Composable, ...], epsilon: float) -> float:
     """The grid on which the authority's figure stands where it comes out at about ``epsilon``."""
     if epsilon < FINE_BELOW:
         return FINE_GRID
@@ -149,18 +150,18 @@ def _too_dear() -> PrivacyError:
     )
 
 
-def _many_small(ran: tuple[Mechanism, ...]) -> bool:
+def _many_small(ran: tuple[Composable, ...]) -> bool:
     """Whether the grid's rounding of each step's loss adds up to percents: very many steps, each of next to no loss."""
     return any(
         item.steps >= _STAGED_FROM and item.sampling_rate * item.pairs < _SMALL_LOSS * item.noise_multiplier
-        for item in ran
+        for item in _sampled(ran)
     )
 
 
-def expected_loss(ran: tuple[Mechanism, ...]) -> float:
+def expected_loss(ran: tuple[Composable, ...]) -> float:
     """About twice the epsilon to come, from above: memory and time grow with it."""
-    total = 0.0
-    for item in ran:
+    total = 2 * _promised(ran)
+    for item in _sampled(ran):
         if item.pairs == 1:
             once, each = 1.0, item.sampling_rate if item.noise_multiplier < 1 else item.sampling_rate**2
         else:
@@ -169,14 +170,27 @@ def expected_loss(ran: tuple[Mechanism, ...]) -> float:
     return total
 
 
-def _wide(ran: tuple[Mechanism, ...]) -> bool:
+def _wide(ran: tuple[Composable, ...]) -> bool:
     """Whether epsilon may be in the hundreds (a guess that only decides what is tried first)."""
-    signal = sum(item.steps * (item.sampling_rate * item.pairs / item.noise_multiplier) ** 2 for item in ran)
-    return signal > _WIDE_SIGNAL or any(item.noise_multiplier < _WIDE_NOISE * item.pairs for item in ran)
+    if _promised(ran) > _COARSE_ABOVE:
+        return True
+    sampled = _sampled(ran)
+    signal = sum(item.steps * (item.sampling_rate * item.pairs / item.noise_multiplier) ** 2 for item in sampled)
+    return signal > _WIDE_SIGNAL or any(item.noise_multiplier < _WIDE_NOISE * item.pairs for item in sampled)
+
+
+def _sampled(ran: tuple[Composable, ...]) -> list[Mechanism]:
+    """What ran, without what was only promised."""
+    return [item for item in ran if isinstance(item, Mechanism)]
+
+
+def _promised(ran: tuple[Composable, ...]) -> float:
+    """The sum of what was only promised, which its composition does not exceed by much."""
+    return sum(item.steps * item.epsilon for item in ran if isinstance(item, Guarantee))
 
 
 @functools.lru_cache(maxsize=512)
-def on_grid(ran: tuple[Mechanism, ...], grid: float, delta: float, *, quick: bool = False) -> float:
+def on_grid(ran: tuple[Composable, ...], grid: float, delta: float, *, quick: bool = False) -> float:
     """The upper bound that the grid gives; never below 0."""
     total = composed(ran, grid, quick=quick or len(ran) > _OWN_FROM)
     return max(float(total.get_epsilon_for_delta(delta)), 0.0)
@@ -198,8 +212,18 @@ def one_step(noise_multiplier: float, sampling_rate: float, pairs: int, grid: fl
     )
 
 
+def promise(epsilon: float, delta: float, grid: float) -> Any:
+    """The privacy loss distribution that dominates every (epsilon, delta)-DP mechanism, epsilon rounded up."""
+    from dp_accounting.pld import privacy_loss_distribution
+    from dp_accounting.pld.common import DifferentialPrivacyParameters
+
+    return privacy_loss_distribution.from_privacy_parameters(
+        DifferentialPrivacyParameters(epsilon, delta), value_discretization_interval=grid
+    )
+
+
 @functools.lru_cache(maxsize=32)
-def composed(ran: tuple[Mechanism, ...], grid: float, *, quick: bool = False) -> Any:
+def composed(ran: tuple[Composable, ...], grid: float, *, quick: bool = False) -> Any:
     """The privacy loss distribution of everything that ran.
 
     Composed as a tree, each node of which is kept for a while: where one of many mechanisms changes, as in a search on
@@ -212,7 +236,10 @@ def composed(ran: tuple[Mechanism, ...], grid: float, *, quick: bool = False) ->
         return nothing
     if len(ran) == 1:
         (item,) = ran
-        base = one_step(item.noise_multiplier, item.sampling_rate, item.pairs, grid, quick=quick)
+        if isinstance(item, Guarantee):
+            base = promise(item.epsilon, item.delta, grid)
+        else:
+            base = one_step(item.noise_multiplier, item.sampling_rate, item.pairs, grid, quick=quick)
         return nothing.compose(self_composed(base, item.steps))  # as dp-accounting's accountant does it
     middle = len(ran) // 2
     one, other = (composed(half, grid, quick=quick) for half in (ran[:middle], ran[middle:]))

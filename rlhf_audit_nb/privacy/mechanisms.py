@@ -1,4 +1,4 @@
-"""What ran: releases of a sampled Gaussian mechanism, as numbers that can be composed. Floor 2.
+"""What ran: releases of a sampled Gaussian mechanism, as numbers that can be composed; and promises. Floor 2.
 
 One release samples the rows of everybody, clips what each sampled row contributes to C, adds the contributions up and
 adds N(0, (sigma C)^2) to every coordinate. What a *unit* costs depends on how many rows of it are drawn and clipped
@@ -15,6 +15,8 @@ one by one:
 Neighbouring data sets differ by *zero-out*: the data of one unit against nothing in its place, where the roster of
 units is public. One of the two contributes to the sum and the other does not, so the loss is that of add-or-remove,
 in both directions.
+
+Of what has yet to run it may be known only that it will be (epsilon, delta)-DP: a `Guarantee`.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["MAX_PAIRS", "Mechanism", "check_delta", "drawn_pairs", "merged"]
+__all__ = ["MAX_PAIRS", "Composable", "Guarantee", "Mechanism", "check_delta", "drawn_pairs", "merged"]
 
 MAX_PAIRS = MAX_SAMPLED_PAIRS
 
@@ -84,13 +86,54 @@ class Mechanism:
         return mean * (1 - self.sampling_rate) + mean**2
 
 
-def merged(mechanisms: Sequence[Mechanism]) -> tuple[Mechanism, ...]:
-    """The mechanisms that differ in nothing but their steps added up, none of zero steps, in a fixed order."""
+@dataclass(frozen=True, slots=True)
+class Guarantee:
+    """``steps`` mechanisms of which nothing is known but that each is (``epsilon``, ``delta``)-DP.
+
+    Each is composed as the one pair of outputs that dominates every such mechanism, in both directions (Kairouz, Oh
+    and Viswanath 2015, arXiv:1311.0776): much looser than the mechanism itself, which may be chosen later.
+
+    Args:
+        epsilon: above 0.
+        delta: in (1e-10, 1).
+        steps: how many (>= 0).
+
+    Raises:
+        PrivacyError: a number outside these ranges.
+    """
+
+    epsilon: float
+    delta: float
+    steps: int = 1
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.epsilon) and self.epsilon > 0):
+            raise PrivacyError(f"An epsilon of {self.epsilon!r} cannot be promised; it must be a number above 0.")
+        check_delta(self.delta)
+        if self.steps < 0:
+            raise PrivacyError(f"A promise cannot be given {self.steps!r} times.")
+
+    def with_steps(self, steps: int) -> Guarantee:
+        """The same promise, given ``steps`` times."""
+        return replace(self, steps=steps)
+
+
+Composable = Mechanism | Guarantee
+"""What can be composed."""
+
+
+def merged(mechanisms: Sequence[Composable]) -> tuple[Composable, ...]:
+    """Those that differ in nothing but their steps added up, none of zero steps, in a fixed order."""
     steps: dict[tuple[float, float, int], int] = {}
-    for mechanism in mechanisms:
-        key = (mechanism.noise_multiplier, mechanism.sampling_rate, mechanism.pairs)
-        steps[key] = steps.get(key, 0) + mechanism.steps
-    return tuple(Mechanism(sigma, rate, count, pairs) for (sigma, rate, pairs), count in sorted(steps.items()) if count)
+    promised: dict[tuple[float, float], int] = {}
+    for item in mechanisms:
+        if isinstance(item, Guarantee):
+            promised[item.epsilon, item.delta] = promised.get((item.epsilon, item.delta), 0) + item.steps
+        else:
+            key = (item.noise_multiplier, item.sampling_rate, item.pairs)
+            steps[key] = steps.get(key, 0) + item.steps
+    ran = [Mechanism(sigma, rate, count, pairs) for (sigma, rate, pairs), count in sorted(steps.items()) if count]
+    return (*ran, *(Guarantee(*promise, count) for promise, count in sorted(promised.items()) if count))
 
 
 def check_delta(delta: float) -> None:

@@ -16,6 +16,7 @@ from rlhf_audit_nb.errors import BudgetExceededError, DataError, PrivacyError
 from rlhf_audit_nb.events import PrivacyReserved, PrivacySealed, PrivacySettled, number
 from rlhf_audit_nb.privacy.accountant import (
     Accounted,
+    Composable,
     Mechanism,
     calibrate,
     compose,
@@ -29,6 +30,7 @@ from rlhf_audit_nb.privacy.engine_choice import LOOP, Choice, choose_engine
 from rlhf_audit_nb.privacy.live_loss import LiveLoss, effective_noise, live_loss, usual_bound
 from rlhf_audit_nb.privacy.populations import Roster
 from rlhf_audit_nb.privacy.sampling import GENERATOR
+from rlhf_audit_nb.privacy.slots import Draw, check_covered, within_slot
 from rlhf_audit_nb.privacy.supported import check_supported, check_unit
 from rlhf_audit_nb.privacy.units import Units, build_units, read_ids
 
@@ -73,6 +75,7 @@ class Plan:
         roster: whom the units are; ``None`` where that is not known, as of pairs.
         engine: which gradient engine computes it, and why.
         live_loss: how each step's loss is released; ``None`` where none is.
+        draw: the budget that a sweep holds for it, whose place it takes; ``None`` where it reserves for itself.
     """
 
     config: PrivacyConfig
@@ -80,7 +83,7 @@ class Plan:
     mechanism: Mechanism
     steps_asked: int
     steps_per_epoch: int
-    prior: tuple[Mechanism, ...]
+    prior: tuple[Composable, ...]
     before: float
     limit: float
     accounted: Accounted
@@ -90,6 +93,7 @@ class Plan:
     roster: Roster | None = None
     engine: Choice = _NOT_CHOSEN
     live_loss: LiveLoss | None = None
+    draw: Draw | None = None
 
     @property
     def steps(self) -> int:
@@ -166,8 +170,10 @@ class Plan:
             canaries=self.canaries,
         )
 
-    def replanned(self, prior: Sequence[Mechanism]) -> Plan:
+    def replanned(self, prior: Sequence[Composable], draw: Draw | None = None) -> Plan:
         """The same training on top of another ledger, without looking at the trainer again.
+
+        ``draw`` is its claim to budget that is held for it, as that ledger has it.
 
         Raises:
             BudgetExceededError: nothing fits any more.
@@ -175,7 +181,14 @@ class Plan:
         if tuple(prior) == self.prior:
             return self
         plan = plan_units(
-            self.config, self.units, self.sampling_rate, self.steps_asked, self.steps_per_epoch, prior, self.fingerprint
+            self.config,
+            self.units,
+            self.sampling_rate,
+            self.steps_asked,
+            self.steps_per_epoch,
+            prior,
+            self.fingerprint,
+            draw=draw,
         )
         return replace(plan, roster=self.roster, engine=self.engine)
 
@@ -183,10 +196,11 @@ class Plan:
 def plan_training(
     trainer: Any,
     config: PrivacyConfig,
-    prior: Sequence[Mechanism] = (),
-    prior_of: Callable[[Roster], Sequence[Mechanism]] | None = None,
+    prior: Sequence[Composable] = (),
+    prior_of: Callable[[Roster], Sequence[Composable]] | None = None,
     *,
     done: int = 0,
+    draw: Draw | None = None,
 ) -> Plan:
     """Plan the training that ``trainer`` is set up for, on top of what was spent before.
 
@@ -198,13 +212,15 @@ def plan_training(
         prior: what counts whoever is on the roster: where that leaves nothing, not even the roster is read.
         prior_of: what counts for those who are on it, once it is known; without it, ``prior`` is all.
         done: the steps that lie behind a training which is resumed from a checkpoint: the plan is for what remains.
+        draw: the budget that a sweep holds for it; ``prior`` is then what counts beside that.
 
     Raises:
         UnsupportedTrainerError: the trainer, its loss or an option cannot be made private.
         DataError: the data has no rows, no such column, or a row without an id.
         ConfigError: more canaries than trained numbers.
         BudgetExceededError: not a single step fits.
-        PrivacyError: the accountants disagree, or no step remains (``no-steps-left``).
+        PrivacyError: the accountants disagree, no step remains (``no-steps-left``), or the training would cost more
+            than is held for it (``slot-exceeded``).
     """
     check_supported(trainer)
     check_unit(trainer, config.unit)
@@ -232,7 +248,7 @@ def plan_training(
         )
     if config.loss_bound is None:
         config = replace(config, loss_bound=usual_bound(trainer))
-    plan = plan_units(config, units, rate, asked - done, per_epoch, prior, data_fingerprint(dataset))
+    plan = plan_units(config, units, rate, asked - done, per_epoch, prior, data_fingerprint(dataset), draw=draw)
     return replace(plan, roster=roster, engine=engine)
 
 
@@ -242,24 +258,33 @@ def plan_units(
     rate: float,
     asked: int,
     per_epoch: int,
-    prior: Sequence[Mechanism] = (),
+    prior: Sequence[Composable] = (),
     fingerprint: str = "",
+    *,
+    draw: Draw | None = None,
 ) -> Plan:
     """Plan ``asked`` steps over a roster that is known, each unit (or each kept pair) sampled with chance ``rate``.
 
     Raises:
-        BudgetExceededError: not a single step fits.
-        PrivacyError: the accountants disagree.
+        BudgetExceededError: not a single step fits; with ``draw``: not all of them do.
+        PrivacyError: the accountants disagree; the training would cost more than is held for it (``slot-exceeded``).
     """
     before = composed_epsilon(prior, config.delta)
     limit = config.epsilon if config.run_epsilon is None else min(config.epsilon, before + config.run_epsilon)
-    mechanism = _mechanism(config, rate, asked, prior, before, limit)
+    if draw is not None:
+        mechanism = within_slot(draw.slot, config, rate, asked)
+    else:
+        mechanism = _mechanism(config, rate, asked, prior, before, limit)
     loss = live_loss(
         config.loss_noise, config.loss_bound, effective=mechanism.noise_multiplier, gradient=config.noise_multiplier
     )
     if loss is not None:
         mechanism = replace(mechanism, noise_multiplier=loss.effective)
+    if draw is not None:
+        check_covered(draw.slot, mechanism)
     accounted = compose([*prior, mechanism], config.delta)
+    if draw is not None and accounted.epsilon > limit:
+        raise _exhausted(config, before, asked)
     return Plan(
         config=config,
         units=units,
@@ -274,6 +299,7 @@ def plan_units(
         warnings=(*_warnings(config, len(units), mechanism), *accounted.notes),
         fingerprint=fingerprint,
         live_loss=loss,
+        draw=draw,
     )
 
 
@@ -322,6 +348,7 @@ def reserve_event(
         sampled=plan.config.sampled,
         population=population,
         canaries=plan.config.canaries,
+        slot=plan.draw.slot.id if plan.draw is not None else None,
     )
 
 
@@ -398,7 +425,7 @@ def _default_rate(args: Any, places: int) -> float:
 
 
 def _mechanism(
-    config: PrivacyConfig, rate: float, asked: int, prior: Sequence[Mechanism], before: float, limit: float
+    config: PrivacyConfig, rate: float, asked: int, prior: Sequence[Composable], before: float, limit: float
 ) -> Mechanism:
     if before >= limit:
         raise _exhausted(config, before, asked)

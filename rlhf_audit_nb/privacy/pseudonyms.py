@@ -39,6 +39,7 @@ from rlhf_audit_nb.events import (
     LabelsReleased,
     PrivacyPopulation,
     PrivacyReserved,
+    SlotsReserved,
     decode_body,
     decode_private,
     encode_body,
@@ -54,7 +55,13 @@ __all__ = ["AnnotatorRow", "AnnotatorTable", "reidentify", "tabulate_annotators"
 NOT_FOR_RELEASE = (
     "This trail keeps a privacy budget: figures about its annotators' data are outside of what the budget bounds."
 )
-_BUDGETED = (PrivacyReserved.TYPE, BudgetSet.TYPE, PrivacyPopulation.TYPE, LabelsReleased.TYPE)
+_BUDGETED = (
+    PrivacyReserved.TYPE,
+    BudgetSet.TYPE,
+    PrivacyPopulation.TYPE,
+    LabelsReleased.TYPE,
+    SlotsReserved.TYPE,
+)
 _TABLE_LETTERS = 8
 _TOKEN_BYTES = 10
 _LONGEST = 500

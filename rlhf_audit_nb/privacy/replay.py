@@ -32,7 +32,7 @@ from rlhf_audit_nb.privacy.plan import Plan, plan_training
 from rlhf_audit_nb.privacy.sampling import SEED_BYTES
 
 if TYPE_CHECKING:
-    from rlhf_audit_nb.privacy.accountant import Mechanism
+    from rlhf_audit_nb.privacy.accountant import Composable
     from rlhf_audit_nb.privacy.populations import Roster
     from rlhf_audit_nb.trail import Trail, TrailReader
 
@@ -212,8 +212,8 @@ def check_replaying(reader: TrailReader, seeds: ReplaySeeds | None = None) -> No
 def plan_replay(
     trainer: Any,
     config: PrivacyConfig,
-    prior: Sequence[Mechanism],
-    prior_of: Callable[[Roster], Sequence[Mechanism]] | None,
+    prior: Sequence[Composable],
+    prior_of: Callable[[Roster], Sequence[Composable]] | None,
     reserved: PrivacyReserved,
     *,
     done: int = 0,

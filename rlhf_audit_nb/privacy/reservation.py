@@ -3,30 +3,48 @@
 Of any number of runs, in any number of processes, that want the last of a budget, as many get it as fit: the
 reservation's body is made within the append's own transaction, from the ledger as it stands there. Where another run
 was quicker, the plan is made anew on top of it and tried again.
+
+A sweep reserves slots for all of its runs in one entry (`reserve_slots`), and gives back what was not used
+(`release_slots`). A run that draws on a slot checks within its append that the slot is still open and covers it; it
+plans anew only where something was added to the ledger meanwhile, since everything else makes the total smaller.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rlhf_audit_nb.config import PrivacyConfig
-from rlhf_audit_nb.errors import ConfigError, PrivacyError
-from rlhf_audit_nb.events import BudgetSet, PrivacyPopulation, PrivacyReserved, encode_body, encode_private
+from rlhf_audit_nb.errors import BudgetExceededError, ConfigError, PrivacyError
+from rlhf_audit_nb.events import (
+    BudgetSet,
+    PrivacyPopulation,
+    PrivacyReserved,
+    SlotsReleased,
+    SlotsReserved,
+    encode_body,
+    encode_private,
+    number,
+)
+from rlhf_audit_nb.privacy.accountant import composed_epsilon
 from rlhf_audit_nb.privacy.ledger import EVIDENCE, KINDS, Ledger, fold
 from rlhf_audit_nb.privacy.plan import Plan, reserve_event, sealed_event
 from rlhf_audit_nb.privacy.populations import Registry, VaultAt, read_registry, record_population
+from rlhf_audit_nb.privacy.slots import check_covered, grouped
 
 if TYPE_CHECKING:
-    from rlhf_audit_nb.privacy.accountant import Mechanism
+    from rlhf_audit_nb.privacy.accountant import Composable
     from rlhf_audit_nb.privacy.sampling import SealedRandom
+    from rlhf_audit_nb.privacy.slots import Draw
     from rlhf_audit_nb.trail import Trail, TrailReader
 
-__all__ = ["RACES", "read_ledger", "reserve", "set_budget"]
+__all__ = ["RACES", "read_ledger", "release_slots", "reserve", "reserve_slots", "set_budget"]
 
 RACES = 8
 """How often a reservation is planned anew when other runs reserve at the same time."""
 
 _READINGS = 64  # how often the rosters are read again because others record theirs at the same time
+_HEADROOM = 1 + 1e-6  # what figures on other grids may differ by when a slot is used
 _LONGEST = 500  # characters of a reason or a name
 
 
@@ -87,9 +105,13 @@ def reserve(
                 raise _LedgerMovedError(None)
             ledger = read_ledger(reader, registry=registry)
             ledger.check(plan.config)
-            prior = ledger.mechanisms(plan.config.unit, plan.config.unit_column, plan.roster)
-            if prior != plan.prior:
-                raise _LedgerMovedError(prior)
+            slot = plan.draw.slot.id if plan.draw is not None else None
+            prior = ledger.mechanisms(plan.config.unit, plan.config.unit_column, plan.roster, drawing=slot)
+            draw = ledger.draw(slot) if slot is not None else None
+            if draw is not None:
+                check_covered(draw.slot, plan.mechanism)
+            if prior != plan.prior and (draw is None or plan.draw is None or draw.committed != plan.draw.committed):
+                raise _LedgerMovedError(prior, draw)
             return encode_body(reserve_event(plan, reservation, population, generator=randomness.generator))
 
         try:
@@ -104,7 +126,7 @@ def reserve(
             if moved.prior is None:
                 continue  # somebody recorded another roster, which may or may not meet this one
             # Outside of the transaction: planning takes seconds, and others may append meanwhile.
-            plan = plan.replanned(moved.prior)
+            plan = plan.replanned(moved.prior, moved.draw)
             races += 1
             if races == RACES:
                 break
@@ -115,6 +137,94 @@ def reserve(
         "trained.",
         next_step="Start the run again when the others have begun.",
         code="reservation-race",
+    )
+
+
+def reserve_slots(
+    trail: Trail, sweep: str, slots: Sequence[tuple[str, Composable]], config: PrivacyConfig, *, added: bool = False
+) -> SlotsReserved:
+    """Hold budget for trainings to come, all of it in one append or none.
+
+    From then on nobody can reserve what these take; each is used by the one training whose reservation names it.
+
+    Args:
+        trail: the population's trail.
+        sweep: whose slots they are. Those that it still has open are given back in the same entry,
+        slots: names, new to the trail, and what a training in each may cost at most.
+        config: the budget (``epsilon``, ``delta``) and the unit.
+        added: unless it is to keep them.
+
+    Raises:
+        BudgetExceededError: they do not all fit beside what is spent and reserved; nothing was reserved.
+        PrivacyError: the trail keeps the budget of another unit.
+        StoreError: the append failed.
+    """
+
+    def event(reader: TrailReader) -> SlotsReserved:
+        # Nothing is told apart by its roster: whom the slots will be used for is not known.
+        ledger = read_ledger(reader)
+        ledger.check(config)
+        ledger.mechanisms(config.unit, config.unit_column)  # refuses another unit or column
+        kept = [slot.holds for slot in ledger.slots if added or slot.sweep != sweep]
+        prior = [*(spend.mechanism for spend in ledger.spends if spend.steps), *kept]
+        before = composed_epsilon(prior, config.delta)
+        total = composed_epsilon([*prior, *(held for _, held in slots)], config.delta)
+        if total * _HEADROOM > config.epsilon:
+            raise _do_not_fit(len(slots), before, total, config)
+        return SlotsReserved(
+            sweep=sweep,
+            unit=config.unit,
+            adjacency=config.adjacency,
+            epsilon_budget=float(config.epsilon),
+            delta=float(config.delta),
+            slots=grouped(slots),
+            epsilon_before=number(before),
+            epsilon_reserved=number(total),
+            column=config.unit_column,
+            added=added,
+        )
+
+    event(trail.reader())  # what takes seconds is composed, and kept, before the append; most refusals come here
+    made: list[SlotsReserved] = []
+
+    def body(reader: TrailReader) -> bytes:
+        made.append(event(reader))
+        return encode_body(made[-1])
+
+    trail.append_guarded(SlotsReserved.TYPE, body)
+    return made[-1]
+
+
+def release_slots(trail: Trail, sweep: str) -> tuple[str, ...]:
+    """Give back what a sweep still holds; nothing is appended where that is nothing.
+
+    Returns:
+        The slots that nobody used, and nobody can use any more.
+    """
+    if not _open_slots(trail.reader(), sweep):
+        return ()
+    released: list[str] = []
+
+    def body(reader: TrailReader) -> bytes:
+        released[:] = _open_slots(reader, sweep)
+        return encode_body(SlotsReleased(sweep=sweep, slots=released))
+
+    trail.append_guarded(SlotsReleased.TYPE, body)
+    return tuple(released)
+
+
+def _open_slots(reader: TrailReader, sweep: str) -> list[str]:
+    return [slot.id for slot in read_ledger(reader).slots if slot.sweep == sweep]
+
+
+def _do_not_fit(count: int, before: float, total: float, config: PrivacyConfig) -> BudgetExceededError:
+    runs = "The run does" if count == 1 else f"The {count} runs of the sweep do"
+    return BudgetExceededError(
+        f"{runs} not fit into the privacy budget: epsilon {before:.4g} of {config.epsilon:g} is spent or reserved, and "
+        f"with what each run may spend it would be {total:.4g}. Nothing was reserved.",
+        next_step="Let each run spend less, or say what it runs (noise_multiplier, sampling_rate and steps compose "
+        "much more tightly than epsilon and delta); take fewer runs, or a larger budget.",
+        code="sweep-budget",
     )
 
 
@@ -181,6 +291,7 @@ def _one_line(name: str, text: str) -> str:
 class _LedgerMovedError(Exception):
     """Another run reserved between plan and reservation; without ``prior``: it recorded a roster."""
 
-    def __init__(self, prior: tuple[Mechanism, ...] | None) -> None:
+    def __init__(self, prior: tuple[Composable, ...] | None, draw: Draw | None = None) -> None:
         super().__init__()
         self.prior = prior
+        self.draw = draw

@@ -69,7 +69,11 @@ from rlhf_audit_nb.events import (
     RunResumed,
     RunStarted,
     SamplesDrawn,
+    SlotsReleased,
+    SlotsReserved,
     Step,
+    SweepFinished,
+    SweepStarted,
     ThresholdSealed,
     TrailCreated,
     TrainerAttached,
@@ -145,6 +149,7 @@ COMPARED: Mapping[type[Event], Mapping[str, str]] = MappingProxyType(
             "epsilon_planned": _LEDGER,
             "accountants": _LEDGER,
             "population": _TRAIL,
+            "slot": _TRAIL,
         },
         PrivacyEngine: {"reservation": _TRAIL, "reason": _MACHINE},
         PrivacyInherited: {"sources": _TRAIL, "epsilon": _LEDGER},
@@ -187,6 +192,7 @@ _PEOPLE = "what people said is not repeated by running a notebook"
 _NOTEBOOK = "it is of the notebook around the runs, which is compared as a notebook"
 _LEDGERS = "it is of the ledger and its populations, not of a training"
 _TRAILS = "it is of the trail itself"
+_SWEEPS = "it is of a sweep, whose runs are records of their own"
 
 NOT_COMPARED: Mapping[type[Event], str] = MappingProxyType(
     {
@@ -212,6 +218,10 @@ NOT_COMPARED: Mapping[type[Event], str] = MappingProxyType(
         LabelsReleased: _LEDGERS,
         LabelsWritten: _LEDGERS,
         BudgetSet: _LEDGERS,
+        SlotsReserved: _LEDGERS,
+        SlotsReleased: _LEDGERS,
+        SweepStarted: _SWEEPS,
+        SweepFinished: _SWEEPS,
         TrailCreated: _TRAILS,
         KeyRotated: _TRAILS,
         KeyRevoked: _TRAILS,

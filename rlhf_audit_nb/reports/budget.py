@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_audit_nb.compliance.words import count, delta_text, epsilon_text, plural, short
 from rlhf_audit_nb.config import PrivacyConfig
 from rlhf_audit_nb.errors import ConfigError, ReportError
-from rlhf_audit_nb.privacy.accountant import Mechanism, calibrate, composed_epsilon, max_steps
+from rlhf_audit_nb.privacy.accountant import Composable, Mechanism, calibrate, composed_epsilon, max_steps
 from rlhf_audit_nb.reports.budget_figure import BudgetFigure, budget_figure
 
 if TYPE_CHECKING:
@@ -133,6 +133,7 @@ class Budget:
         labels: how many labels were released, where the unit is ``label``.
         unproven: how many rosters cannot be shown here, so that they count as sharing somebody with every other.
         ledger: what all this was made from.
+        slots: how many trainings to come a sweep holds budget for; it is part of what is reserved.
     """
 
     unit: str | None
@@ -151,6 +152,7 @@ class Budget:
     labels: int = 0
     unproven: int = 0
     ledger: Ledger | None = field(default=None, repr=False, compare=False)
+    slots: int = 0
 
     @classmethod
     def of(cls, ledger: Ledger, config: PrivacyConfig | None = None, *, delta: float | None = None) -> Budget:
@@ -192,6 +194,7 @@ class Budget:
             labels=sum(release.labels for release in ledger.releases),
             unproven=_unproven(ledger),
             ledger=ledger,
+            slots=len(ledger.slots),
         )
 
     @property
@@ -235,7 +238,7 @@ class Budget:
         of = f" of {self.budget:g} ({_down(self.left or 0.0)} left{set_by})" if self.budget is not None else ""
         if self.labels:
             return f"ε {epsilon_text(self.total)}{of}, unit label, {plural(self.labels, 'label')} released."
-        if not self.trainings:
+        if not self.trainings and not self.slots:
             none = "No training under differential privacy is recorded in this trail."
             return f"{none} The budget is {self.budget:g}{set_by}." if self.set_by is not None else none
         open_ones = f", {self.unsettled} of them not settled" if self.unsettled else ""
@@ -269,6 +272,11 @@ class Budget:
             said.append(
                 f"The rosters of {plural(self.unproven, 'training')} cannot be shown here, so that they count as "
                 "sharing somebody with every other."
+            )
+        if self.slots:
+            said.append(
+                f"A sweep holds budget for {plural(self.slots, 'training')} to come; it counts as reserved, for "
+                "everybody, until they have begun or the sweep gives it back."
             )
         return (*said, *self.doubts)
 
@@ -463,7 +471,7 @@ def _check_left(noise: float | None, rate: float, steps: int | None, epsilon: fl
         )
 
 
-def _population_asked(budget: Budget, number: int | None) -> tuple[int, float, tuple[Mechanism, ...]]:
+def _population_asked(budget: Budget, number: int | None) -> tuple[int, float, tuple[Composable, ...]]:
     """Its number, what it has spent or reserved, and by what."""
     groups = budget.ledger.groups if budget.ledger is not None else ()
     if number == 0 or (number is None and not groups):

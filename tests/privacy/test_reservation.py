@@ -162,7 +162,7 @@ def test_a_run_that_is_always_overtaken_ends_with_a_sentence(tmp_path: Path, mon
         plan = planned(trail, 50.0)
         replanned, tries = Plan.replanned, []
 
-        def overtaken(self: Plan, prior: tuple[object, ...]) -> Plan:
+        def overtaken(self: Plan, prior: tuple[object, ...], draw: object = None) -> Plan:
             tries.append(len(prior))
             found = replanned(self, prior)  # type: ignore[arg-type]
             with monkeypatch.context() as once:

@@ -3,7 +3,8 @@
 A worker is a process of its own that opens the trail by its folder, as a kernel on the same machine would. Nothing of
 the ledger, the trail or the reservation is replaced; no trainer is needed, since the roster is handed in, and the two
 accountants that only check the third are left out, which would take most of the time. With ``rosters`` the racers are
-divided among annotators of these names, who are disjoint, in the place of pairs. ``faulty`` plants the fault that the
+divided among annotators of these names, who are disjoint, in the place of pairs; with ``slots`` among these slots of a
+sweep, ``None`` being none. ``faulty`` plants the fault that the
 race is there to find: the check is made before the append, and not within it.
 """
 
@@ -22,7 +23,7 @@ from support.processes import startable
 from support.trails import without_cross_checks
 
 from rlhf_audit_nb.config import PrivacyConfig
-from rlhf_audit_nb.errors import BudgetExceededError
+from rlhf_audit_nb.errors import BudgetExceededError, PrivacyError
 from rlhf_audit_nb.privacy.accountant import Mechanism, compose
 from rlhf_audit_nb.privacy.plan import plan_units
 from rlhf_audit_nb.privacy.populations import Roster
@@ -39,7 +40,7 @@ _UNITS = Units("pair", tuple((row,) for row in range(20)))
 _PATIENCE = 300.0
 
 
-def _reserved_once(folder: Path, epsilon: float, name: str | None = None) -> str:
+def _reserved_once(folder: Path, epsilon: float, name: str | None = None, slot: str | None = None) -> str:
     ids = [f"{name}-{number}" for number in range(len(_UNITS))]
     units = _UNITS if name is None else build_units(ids, len(ids), "annotator")
     roster = None if name is None else Roster.of(ids, len(ids))
@@ -53,11 +54,15 @@ def _reserved_once(folder: Path, epsilon: float, name: str | None = None) -> str
     )
     with Trail.open(folder) as trail:
         try:
-            prior = read_ledger(trail.reader(), trail).mechanisms(config.unit, config.unit_column, roster)
-            plan = replace(plan_units(config, units, ONE.sampling_rate, ONE.steps, 5, prior), roster=roster)
+            ledger = read_ledger(trail.reader(), trail)
+            prior = ledger.mechanisms(config.unit, config.unit_column, roster, drawing=slot)
+            draw = ledger.draw(slot) if slot is not None else None
+            plan = replace(plan_units(config, units, ONE.sampling_rate, ONE.steps, 5, prior, draw=draw), roster=roster)
             plan = reserve(trail, plan, SealedRandom.from_system(), reservation=uuid.uuid4().hex, run=uuid.uuid4().hex)
         except BudgetExceededError:
             return "refused"
+        except PrivacyError as error:
+            return error.reason
     return "got it" if plan.steps == ONE.steps else f"got {plan.steps} steps"
 
 
@@ -79,14 +84,14 @@ def _race(pipe: Any, start: Any) -> None:
     compose([ONE], DELTA)  # imports and first tables, before the first race
     pipe.send("ready")
     while (round_ := pipe.recv()) is not None:
-        folder, epsilon, faulty, name = round_
+        folder, epsilon, faulty, name, slot = round_
         start.wait(_PATIENCE)
         try:
             if faulty:
                 with patch.object(Trail, "append_guarded", _checked_before):
-                    pipe.send(_reserved_once(folder, epsilon, name))
+                    pipe.send(_reserved_once(folder, epsilon, name, slot))
             else:
-                pipe.send(_reserved_once(folder, epsilon, name))
+                pipe.send(_reserved_once(folder, epsilon, name, slot))
         except Exception as error:  # told to the test, which fails with it
             pipe.send(f"{type(error).__name__}: {error}")
 
@@ -115,10 +120,15 @@ def racers(count: int) -> Iterator[Any]:
         return found
 
     def race(
-        folder: Path, epsilon: float, *, faulty: bool = False, rosters: Sequence[str | None] = (None,)
+        folder: Path,
+        epsilon: float,
+        *,
+        faulty: bool = False,
+        rosters: Sequence[str | None] = (None,),
+        slots: Sequence[str | None] = (None,),
     ) -> list[str]:
         for number, pipe in enumerate(pipes):
-            pipe.send((folder, epsilon, faulty, rosters[number % len(rosters)]))
+            pipe.send((folder, epsilon, faulty, rosters[number % len(rosters)], slots[number % len(slots)]))
         return answers()
 
     try:
