@@ -1,7 +1,8 @@
 """Keep: ``keys``. Floor 6.
 
-A passphrase comes from ``RLHF_AUDIT_PASSPHRASE`` (that of the keys as they are) or ``RLHF_AUDIT_NEW_PASSPHRASE`` (the
-one that they are to have), or is asked for on the terminal; never from the command line, where other users see it.
+A passphrase comes from ``RLHF_AUDIT_PASSPHRASE`` (that of the keys as they are; of a person's key:
+``RLHF_AUDIT_PERSON_PASSPHRASE``) or ``RLHF_AUDIT_NEW_PASSPHRASE`` (the one that they are to have), or is asked for on
+the terminal; never from the command line, where other users see it.
 """
 
 from __future__ import annotations
@@ -28,16 +29,17 @@ from rlhf_audit_nb.cli.shared import (
     read_policy,
     trail_folder,
 )
-from rlhf_audit_nb.config import ENV_PASSPHRASE
+from rlhf_audit_nb.config import ENV_PASSPHRASE, ENV_PERSON_PASSPHRASE
 from rlhf_audit_nb.errors import ConfigError, FormatError, KeyFileError
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.trail import Trail
     from rlhf_audit_nb.trail.key_care import KeyInfo
+    from rlhf_audit_nb.trail.people import PersonKey
     from rlhf_audit_nb.trail.rotation import Rotation
     from rlhf_audit_nb.trail.signers import HeldKey
 
-__all__ = ["COMMANDS"]
+__all__ = ["COMMANDS", "person_passphrase", "read_file"]
 
 ENV_NEW_PASSPHRASE = "RLHF_AUDIT_NEW_PASSPHRASE"
 BACK_UP = f"The backup of these keys is out of date: make a new one ({PROGRAM} keys backup FILE)."
@@ -130,7 +132,8 @@ def _ask_for_pin(*uris: str) -> None:
         os.environ[ENV_SIGNER_PIN] = getpass.getpass("PIN of the token: ")
 
 
-def _read(path: str) -> bytes:
+def read_file(path: str) -> bytes:
+    """A file that the user has named; raises `ConfigError`."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -148,7 +151,7 @@ def _held(uri: str, public: str | None) -> HeldKey:
             code="usage",
         )
     try:
-        return HeldKey(uri, read_public(_read(public)) if public else public_of(uri))
+        return HeldKey(uri, read_public(read_file(public)) if public else public_of(uri))
     except FormatError as error:
         raise ConfigError(f"{public or uri}: {error.message}", next_step=error.next_step, code=error.reason) from error
 
@@ -351,7 +354,7 @@ def _do_import(args: argparse.Namespace) -> int:
     from rlhf_audit_nb.trail.succession import keep_revocation, parse_revocation
 
     try:
-        found = parse_revocation(_read(args.file))
+        found = parse_revocation(read_file(args.file))
         policy = read_policy(args)
         if policy is None:
             try:
@@ -434,12 +437,89 @@ def _do_backup(args: argparse.Namespace) -> int:
 def _do_restore(args: argparse.Namespace) -> int:
     from rlhf_audit_nb.trail.key_care import list_keys, restore_keys
 
-    home, data = _home(), _read(args.file)
+    home, data = _home(), read_file(args.file)
     passphrase = os.environ.get(ENV_PASSPHRASE) or _ask("passphrase of the backup", ENV_PASSPHRASE)
     origin = restore_keys(home, data, passphrase)
     infos = list_keys(home, origin)
     words = [f"restored   the keys of {origin}", *_table(infos)]
     return finish(args, {"origin": origin, "keys": [_info_dict(info) for info in infos]}, words)
+
+
+# -- people ---------------------------------------------------------------------------------------------------------
+
+
+def _do_person(args: argparse.Namespace) -> int:
+    from rlhf_audit_nb.trail.people import people_here
+
+    if args.name is None:
+        people = people_here(_home())
+        words = [line for person in people for line in _person_words(person)]
+        words = words or ["There is no person's key here.", f'Make one: {PROGRAM} keys person --name "YOUR NAME".']
+        return finish(args, {"people": [_person_dict(person) for person in people]}, words)
+    person = next((one for one in people_here(_home()) if one.name == " ".join(args.name.split())), None)
+    making = args.signer or args.no_passphrase or args.kind or args.public
+    made = person is None or making
+    if person is None or making:
+        person = _made_person(args)
+    words = _person_words(person)
+    if made and person.where == "file":
+        words += ["Copy that folder to a safe place: without the key you cannot answer what you have signed."]
+    if args.out:
+        path = output(args, Path("person.pub"))
+        path.write_text(person.pem, encoding="utf-8")
+        words.append(f"public key {path}: hand it to whoever writes the policy, by another way than the records")
+    else:
+        words += person.pem.splitlines()
+    return finish(args, {**_person_dict(person), "made": bool(made), "file": args.out}, words)
+
+
+def _made_person(args: argparse.Namespace) -> PersonKey:
+    from rlhf_audit_nb.trail.people import create_person_key
+
+    if args.signer:
+        if args.kind or args.no_passphrase:
+            raise ConfigError(
+                "A key that is held elsewhere has its kind and its protection there.",
+                next_step="Leave --kind and --no-passphrase out.",
+                code="usage",
+            )
+        return create_person_key(_home(), args.name, None, held=_held(args.signer, args.public))
+    if args.public:
+        raise ConfigError("--public goes with --signer.", next_step="Add --signer URI, or leave it out.", code="usage")
+    passphrase = None if args.no_passphrase else _new_passphrase(f"new passphrase for the key of {args.name}")
+    return create_person_key(_home(), args.name, passphrase, kind=args.kind or "p256")
+
+
+def person_passphrase(person: PersonKey) -> str | None:
+    """The passphrase of a person's key; ``None`` where it needs none. The PIN of a token is asked for as well."""
+    if person.where != "file":
+        _ask_for_pin(person.where)
+        return None
+    given = os.environ.get(ENV_PERSON_PASSPHRASE)
+    if given or not person.encrypted:
+        return given
+    return _ask(f"passphrase of the key of {person.name}", ENV_PERSON_PASSPHRASE)
+
+
+def _person_words(person: PersonKey) -> list[str]:
+    state = "" if person.where != "file" else ", encrypted" if person.encrypted else ", NOT encrypted"
+    return [
+        f"{person.name}   {person.kind}, {person.where}{state}",
+        f"  key id  {person.id}",
+        f"  folder  {person.folder}",
+    ]
+
+
+def _person_dict(person: PersonKey) -> dict[str, Any]:
+    return {
+        "name": person.name,
+        "kind": person.kind,
+        "id": person.id,
+        "where": person.where,
+        "encrypted": person.encrypted,
+        "folder": str(person.folder),
+        "public": person.pem,
+    }
 
 
 # -- grammar --------------------------------------------------------------------------------------------------------
@@ -450,7 +530,7 @@ def _add_keys(parser: Parser) -> None:
         dest="part",
         prog=f"{PROGRAM} keys",
         required=True,
-        metavar="create|list|show|encrypt|rotate|revoke|import|export|add-mldsa|use|backup|restore",
+        metavar="create|list|show|encrypt|rotate|revoke|import|export|add-mldsa|use|backup|restore|person",
         parser_class=Parser,
     )
 
@@ -472,6 +552,16 @@ def _add_keys(parser: Parser) -> None:
     backup.add_argument("file", metavar="FILE")
     restore = part("restore", _do_restore, "put keys back from a backup; nothing that is there is replaced")
     restore.add_argument("file", metavar="FILE")
+    _add_person(part("person", _do_person, "a person's own key, to sign records with: make it, show its public half"))
+
+
+def _add_person(person: Parser) -> None:
+    person.add_argument("--name", metavar="NAME", help="the printed name (default: show whose keys are here)")
+    person.add_argument("--kind", choices=("p256", "ed25519"), help="of a new key (p256)")
+    person.add_argument("--signer", metavar="URI", help="the key is held there (HSM, key service); see `keys use`")
+    person.add_argument("--public", metavar="FILE", help="its public half (PEM), where the holder does not tell it")
+    person.add_argument("--no-passphrase", action="store_true", help="write the private key unencrypted")
+    person.add_argument("-o", "--out", metavar="FILE", help="write the public key there (default: stdout)")
 
 
 _Part = Callable[..., Parser]
@@ -516,4 +606,6 @@ def _add_changes(part: _Part) -> None:
     add_policy(bring)
 
 
-COMMANDS = (Command("keep", "keys", "make, encrypt, rotate, revoke and back up the keys of a trail", _add_keys),)
+COMMANDS = (
+    Command("keep", "keys", "make, encrypt, rotate, revoke and back up the keys of a trail, and of people", _add_keys),
+)

@@ -21,6 +21,7 @@ from rlhf_audit_nb.events.annotations import (
     AnnotatorsKey,
     AnnotatorsTabulated,
 )
+from rlhf_audit_nb.events.attestations import RecordAttested
 from rlhf_audit_nb.events.base import (
     Event,
     Number,
@@ -185,6 +186,7 @@ __all__ = [
     "PublicDeclared",
     "RankReported",
     "RanksFormed",
+    "RecordAttested",
     "RecordSealed",
     "RecordStarted",
     "ReferenceUsed",

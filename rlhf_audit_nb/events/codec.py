@@ -9,6 +9,7 @@ import msgspec
 from rlhf_audit_nb.errors import EntryError
 from rlhf_audit_nb.events import annotations as annotation_events
 from rlhf_audit_nb.events import (
+    attestations,
     cells,
     compute,
     evaluation,
@@ -30,6 +31,7 @@ __all__ = ["EVENTS", "decode_body", "decode_private", "encode_body", "encode_pri
 
 _MODULES = (
     annotation_events,
+    attestations,
     cells,
     compute,
     evaluation,
