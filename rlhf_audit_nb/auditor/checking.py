@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 from rlhf_audit_nb.auditor.base import AuditorBase
 from rlhf_audit_nb.auditor.trails import trail_if_open
 from rlhf_audit_nb.events import encode_body
+from rlhf_audit_nb.trail.home import home_folder
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.capture.overhead import RunOverhead
     from rlhf_audit_nb.compliance.weights import WeightsVerdict
     from rlhf_audit_nb.health import Examination
     from rlhf_audit_nb.privacy.self_audit import SelfAudit
+    from rlhf_audit_nb.records.signatures import Attestation
     from rlhf_audit_nb.reports.budget import Budget, BudgetLeft
     from rlhf_audit_nb.trail import TrustPolicy
 
@@ -45,6 +47,68 @@ class Checking(AuditorBase):
         evidence = evidence_of(against if against is not None else self.trail.location, policy)
         beside = Path(against) / "artifacts" if against is not None else self.trail.artifacts
         return check_weights(folder, evidence, artifacts=beside if beside.is_dir() else None)
+
+    def attest(
+        self,
+        record: Path | str,
+        *,
+        role: str,
+        statement: str,
+        name: str | None = None,
+        reject: bool = False,
+        meaning: str | None = None,
+        purpose: str | None = None,
+        key: Path | str | None = None,
+        passphrase: str | None = None,
+        policy: TrustPolicy | None = None,
+    ) -> Attestation:
+        """Sign a record as a person, and enter that into this trail, where the record is this trail's.
+
+        Whoever holds a kernel can read what is typed into it: sign in a process of your own, not where a training runs.
+
+        Args:
+            record: an executed notebook that was sealed.
+            role: in which you sign, such as ``compliance officer``.
+            statement: what you have looked at and what you decide, in words.
+            name: your printed name; ``None`` takes that of the key.
+            reject: refuse it.
+            meaning: ``approved`` (where nothing is said), ``reviewed``, ``responsible``, ``authored`` or ``withdrawn``.
+            purpose: the use that you speak of; ``None``: any.
+            key: the name of a person whose key lies in the home folder, or a PEM file; ``None`` takes the only one.
+            passphrase: of that key; ``None`` takes ``RLHF_AUDIT_PERSON_PASSPHRASE``.
+            policy: whom to trust for the record; ``None`` trusts the user's own keys.
+
+        Raises:
+            ConfigError: a text cannot stand, or it is not said who signs.
+            KeyFileError: the key cannot be used, or is one of a trail's.
+            RecordError: the record does not hold, or cannot be written; nothing was signed.
+        """
+        from rlhf_audit_nb.records import open_record
+        from rlhf_audit_nb.records.attesting import (
+            attest_record,
+            attestations_of,
+            enter_attestations,
+            meaning_of,
+            trail_of,
+        )
+        from rlhf_audit_nb.trail.people import choose_person_key
+
+        chosen = choose_person_key(home_folder(), None if key is None else str(key), name)
+        item = attest_record(
+            record,
+            chosen.open(passphrase),
+            name=chosen.name,
+            role=role,
+            statement=statement,
+            meaning=meaning_of(meaning, reject=reject),
+            purpose=purpose,
+            policy=policy,
+        )
+        opened, mine = open_record(record, policy=policy), self.audit_config.trail_location()
+        if trail_of(opened, record, mine) != mine:
+            return item
+        entered = enter_attestations(self.trail, opened, policy=policy)
+        return next(one for one in attestations_of(opened, entered) if one.index == item.index)
 
     def doctor(
         self, *, full: bool = False, policy: Path | str | None = None, published: str | None = None

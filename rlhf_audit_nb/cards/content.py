@@ -18,6 +18,7 @@ from rlhf_audit_nb.compliance.framework import load_framework
 from rlhf_audit_nb.compliance.inputs import code_text, commit_text, digest_texts, files_note, files_text
 from rlhf_audit_nb.compliance.thresholds import evaluations
 from rlhf_audit_nb.events import PrivacyChecked, PrivacyPopulation
+from rlhf_audit_nb.records.attesting import signed_by
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -121,7 +122,7 @@ def card_content(evidence: Evidence) -> CardContent:
         law=f"{assessment.framework.law}, text {assessment.framework.text_version}",
         framework_digest=assessment.framework.digest,
         assessment=_assessment_words(assessment),
-        general=_general(run, final),
+        general=_general(evidence, run, final),
         development=_development(evidence, run),
         data=_data(run),
         privacy=_privacy(evidence, runs, run),
@@ -159,7 +160,7 @@ def _missing(*labels: tuple[str, str]) -> tuple[Field, ...]:
     return tuple(Field(label, NOT_STATED, where=where) for label, where in labels)
 
 
-def _general(run: RunFacts | None, final: tuple[Item, ModelBound] | None) -> Section:
+def _general(evidence: Evidence, run: RunFacts | None, final: tuple[Item, ModelBound] | None) -> Section:
     fields: list[Field] = []
     if run:
         fields.append(Field("Experiment", run.started.experiment, cite([run.item.index])))
@@ -180,6 +181,12 @@ def _general(run: RunFacts | None, final: tuple[Item, ModelBound] | None) -> Sec
         ("Input and output modalities", "Annex XI, Section 1, 1(e)"),
         ("Licence", "Annex XI, Section 1, 1(f)"),
     )
+    if evidence.trusted and evidence.origin_kind == "record":
+        fields += [
+            Field(f"Signed, {item.meaning}", f"{item.in_words}; {standing}")
+            for item, standing in signed_by(evidence, evidence.people)
+            if item.replaced_by is None
+        ]
     return Section("General description", tuple(fields))
 
 

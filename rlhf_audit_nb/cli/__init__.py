@@ -19,6 +19,7 @@ from rlhf_audit_nb import __version__
 from rlhf_audit_nb.cli import (
     anchoring,
     annotating,
+    attesting,
     budget,
     checking,
     computing,
@@ -46,6 +47,7 @@ COMMANDS = (
     *annotating.COMMANDS,
     *labelling.COMMANDS,
     *checking.COMMANDS,
+    *attesting.COMMANDS,
     *health.COMMANDS,
     *self_checking.COMMANDS,
     *replaying.COMMANDS,

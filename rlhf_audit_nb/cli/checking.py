@@ -7,14 +7,17 @@ import base64
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_audit_nb.cli.shared import WIDTH, Command, Parser, add_policy, finish, is_record, note, read_policy
 from rlhf_audit_nb.cli.weights import is_weights, verify_weights
-from rlhf_audit_nb.errors import ConfigError, FormatError
+from rlhf_audit_nb.errors import AuditError, ConfigError, FormatError
 
 if TYPE_CHECKING:
+    from rlhf_audit_nb.records import OpenedRecord
+    from rlhf_audit_nb.records.signatures import Attestation, TrailAttestation
     from rlhf_audit_nb.trail import Reason, TrustPolicy, Verdict
     from rlhf_audit_nb.trail.entry import Entry
 
@@ -28,6 +31,22 @@ MOST_LINES = 40
 QUIET_SECONDS = 2.0
 
 Notes = Sequence["Reason"]
+Signed = Sequence[tuple["Attestation", str]]
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A verdict, what is worth knowing beside it, and what the target itself holds.
+
+    Args:
+        payload: the private half that a disclosure opens.
+        record: the record, where it is one.
+    """
+
+    verdict: Verdict
+    notes: Notes = ()
+    payload: bytes | None = None
+    record: OpenedRecord | None = None
 
 
 def verdict_of(target: str, policy: TrustPolicy | None) -> tuple[Verdict, Notes]:
@@ -35,15 +54,17 @@ def verdict_of(target: str, policy: TrustPolicy | None) -> tuple[Verdict, Notes]
     from rlhf_audit_nb.trail.published import is_published
 
     if not is_published(target) and is_record(target):
-        return _record(target, policy)
+        checked = _record(target, policy)
+        return checked.verdict, checked.notes
     return _trail(target, policy), ()
 
 
-def _record(target: str, policy: TrustPolicy | None, roots: Sequence[bytes] | None = None) -> tuple[Verdict, Notes]:
+def _record(target: str, policy: TrustPolicy | None, roots: Sequence[bytes] | None = None) -> _Checked:
     from rlhf_audit_nb.records import open_record
 
     opened = open_record(Path(target), policy=policy, tsa_roots=roots)
-    return opened.verdict, (*opened.notes, *_canary_notes(opened.verdict, opened.entries))
+    notes = (*opened.notes, *_canary_notes(opened.verdict, opened.entries))
+    return _Checked(opened.verdict, notes, record=opened)
 
 
 def _trail(
@@ -87,16 +108,24 @@ def _do_verify(args: argparse.Namespace) -> int:
     if is_weights(args.target):
         _refuse_for(args, "a folder of weights")
         return verify_weights(args)
-    if args.trail:
+    policy = read_policy(args)
+    checked = _verdict(args, policy)
+    if args.trail and checked.record is None:
         raise ConfigError(
-            f"--trail goes with a folder of weights, and {args.target} is none.",
-            next_step="Leave it out: a trail, a record or a proof is checked by itself.",
+            f"--trail goes with a folder of weights or a record, and {args.target} is none.",
+            next_step="Leave it out: a trail or a proof is checked by itself.",
             code="usage",
         )
-
-    verdict, notes, payload = _verdict(args, read_policy(args))
+    verdict, notes, payload = checked.verdict, checked.notes, checked.payload
+    signed: Signed = ()
+    if checked.record is not None:
+        more, signed = _signatures(args, checked.record, policy)
+        notes = (*notes, *more)
     require = Level[args.require] if args.require else None
     words, result = verdict_words(verdict, notes), verdict.to_dict()
+    if signed:
+        words += _signed_words(signed)
+        result["attestations"] = [{**asdict(item), "standing": standing} for item, standing in signed]
     if notes:
         result["notes"] = [{"code": one.code, "where": one.where, "message": one.message} for one in notes]
     if args.entry:
@@ -110,15 +139,15 @@ def _do_verify(args: argparse.Namespace) -> int:
     return finish(args, result, words, code)
 
 
-def _verdict(args: argparse.Namespace, policy: TrustPolicy | None) -> tuple[Verdict, Notes, bytes | None]:
-    """The verdict, what is worth knowing beside it, and the private half that a disclosure opens."""
+def _verdict(args: argparse.Namespace, policy: TrustPolicy | None) -> _Checked:
+    """What is found of whatever was named."""
     from rlhf_audit_nb.trail.disclosure import is_disclosure, verify_disclosure
     from rlhf_audit_nb.trail.published import is_published
 
     target = args.target
     published = is_published(target)
     if not published and Path(target).is_file() and _is_proof(target):
-        return _proof(args, policy), (), None
+        return _Checked(_proof(args, policy))
     if args.entry:
         raise ConfigError(
             f"--entry goes with a proof file, and {target} is none.",
@@ -127,14 +156,56 @@ def _verdict(args: argparse.Namespace, policy: TrustPolicy | None) -> tuple[Verd
         )
     if published or Path(target).is_dir():
         verdict = _trail(target, policy, _roots(args), openings=args.openings)
-        return verdict, () if published else _ledger_notes(verdict, Path(target)), None
+        return _Checked(verdict, () if published else _ledger_notes(verdict, Path(target)))
     if is_disclosure(target):
         _refuse_for(args, "a disclosure")
         verdict, payload = verify_disclosure(target, policy=policy)
-        return verdict, (), payload
+        return _Checked(verdict, payload=payload)
     if is_record(target):
         _refuse_for(args, "a record", of_record=True)
-    return *_record(target, policy, _roots(args)), None
+    return _record(target, policy, _roots(args))
+
+
+def _signatures(args: argparse.Namespace, record: OpenedRecord, policy: TrustPolicy | None) -> tuple[Notes, Signed]:
+    """People's signatures on a record, and what is worth knowing of them; with its trail, where that is at hand."""
+    from rlhf_audit_nb.compliance.words import level_words
+    from rlhf_audit_nb.records.attesting import attestation_notes, signed_by
+
+    if not level_words(record.verdict.level.name).trusted:
+        return (), ()
+    known, notes = _known(args, record, policy)
+    return (*attestation_notes(record, known), *notes), signed_by(record, (), known)
+
+
+def _known(
+    args: argparse.Namespace, record: OpenedRecord, policy: TrustPolicy | None
+) -> tuple[tuple[TrailAttestation, ...], Notes]:
+    from rlhf_audit_nb.records.attesting import known_attestations, trail_of
+    from rlhf_audit_nb.trail import Reason
+
+    if args.trail:
+        return known_attestations(args.trail, record, policy=policy), ()
+    location = trail_of(record, args.target)
+    if location is None:
+        return (), ()
+    try:
+        return known_attestations(location, record, policy=policy), ()
+    except AuditError as error:
+        message = f"Whether a signature was taken out of this copy could not be asked of the trail: {error.message}"
+        return (), (Reason("attestations-unchecked", str(location), message),)
+
+
+def _signed_words(signed: Signed) -> list[str]:
+    lines = ["  signed by people:"]
+    for item, standing in signed:
+        replaced = "; replaced by a later signature with the same key" if item.replaced_by is not None else ""
+        entry = f"; entry {item.entry.index} of the trail" if item.entry is not None else ""
+        text = f"{item.in_words}{replaced}{entry}: {_one_line(item.statement)}"
+        lines += textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="      ")
+        lines += textwrap.wrap(
+            f"key {item.key_id[:16]}: {standing}", WIDTH, initial_indent="      ", subsequent_indent="      "
+        )
+    return lines
 
 
 def _ledger_notes(verdict: Verdict, folder: Path) -> Notes:
@@ -349,7 +420,9 @@ def _add_verify(parser: Parser) -> None:
         "--tsa-ca", action="append", metavar="FILE", help="trust this timestamping authority (PEM; may be repeated)"
     )
     parser.add_argument(
-        "--trail", metavar="TRAIL|URL|RECORD", help="what weights are checked against ($RLHF_AUDIT_TRAIL, else audit)"
+        "--trail",
+        metavar="TRAIL|URL|RECORD",
+        help="what weights are checked against ($RLHF_AUDIT_TRAIL, else audit); a record's trail (where it lies)",
     )
     parser.add_argument("--entry", metavar="FILE", help=f"the entry's bytes, for a {PROOF_SUFFIX} file")
 

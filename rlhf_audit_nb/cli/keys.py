@@ -35,11 +35,11 @@ from rlhf_audit_nb.errors import ConfigError, FormatError, KeyFileError
 if TYPE_CHECKING:
     from rlhf_audit_nb.trail import Trail
     from rlhf_audit_nb.trail.key_care import KeyInfo
-    from rlhf_audit_nb.trail.people import PersonKey
+    from rlhf_audit_nb.trail.people import ChosenKey, PersonKey
     from rlhf_audit_nb.trail.rotation import Rotation
     from rlhf_audit_nb.trail.signers import HeldKey
 
-__all__ = ["COMMANDS", "person_passphrase", "read_file"]
+__all__ = ["COMMANDS", "held_key", "opened_trail", "person_passphrase", "read_file"]
 
 ENV_NEW_PASSPHRASE = "RLHF_AUDIT_NEW_PASSPHRASE"
 BACK_UP = f"The backup of these keys is out of date: make a new one ({PROGRAM} keys backup FILE)."
@@ -112,12 +112,11 @@ def _home() -> Path:
 
 
 @contextmanager
-def _opened(args: argparse.Namespace) -> Iterator[Trail]:
-    """The trail that was named, to append to."""
+def opened_trail(folder: Path) -> Iterator[Trail]:
+    """A trail to append to; passphrase and PIN are asked for where they are needed."""
     from rlhf_audit_nb.trail import Trail, TrailReader
     from rlhf_audit_nb.trail.key_care import list_keys
 
-    folder = trail_folder(args)
     origin = TrailReader.open(folder).origin
     _ask_for_pin(*(info.where for info in list_keys(_home(), origin)))
     with Trail.open(folder, create=False, passphrase=_passphrase(_home(), origin)) as trail:
@@ -140,7 +139,8 @@ def read_file(path: str) -> bytes:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.", next_step="Check the path.") from error
 
 
-def _held(uri: str, public: str | None) -> HeldKey:
+def held_key(uri: str, public: str | None) -> HeldKey:
+    """The key that a URI names; ``public`` is the file of its public half, where its holder does not tell it."""
     from rlhf_audit_nb.trail.signers import HeldKey, public_of, read_public
 
     _ask_for_pin(uri)
@@ -200,7 +200,7 @@ def _do_create(args: argparse.Namespace) -> int:
 
     home, log = _home(), None
     if args.signer:
-        log = _held(args.signer, args.public)
+        log = held_key(args.signer, args.public)
     passphrase = ""
     if not args.no_passphrase:
         passphrase = os.environ.get(ENV_PASSPHRASE) or _new_passphrase("new passphrase")
@@ -274,7 +274,7 @@ def _keep_held(trail: Trail, args: argparse.Namespace) -> None:
 def _do_rotate(args: argparse.Namespace) -> int:
     from rlhf_audit_nb.trail.rotation import rotate_key
 
-    with _opened(args) as trail:
+    with opened_trail(trail_folder(args)) as trail:
         _keep_held(trail, args)
         done = rotate_key(trail, args.role, reason=args.reason)
         return finish(args, asdict(done), _rotated_words(trail, done))
@@ -283,7 +283,7 @@ def _do_rotate(args: argparse.Namespace) -> int:
 def _do_add_mldsa(args: argparse.Namespace) -> int:
     from rlhf_audit_nb.trail.rotation import rotate_key
 
-    with _opened(args) as trail:
+    with opened_trail(trail_folder(args)) as trail:
         if trail.keys.mldsa is not None:
             raise KeyFileError(
                 "The trail has an ML-DSA-44 key already.",
@@ -301,8 +301,8 @@ def _do_add_mldsa(args: argparse.Namespace) -> int:
 def _do_use(args: argparse.Namespace) -> int:
     from rlhf_audit_nb.trail.rotation import rotate_key
 
-    key = _held(args.uri, args.public)
-    with _opened(args) as trail:
+    key = held_key(args.uri, args.public)
+    with opened_trail(trail_folder(args)) as trail:
         done = rotate_key(trail, args.role, new=key, reason=args.reason)
         words = [*_rotated_words(trail, done), f"What signs now is {key.uri}; the ring holds only its public half."]
         return finish(args, {**asdict(done), "uri": key.uri}, words)
@@ -322,7 +322,7 @@ def _do_revoke(args: argparse.Namespace) -> int:
     from rlhf_audit_nb.trail.key_care import key_id, list_keys
     from rlhf_audit_nb.trail.rotation import revoke_key
 
-    with _opened(args) as trail:
+    with opened_trail(trail_folder(args)) as trail:
         path = output(args, Path(f"{args.role}.revoked")) if args.out else None
         infos = list_keys(trail.home, trail.origin)
         key = _named_key(infos, args.role, args.key) if args.key else None
@@ -483,22 +483,20 @@ def _made_person(args: argparse.Namespace) -> PersonKey:
                 next_step="Leave --kind and --no-passphrase out.",
                 code="usage",
             )
-        return create_person_key(_home(), args.name, None, held=_held(args.signer, args.public))
+        return create_person_key(_home(), args.name, None, held=held_key(args.signer, args.public))
     if args.public:
         raise ConfigError("--public goes with --signer.", next_step="Add --signer URI, or leave it out.", code="usage")
     passphrase = None if args.no_passphrase else _new_passphrase(f"new passphrase for the key of {args.name}")
     return create_person_key(_home(), args.name, passphrase, kind=args.kind or "p256")
 
 
-def person_passphrase(person: PersonKey) -> str | None:
+def person_passphrase(key: ChosenKey) -> str | None:
     """The passphrase of a person's key; ``None`` where it needs none. The PIN of a token is asked for as well."""
-    if person.where != "file":
-        _ask_for_pin(person.where)
+    if key.person is not None:
+        _ask_for_pin(key.person.where)
+    if not key.encrypted:
         return None
-    given = os.environ.get(ENV_PERSON_PASSPHRASE)
-    if given or not person.encrypted:
-        return given
-    return _ask(f"passphrase of the key of {person.name}", ENV_PERSON_PASSPHRASE)
+    return os.environ.get(ENV_PERSON_PASSPHRASE) or _ask(f"passphrase of the key of {key.name}", ENV_PERSON_PASSPHRASE)
 
 
 def _person_words(person: PersonKey) -> list[str]:

@@ -115,6 +115,9 @@ class Evidence:
         origin_kind: where it comes from.
         checkpoint: the signed tree head that covers the entries, as its note's text.
         notes: what verifying a record found worth knowing and no fault.
+        additions: what others have signed of a record (`rlhf_audit_nb.records.additions.Addition`).
+        people: whose signatures count, by a policy (`rlhf_audit_nb.records.signatures.Person`); empty where none was
+            given.
     """
 
     verdict: Verdict
@@ -123,6 +126,8 @@ class Evidence:
     origin_kind: OriginKind = "trail"
     checkpoint: str | None = None
     notes: tuple[Reason, ...] = ()
+    additions: tuple[Any, ...] = ()
+    people: tuple[Any, ...] = ()
 
     @classmethod
     def from_trail(
@@ -174,6 +179,7 @@ class Evidence:
             origin_kind="record",
             checkpoint=checkpoint if isinstance(checkpoint, str) else None,
             notes=tuple(opened.notes),
+            additions=tuple(opened.additions),
         )
 
     @property

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import difflib
 import hashlib
+import os
 import re
 import shlex
 import warnings
@@ -35,7 +36,7 @@ from IPython.core.magic import (
 )
 from IPython.utils.text import DollarFormatter
 
-from rlhf_audit_nb.config import AuditConfig, PrivacyConfig
+from rlhf_audit_nb.config import ENV_PERSON_PASSPHRASE, AuditConfig, PrivacyConfig
 from rlhf_audit_nb.errors import ConfigError, PrivacyError, TrailError
 from rlhf_audit_nb.notebook.history import CellHistory, cell_number
 
@@ -56,7 +57,7 @@ argument: Any = _arguments.argument
 CELL = "audit_train"
 LINE = "audit"
 _SHOWN = ("status", "verify", "report", "card", "budget", "lineage", "evaluations", "compute")
-COMMANDS = (*_SHOWN, "privacy-check", "doctor", "overhead")
+COMMANDS = (*_SHOWN, "attest", "privacy-check", "doctor", "overhead")
 _MATCHER = "rlhf_audit_nb"
 _VERDICT = ("rlhf_audit_nb.trail.verdict", "Verdict")
 
@@ -165,6 +166,7 @@ class AuditMagics(Magics):
     @no_var_expand
     @magic_arguments()
     @argument("command", nargs="?", metavar="COMMAND", help=f"{', '.join(COMMANDS)} (default status)")
+    @argument("target", nargs="?", metavar="RECORD", help="attest: the record to sign")
     @argument("--trail", metavar="FOLDER", help="another trail than the one used last")
     @argument("--format", metavar="FORMAT", help="report: html or pdf; card: eu_standard or huggingface")
     @argument("--out", "-o", metavar="FILE", help="save the report, card, lineage or budget (.svg, .png or .json)")
@@ -176,11 +178,18 @@ class AuditMagics(Magics):
     @argument("--json", action="store_true", help="budget, compute, overhead: as plain values")
     @argument("--compliance-mode", metavar="MODE", help="framework of the report (default eu_ai_act)")
     @argument("--record", action="store_true", help="privacy-check: write what was found into the trail")
+    @argument("--role", metavar="ROLE", help="attest: in which you sign, such as 'compliance officer'")
+    @argument("--statement", metavar="TEXT", help="attest: what you have looked at and what you decide")
+    @argument("--name", metavar="NAME", help="attest: your printed name (default: that of the key)")
+    @argument("--meaning", metavar="MEANING", help="attest: approved (default), reviewed, responsible, authored, …")
+    @argument("--reject", action="store_true", help="attest: refuse it")
+    @argument("--for", dest="purpose", metavar="PURPOSE", help="attest: the use that you speak of (default: any)")
+    @argument("--key", metavar="NAME|FILE", help="attest: your key (default: the one person's that is here)")
     @argument("--full", action="store_true", help="doctor: verify every entry, not only the newest")
     @line_magic
     def audit(self, line: str) -> Any:
         """Look at the trail: ``%audit status``, ``verify``, ``report``, ``card``, ``budget``, ``lineage``,
-        ``evaluations``, ``compute``, ``privacy-check``, ``doctor`` or ``overhead``.
+        ``evaluations``, ``compute``, ``attest``, ``privacy-check``, ``doctor`` or ``overhead``.
 
         ``%audit report --format html --out report.html`` writes the compliance report; without ``--out`` it is shown.
         ``%audit budget --noise-multiplier 2 --sampling-rate 0.1`` tells how many steps are left.
@@ -194,6 +203,8 @@ class AuditMagics(Magics):
                 next_step=f"Write one of: {', '.join(COMMANDS)}.",
                 code="usage",
             )
+        if options.target is not None and command != "attest":
+            _wrong(AuditMagics.audit, f"{command} takes no {options.target!r}")
         auditor = self._auditor_for(options)
         action: Callable[[AuditableRLHF, Any], Any] = getattr(self, f"_{command.replace('-', '_')}")
         return action(auditor, options)
@@ -239,6 +250,12 @@ class AuditMagics(Magics):
 
     def _compute(self, auditor: AuditableRLHF, options: Any) -> Any:
         return _plain_or_shown(auditor.compute(), options)
+
+    def _attest(self, auditor: AuditableRLHF, options: Any) -> Any:
+        if options.target is None or options.role is None or options.statement is None:
+            _wrong(AuditMagics.audit, "attest takes a record, --role and --statement")
+        said = _given(options, ("role", "statement", "name", "meaning", "purpose", "key"))
+        return auditor.attest(options.target, reject=options.reject, passphrase=_person_passphrase(options), **said)
 
     def _privacy_check(self, auditor: AuditableRLHF, options: Any) -> Any:
         found = auditor.privacy_check(record=options.record)
@@ -463,6 +480,22 @@ def _privacy(options: Any) -> PrivacyConfig | None:
             code="epsilon",
         )
     return None
+
+
+def _person_passphrase(options: Any) -> str | None:
+    """The passphrase of a person's key, asked for where it is needed; never on the line, which a notebook keeps."""
+    from getpass import getpass
+
+    from rlhf_audit_nb.trail.home import home_folder
+    from rlhf_audit_nb.trail.people import choose_person_key
+
+    chosen = choose_person_key(home_folder(), options.key, options.name)
+    if os.environ.get(ENV_PERSON_PASSPHRASE) or not chosen.encrypted:
+        return None
+    try:
+        return getpass(f"Passphrase of the key of {chosen.name}: ")
+    except NotImplementedError:  # nobody sits at this kernel; signing says what to set
+        return None
 
 
 def _plain_or_shown(result: Any, options: Any) -> Any:

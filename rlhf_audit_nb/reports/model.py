@@ -27,6 +27,7 @@ from rlhf_audit_nb.reports.parts import Cites, EvidenceRow, Fact, Group, Privacy
 from rlhf_audit_nb.reports.privacy import THREATS, THREATS_WITHOUT, composed_state, composed_words, privacy_part
 from rlhf_audit_nb.reports.runs import lineage_group, run_part, run_sentence
 from rlhf_audit_nb.reports.self_check import check_part
+from rlhf_audit_nb.reports.signed import signed_groups, signed_summary
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.compliance.evidence import Evidence, Item
@@ -57,6 +58,7 @@ class ReportModel:
     integrity: tuple[Fact, ...]
     tiles: tuple[Tile, ...]
     summary: tuple[Fact, ...]
+    signed: tuple[Group, ...]
     privacy_words: str
     privacy_state: str
     privacy_cites: Cites
@@ -161,6 +163,7 @@ class _Builder:
             integrity=integrity_facts(evidence),
             tiles=self._tiles(),
             summary=self._summary(),
+            signed=signed_groups(evidence),
             privacy_words=composed_words(self.composed, trusted=evidence.trusted),
             privacy_state=composed_state(self.composed, trusted=evidence.trusted),
             privacy_cites=cite(self.composed.indices),
@@ -259,7 +262,12 @@ class _Builder:
     def _summary(self) -> tuple[Fact, ...]:
         facts = [run_sentence(run) for run in self.runs]
         tested = evaluation_summary(self.evidence)
-        facts = [*self._record_outcome(), *facts, *([tested] if tested is not None else [])]
+        facts = [
+            *signed_summary(self.evidence),
+            *self._record_outcome(),
+            *facts,
+            *([tested] if tested is not None else []),
+        ]
         if not self.evidence.trusted:
             facts.insert(0, Fact("Not verified", "What follows is only what the file says."))
         if not self.runs:
@@ -324,6 +332,8 @@ class _Builder:
                 f"{words.plural(len(evidence.unknown), 'entry', 'entries')} could not be read by this version "
                 f"({', '.join(c.text for c in cite(i.index for i in evidence.unknown))}) and are not part of any claim."
             )
+        if evidence.origin_kind == "record" and evidence.trusted and not evidence.additions:
+            found.append("No person has signed this record.")
         if cells:
             found.append(
                 "Cells are shown as they ran. What the author's own code printed is outside the privacy statement."

@@ -47,7 +47,9 @@ from rlhf_audit_nb.trail.vkey import ECDSA, ED25519, parse_vkey
 
 __all__ = [
     "PERSON_KINDS",
+    "ChosenKey",
     "PersonKey",
+    "choose_person_key",
     "create_person_key",
     "key_from_file",
     "load_person_key",
@@ -223,12 +225,7 @@ def load_person_key(home: Path, name: str, passphrase: str | None = None) -> tup
     """
     folder = _folder(home, name)
     if not folder.is_dir():
-        known = ", ".join(person.name for person in people_here(home))
-        raise KeyFileError(
-            f"There is no key of {person_name(name)} here{f' (there are keys of {known})' if known else ''}.",
-            next_step=f'Make one: rlhf-audit keys person --name "{person_name(name)}".',
-            code="no-key",
-        )
+        raise _no_key(home, person_name(name))
     person = _read(folder)
     if person.where != "file":
         try:
@@ -242,16 +239,95 @@ def load_person_key(home: Path, name: str, passphrase: str | None = None) -> tup
     return person, key
 
 
+@dataclass(frozen=True)
+class ChosenKey:
+    """A key that somebody wants to sign with, before it is opened.
+
+    Attributes:
+        name: the printed name.
+        home: the folder of keys.
+        person: the person whose key lies there.
+        file: else the PEM file that was named.
+    """
+
+    name: str
+    home: Path
+    person: PersonKey | None = None
+    file: Path | None = None
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether it takes a passphrase."""
+        if self.file is not None:
+            return b"ENCRYPTED" in _content(self.file)
+        return self.person is not None and self.person.encrypted
+
+    def open(self, passphrase: str | None = None) -> SigningKey:
+        """The key; errors as `load_person_key`."""
+        if self.file is not None:
+            return key_from_file(self.file, passphrase)
+        return load_person_key(self.home, self.name, passphrase)[1]
+
+
+def choose_person_key(home: Path, key: str | None, name: str | None) -> ChosenKey:
+    """The key that is meant.
+
+    Args:
+        home: the folder of keys.
+        key: a person's name or key id, or a PEM file; ``None`` takes the key of ``name``, or the only one that is here.
+        name: the name to be printed; ``None`` takes the key's.
+
+    Raises:
+        KeyFileError: there is no such key, several could be meant, or the name is not that of the key.
+    """
+    if key is not None and Path(key).is_file():
+        if name is None:
+            raise KeyFileError(f"The key {key} does not say whose it is.", next_step="Say the name.", code="name")
+        return ChosenKey(person_name(name), home, file=Path(key))
+    wanted, known = key or name, people_here(home)
+    if wanted is None and len(known) != 1:
+        names = ", ".join(person.name for person in known)
+        raise KeyFileError(
+            f"It is not said who signs: there are keys of {names}." if known else "There is no person's key here.",
+            next_step="Say the name." if known else 'Make one: rlhf-audit keys person --name "YOUR NAME".',
+            code="no-key",
+        )
+    clean = None if wanted is None else " ".join(wanted.split())
+    person = next((one for one in known if clean in (None, one.name, one.id)), None)
+    if person is None:
+        raise _no_key(home, str(clean))
+    if name is not None and person_name(name) != person.name:
+        raise KeyFileError(
+            f"The key is {person.name}'s, and the name to be printed is {name}.",
+            next_step="Leave the name out, or name another key.",
+            code="name",
+        )
+    return ChosenKey(person.name, home, person=person)
+
+
+def _no_key(home: Path, name: str) -> KeyFileError:
+    known = ", ".join(person.name for person in people_here(home))
+    return KeyFileError(
+        f"There is no key of {name} here{f' (there are keys of {known})' if known else ''}.",
+        next_step='Make one: rlhf-audit keys person --name "YOUR NAME".',
+        code="no-key",
+    )
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
 def key_from_file(path: Path, passphrase: str | None = None) -> FileKey:
     """A private key in a PEM file (PKCS #8) that can be a person's.
 
     Raises:
         KeyFileError: as `load_person_key`, or it is of another kind.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    data = _content(path)
     given = passphrase or os.environ.get(ENV_PERSON_PASSPHRASE)
     encrypted = b"ENCRYPTED" in data
     if encrypted and not given:
