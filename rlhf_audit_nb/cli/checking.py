@@ -11,7 +11,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_audit_nb.cli.shared import WIDTH, Command, Parser, add_policy, finish, is_record, note, read_policy
+from rlhf_audit_nb.cli.shared import (
+    WIDTH,
+    Command,
+    Parser,
+    add_policy,
+    finish,
+    is_record,
+    is_record_address,
+    note,
+    read_policy,
+)
 from rlhf_audit_nb.cli.weights import is_weights, verify_weights
 from rlhf_audit_nb.errors import AuditError, ConfigError, FormatError
 
@@ -53,7 +63,7 @@ def verdict_of(target: str, policy: TrustPolicy | None) -> tuple[Verdict, Notes]
     """The verdict on a record or a trail, and what is worth knowing beside it and is no fault."""
     from rlhf_audit_nb.trail.published import is_published
 
-    if not is_published(target) and is_record(target):
+    if is_record_address(target) or (not is_published(target) and is_record(target)):
         checked = _record(target, policy)
         return checked.verdict, checked.notes
     return _trail(target, policy), ()
@@ -62,7 +72,7 @@ def verdict_of(target: str, policy: TrustPolicy | None) -> tuple[Verdict, Notes]
 def _record(target: str, policy: TrustPolicy | None, roots: Sequence[bytes] | None = None) -> _Checked:
     from rlhf_audit_nb.records import open_record
 
-    opened = open_record(Path(target), policy=policy, tsa_roots=roots)
+    opened = open_record(target, policy=policy, tsa_roots=roots)
     notes = (*opened.notes, *_canary_notes(opened.verdict, opened.entries))
     return _Checked(opened.verdict, notes, record=opened)
 
@@ -145,7 +155,7 @@ def _verdict(args: argparse.Namespace, policy: TrustPolicy | None) -> _Checked:
     from rlhf_audit_nb.trail.published import is_published
 
     target = args.target
-    published = is_published(target)
+    published = is_published(target) and not is_record_address(target)
     if not published and Path(target).is_file() and _is_proof(target):
         return _Checked(_proof(args, policy))
     if args.entry:

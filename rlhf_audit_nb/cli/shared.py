@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from urllib.parse import urlsplit
 
 from rlhf_audit_nb.errors import ConfigError, FormatError, KeyFileError
 
@@ -32,6 +33,7 @@ __all__ = [
     "endorse",
     "finish",
     "is_record",
+    "is_record_address",
     "note",
     "output",
     "read_policy",
@@ -161,6 +163,8 @@ def is_record(target: str) -> bool:
     Raises:
         ConfigError: there is nothing of that name.
     """
+    if is_record_address(target):
+        return True
     path = Path(target)
     if path.is_dir():
         return False
@@ -171,6 +175,11 @@ def is_record(target: str) -> bool:
         next_step="Name an executed notebook (.ipynb) or a trail's folder.",
         code="no-target",
     )
+
+
+def is_record_address(target: str) -> bool:
+    """Whether a target is the address of a notebook, and not of a published trail."""
+    return "://" in target and urlsplit(target).path.endswith(RECORD_SUFFIX)
 
 
 def endorse(checkpoint: str) -> str:

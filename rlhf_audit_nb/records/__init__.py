@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.records.anchoring import AnchoredRecord, anchor_record
     from rlhf_audit_nb.records.kept import kept_record, kept_records
     from rlhf_audit_nb.records.record import OpenedRecord, open_record, read_record, verify_record
-    from rlhf_audit_nb.records.run import RunResult, read_parameters, run_notebook
+    from rlhf_audit_nb.records.run import RunResult, check_parameters, read_parameters, run_notebook
 
 __all__ = [
     "Addition",
@@ -24,6 +24,7 @@ __all__ = [
     "RunResult",
     "add_to_record",
     "anchor_record",
+    "check_parameters",
     "kept_record",
     "kept_records",
     "open_record",
@@ -38,7 +39,7 @@ _MODULES = dict.fromkeys(["OpenedRecord", "open_record", "read_record", "verify_
 _MODULES |= dict.fromkeys(["Addition", "add_to_record"], "additions")
 _MODULES |= dict.fromkeys(["AnchoredRecord", "anchor_record"], "anchoring")
 _MODULES |= dict.fromkeys(["kept_record", "kept_records"], "kept")
-_MODULES |= dict.fromkeys(["RunResult", "read_parameters", "run_notebook"], "run")
+_MODULES |= dict.fromkeys(["RunResult", "check_parameters", "read_parameters", "run_notebook"], "run")
 
 
 def __getattr__(name: str) -> Any:

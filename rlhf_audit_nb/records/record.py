@@ -99,15 +99,20 @@ def open_record(
     """Reads and verifies a record.
 
     Args:
-        path: the executed notebook.
+        path: the executed notebook: a file, or as text an address that papermill can read.
         policy: whose signatures count; ``None`` takes the user's own key for the record's trail.
         home: the folder of keys and last-seen heads; ``None`` takes ``RLHF_AUDIT_HOME`` or the user's own.
         tsa_roots: certificates (PEM) of the timestamping authorities that are trusted; ``None`` takes the home's.
 
     Raises:
-        RecordError: the file cannot be read.
+        RecordError: it cannot be read.
         KeyFileError: there is no policy and no key of the user's own for this trail.
     """
+    if isinstance(path, str) and "://" in path:
+        # Here and not above: a file needs neither papermill nor nbformat.
+        from rlhf_audit_nb.records.places import read_place
+
+        return read_record(read_place(path), policy=policy, home=home, tsa_roots=tsa_roots)
     try:
         data = Path(path).read_bytes()
     except OSError as error:
