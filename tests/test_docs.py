@@ -59,7 +59,8 @@ def test_a_block_runs_as_written(block, tmp_path, request):
     if block.how == "after demo":
         demo = request.getfixturevalue("demo")
         shutil.copytree(demo / "out", tmp_path / "out")
-        environment["RLHF_AUDIT_HOME"] = str(demo / "home")
+        # A copy too: a block that appends to its trail must not be remembered as the newest state of the others'.
+        environment["RLHF_AUDIT_HOME"] = str(shutil.copytree(demo / "home", tmp_path / "demo-home"))
         shutil.copy(REPOSITORY / "example_notebooks" / "01_dpo_private.ipynb", tmp_path)
     elif block.how == "setup votes":
         (tmp_path / "votes.csv").write_text("question,chosen,rejected,worker\nq,a,b,w1\nq,b,a,w2\n")

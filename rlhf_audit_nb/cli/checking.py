@@ -23,11 +23,11 @@ from rlhf_audit_nb.cli.shared import (
     read_policy,
 )
 from rlhf_audit_nb.cli.weights import is_weights, verify_weights
-from rlhf_audit_nb.errors import AuditError, ConfigError, FormatError
+from rlhf_audit_nb.errors import ConfigError, FormatError
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.records import OpenedRecord
-    from rlhf_audit_nb.records.signatures import Attestation, TrailAttestation
+    from rlhf_audit_nb.records.signatures import Attestation
     from rlhf_audit_nb.trail import Reason, TrustPolicy, Verdict
     from rlhf_audit_nb.trail.entry import Entry
 
@@ -179,30 +179,12 @@ def _verdict(args: argparse.Namespace, policy: TrustPolicy | None) -> _Checked:
 def _signatures(args: argparse.Namespace, record: OpenedRecord, policy: TrustPolicy | None) -> tuple[Notes, Signed]:
     """People's signatures on a record, and what is worth knowing of them; with its trail, where that is at hand."""
     from rlhf_audit_nb.compliance.words import level_words
-    from rlhf_audit_nb.records.attesting import attestation_notes, signed_by
+    from rlhf_audit_nb.records.attesting import ask_trail, attestation_notes, signed_by
 
     if not level_words(record.verdict.level.name).trusted:
         return (), ()
-    known, notes = _known(args, record, policy)
+    known, notes = ask_trail(record, args.target, trail=args.trail, policy=policy)
     return (*attestation_notes(record, known), *notes), signed_by(record, (), known)
-
-
-def _known(
-    args: argparse.Namespace, record: OpenedRecord, policy: TrustPolicy | None
-) -> tuple[tuple[TrailAttestation, ...], Notes]:
-    from rlhf_audit_nb.records.attesting import known_attestations, trail_of
-    from rlhf_audit_nb.trail import Reason
-
-    if args.trail:
-        return known_attestations(args.trail, record, policy=policy), ()
-    location = trail_of(record, args.target)
-    if location is None:
-        return (), ()
-    try:
-        return known_attestations(location, record, policy=policy), ()
-    except AuditError as error:
-        message = f"Whether a signature was taken out of this copy could not be asked of the trail: {error.message}"
-        return (), (Reason("attestations-unchecked", str(location), message),)
 
 
 def _signed_words(signed: Signed) -> list[str]:

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AttestationPredicate",
     "Attested",
+    "ask_trail",
     "attest_record",
     "attestation_notes",
     "attestations_of",
@@ -371,6 +372,39 @@ def trail_of(opened: OpenedRecord, path: Path | str, *others: Path) -> Path | No
         except AuditError:
             continue  # no readable trail, so not this record's
     return None
+
+
+def ask_trail(
+    opened: OpenedRecord,
+    path: Path | str,
+    *,
+    trail: Path | str | None = None,
+    policy: TrustPolicy | None = None,
+    home: Path | None = None,
+) -> tuple[tuple[TrailAttestation, ...], tuple[Reason, ...]]:
+    """What the record's trail knows of its attestations, wherever it is at hand.
+
+    Args:
+        opened: the record.
+        path: its file.
+        trail: the trail's folder; ``None`` looks in the usual places (`trail_of`), and a trail there that cannot be
+            asked is a note and no error.
+        policy: as `known_attestations`, whose errors it has where ``trail`` is named.
+        home: likewise.
+
+    Returns:
+        What it knows, nothing where there is no trail; and notes.
+    """
+    location = trail or trail_of(opened, path)
+    if location is None:
+        return (), ()
+    try:
+        return known_attestations(location, opened, policy=policy, home=home), ()
+    except AuditError as error:
+        if trail:
+            raise
+        message = f"Whether a signature was taken out of this copy could not be asked of the trail: {error.message}"
+        return (), (Reason("attestations-unchecked", str(location), message),)
 
 
 def known_attestations(
