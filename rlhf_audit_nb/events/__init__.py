@@ -99,6 +99,7 @@ from rlhf_audit_nb.events.records import (
     RecordStarted,
     ReportCreated,
 )
+from rlhf_audit_nb.events.reproduction import AppliedRule, RecordReproduced
 from rlhf_audit_nb.events.runs import (
     EnvironmentCaptured,
     ReplayStarted,
@@ -137,6 +138,7 @@ __all__ = [
     "AnnotatorReidentified",
     "AnnotatorsKey",
     "AnnotatorsTabulated",
+    "AppliedRule",
     "BaseComputeDeclared",
     "BudgetSet",
     "CardCreated",
@@ -187,6 +189,7 @@ __all__ = [
     "RankReported",
     "RanksFormed",
     "RecordAttested",
+    "RecordReproduced",
     "RecordSealed",
     "RecordStarted",
     "ReferenceUsed",

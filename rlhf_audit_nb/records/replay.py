@@ -1,39 +1,35 @@
 """Replaying a record from the openings of its seeds, and saying whether it comes out the same. Floor 3.
 
 The record is verified, each opening is verified against the commitment in the record's own ``privacy.reserved`` entry,
-and the notebook's cells, parameters included, run once more: in a fresh kernel, in a scratch folder, with a scratch
-trail and a scratch home, so that the trail, the vault and the keys of whoever replays are not touched. What is compared
-is in `comparison`. Whoever replays needs the data, runs the notebook's code, and holds what the seed protects.
+and the notebook runs once more on scratch paper (`rerun`). What is compared is in `comparison`. Whoever replays needs
+the data, runs the notebook's code, and holds what the seed protects.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from rlhf_audit_nb.config import ENV_HOME, ENV_REPLAY, ENV_TRAIL
-from rlhf_audit_nb.errors import AuditError, RecordError
-from rlhf_audit_nb.events import (
-    EnvironmentCaptured,
-    PrivacyReserved,
-    PrivacySealed,
-    decode_body,
-    decode_private,
-)
-from rlhf_audit_nb.privacy.replay import OpenedSeed, ReplaySeeds, start_replay, write_seeds
+from rlhf_audit_nb.events import PrivacyReserved, PrivacySealed, decode_body, decode_private
+from rlhf_audit_nb.privacy.replay import OpenedSeed, ReplaySeeds
 from rlhf_audit_nb.records.comparison import Comparison, compare_environments, compare_runs, private_runs
+from rlhf_audit_nb.records.rerun import (
+    Progress,
+    ReplayFailedError,
+    ReplayRefusedError,
+    environment_of,
+    open_sound_record,
+    rerun_notebook,
+    scratch_trail,
+    write_notebook,
+)
 from rlhf_audit_nb.trail import Level, Trail, TrailReader
 from rlhf_audit_nb.trail.disclosure import Disclosure, disclose, parse_disclosure, verify_disclosure
 from rlhf_audit_nb.trail.proof import parse_proof
 
 if TYPE_CHECKING:
-    from rlhf_audit_nb.records.record import OpenedRecord
     from rlhf_audit_nb.trail import TrustPolicy
     from rlhf_audit_nb.trail.entry import Entry
 
@@ -47,29 +43,6 @@ __all__ = [
     "replay_record",
     "scratch_trail",
 ]
-
-_RECORD = "RLHF_AUDIT_RECORD"
-_FLAGS = ("PYTHONHASHSEED", "CUBLAS_WORKSPACE_CONFIG")
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-_SOCKET_PATH = 103  # sun_path of the BSDs, less its final zero; Linux has 107
-
-
-class ReplayRefusedError(RecordError):
-    """The record or an opening does not hold, or a seed is missing; nothing was run."""
-
-    code: ClassVar[str] = "replay-refused"
-    exit_code: ClassVar[int] = 3
-
-
-class ReplayFailedError(RecordError):
-    """A cell raised that had not raised before, so there is nothing whole to compare; ``said`` is what it said."""
-
-    code: ClassVar[str] = "replay-failed"
-    exit_code: ClassVar[int] = 1
-
-    def __init__(self, message: str, *, next_step: str = "", said: str = "") -> None:
-        super().__init__(message, next_step=next_step)
-        self.said = said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,17 +192,7 @@ def _opened(disclosure: Disclosure, entry: Entry) -> OpenedSeed:
     return OpenedSeed(entry.index, event, bytes.fromhex(sealed.seed))
 
 
-# --- scratch ---------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def scratch_trail(seeds: ReplaySeeds) -> Iterator[tuple[Path, Path]]:
-    """A new trail that is marked as the replay of these seeds, and its home; both are gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="rlhf-audit-replay-") as folder:  # mode 0700
-        location, home = Path(folder) / "audit", Path(folder) / "home"
-        with Trail.open(location, home=home) as trail:
-            start_replay(trail, seeds)
-        yield location, home
+# --- comparing -------------------------------------------------------------------------------------------------------
 
 
 def compare_with_replay(entries: Sequence[Entry], replayed: TrailReader, seeds: ReplaySeeds) -> ReplayResult:
@@ -237,18 +200,10 @@ def compare_with_replay(entries: Sequence[Entry], replayed: TrailReader, seeds: 
     then, now = private_runs(entries), private_runs(replayed.entries())
     warnings: tuple[str, ...] = ()
     for (_, before), (_, after) in zip(then, now, strict=False):
-        old, new = _environment(before), _environment(after)
+        old, new = environment_of(before), environment_of(after)
         if old is not None and new is not None:
             warnings += tuple(item for item in compare_environments(old, new) if item not in warnings)
     return ReplayResult(comparison=compare_runs(then, now), warnings=warnings, entries=tuple(seeds.entries))
-
-
-def _environment(entries: Sequence[Entry]) -> EnvironmentCaptured | None:
-    for entry in entries:
-        if entry.type == EnvironmentCaptured.TYPE:
-            event = decode_body(entry.type, entry.body)
-            return event if isinstance(event, EnvironmentCaptured) else None
-    return None
 
 
 # --- a record --------------------------------------------------------------------------------------------------------
@@ -264,7 +219,7 @@ def replay_record(
     files: Sequence[Path | str] = (),
     cwd: Path | str | None = None,
     output: Path | str | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> ReplayResult:
     """Run a record's notebook again with the seeds of its private trainings, and compare.
 
@@ -286,156 +241,11 @@ def replay_record(
         ReplayFailedError: a cell raised that had not raised before.
         VaultError: ``trail`` has a seed no more.
     """
-    from rlhf_audit_nb.records.record import open_record
-
-    opened = open_record(path, policy=policy, home=home)
-    if opened.verdict.level in (Level.INVALID, Level.DIVERGED) or opened.notebook is None:
-        why = opened.verdict.reasons[0].message if opened.verdict.reasons else "It holds no notebook."
-        raise ReplayRefusedError(
-            f"The record {path} does not verify, so it is not run: {why}",
-            next_step=f"See rlhf-audit verify {path}.",
-        )
+    opened = open_sound_record(path, policy=policy, home=home)
     seeds = open_seeds(
         opened.entries, openings, origin=opened.verdict.origin, policy=policy, home=home, missing_from=trail
     )
-    with scratch_trail(seeds) as (location, scratch_home):
-        work = Path(cwd) if cwd is not None else _working_folder(location.parent, files)
-        handed = location.parent / "seeds"
-        write_seeds(handed, seeds)
-        environment = {
-            **{name: value for name, value in os.environ.items() if name != _RECORD},
-            **_determined(opened.entries),
-            ENV_TRAIL: str(location),
-            ENV_HOME: str(scratch_home),
-            ENV_REPLAY: str(handed),
-        }
-        try:
-            notebook = _executed(opened, environment, location.parent, work, progress)
-        finally:
-            handed.unlink(missing_ok=True)
+    with rerun_notebook(opened, seeds, files=files, cwd=cwd, progress=progress) as rerun:
         if output is not None:
-            _write(notebook, Path(output))
-        return compare_with_replay(opened.entries, TrailReader.open(location), seeds)
-
-
-def _determined(entries: Sequence[Entry]) -> dict[str, str]:
-    """The settings of the process that decide bits and can be set from outside, as they were."""
-    captured = next((found for _, run in private_runs(entries) if (found := _environment(run)) is not None), None)
-    if captured is None:
-        return {}
-    settings = {name: str(captured.determinism[name]) for name in _FLAGS if name in captured.determinism}
-    if captured.threads is not None:
-        settings |= dict.fromkeys(_THREADS, str(captured.threads))
-    return settings
-
-
-def _working_folder(scratch: Path, files: Sequence[Path | str]) -> Path:
-    work = scratch / "work"
-    work.mkdir()
-    here = Path.cwd()
-    for item in files:
-        source = Path(item).resolve()
-        relative = source.relative_to(here) if source.is_relative_to(here) else Path(source.name)
-        target = work / relative
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if source.is_dir():
-                shutil.copytree(source, target, dirs_exist_ok=True)
-            else:
-                shutil.copy2(source, target)
-        except OSError as error:
-            raise RecordError(
-                f"{item} cannot be copied for the replay: {error.strerror or error}.",
-                next_step="Check the path and the space left on the disk.",
-                code="files",
-            ) from error
-    return work
-
-
-def _executed(
-    opened: OpenedRecord,
-    environment: dict[str, str],
-    scratch: Path,
-    work: Path,
-    progress: Callable[[int, int, str], None] | None,
-) -> Any:
-    from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError, DeadKernelError
-
-    notebook = opened.notebook
-    notebook.metadata.pop("rlhf_audit", None)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    cells = len(notebook.cells)
-
-    def tell(state: str) -> Callable[..., None]:
-        def told(cell_index: int, **_: Any) -> None:
-            if progress is not None:
-                progress(cell_index, cells, state)
-
-        return told
-
-    kernel = opened.started.kernel.get("name", "python3") if opened.started is not None else "python3"
-    client = NotebookClient(
-        notebook,
-        timeout=None,
-        kernel_name=kernel,
-        resources={"metadata": {"path": str(work)}},
-        on_cell_execute=tell("running"),
-        **_private_sockets(scratch),
-    )
-    try:
-        client.execute(env=environment)
-    except CellExecutionError as error:
-        _refuse_new_failure(opened, notebook, error)
-    except DeadKernelError as error:
-        raise ReplayFailedError(
-            "The kernel died while the notebook was replayed, so there is nothing whole to compare.",
-            next_step="Replay it where there is as much memory as there was.",
-        ) from error
-    return notebook
-
-
-def _private_sockets(scratch: Path) -> dict[str, Any]:
-    """Messages carry the notebook's data: keep them on sockets in the scratch folder, which only this user can open."""
-    from traitlets.config import Config
-
-    address = scratch / "socket"
-    if os.name != "posix" or len(os.fsencode(address)) + len("-5") > _SOCKET_PATH:
-        return {}
-    return {"config": Config({"ConnectionFileMixin": {"transport": "ipc", "ip": str(address)}})}
-
-
-def _refuse_new_failure(opened: OpenedRecord, notebook: Any, error: Any) -> None:
-    """A cell that raised when the record was made may raise again; another one ends the replay."""
-    raised = [
-        place
-        for place, cell in enumerate(notebook.cells)
-        if any(item.output_type == "error" for item in cell.get("outputs", []))
-    ]
-    place = raised[-1] if raised else None
-    sealed = opened.sealed
-    known = (sealed.cell, sealed.reason) if sealed is not None and sealed.status == "failed" else None
-    if place is not None and known == (notebook.cells[place].get("id"), error.ename):
-        return
-    where = f"Cell {place + 1} of {len(notebook.cells)}" if place is not None else "The notebook"
-    raise ReplayFailedError(
-        f"{where} raised {error.ename} in the replay, which it had not when the record was made.",
-        next_step="Give the replay what the notebook reads: --files PATH copies files and folders into its scratch "
-        "folder, --cwd DIR runs it in a folder of yours.",
-        said=f"{error.ename}: {error.evalue}",
-    ) from None
-
-
-def _write(notebook: Any, output: Path) -> None:
-    import nbformat
-
-    try:
-        output.write_text(nbformat.writes(notebook), encoding="utf-8")
-    except OSError as error:
-        raise AuditError(
-            f"The replayed notebook {output} cannot be written: {error.strerror or error}.",
-            next_step="Name another file with -o.",
-            code="output",
-        ) from error
+            write_notebook(rerun.notebook, Path(output))
+        return compare_with_replay(opened.entries, rerun.reader, seeds)

@@ -189,7 +189,7 @@ def never_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*_: Any, **__: Any) -> None:
         pytest.fail("the notebook was run")
 
-    monkeypatch.setattr("rlhf_audit_nb.records.replay._executed", run)
+    monkeypatch.setattr("rlhf_audit_nb.records.rerun.execute", run)
 
 
 @pytest.mark.usefixtures("never_runs")
@@ -266,15 +266,15 @@ def test_the_key_holders_own_vault_says_that_a_seed_was_erased(
 def test_seeds_stand_in_no_command_line_and_no_environment(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
     handed: dict[str, Any] = {}
 
-    def executed(opened: Any, environment: dict[str, str], scratch: Path, work: Path, progress: Any) -> Any:
+    def executed(opened: Any, environment: dict[str, str], scratch: Path, work: Path, *more: Any) -> Any:
         path = Path(environment["RLHF_AUDIT_REPLAY"])
         modes = [item.stat().st_mode & 0o777 for item in (path, scratch)]
         handed.update(environment=environment, modes=modes, text=path.read_text(), work=work)
         assert path.parent == scratch
-        assert progress is None
-        return opened.notebook
+        assert more == (None, None)
+        return opened.notebook, False
 
-    monkeypatch.setattr("rlhf_audit_nb.records.replay._executed", executed)
+    monkeypatch.setattr("rlhf_audit_nb.records.rerun.execute", executed)
     result = recorded.again()
     assert not result.equal, "a replay in which nothing was trained is not equal"
     seeds = [_seed(path) for path in recorded.openings]
