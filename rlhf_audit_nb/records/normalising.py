@@ -1,4 +1,4 @@
-"""Outputs of cells in one form, so that two runs of a notebook can be compared: declared rules, each counted. Floor 3.
+r"""Outputs of cells in one form, so that two runs of a notebook can be compared: declared rules, each counted. Floor 3.
 
 Two runs of the same code differ in what has nothing to do with the result: addresses in memory, how long something
 took, the names of the trails that recorded them. A rule says what is brought into one form and by what; none applies in
@@ -7,15 +7,15 @@ silence, each is listed with the number of its matches. There are three kinds, b
 - ``file``: regular expressions that whoever compares names, in the form of nbval's sanitize files::
 
       [dates]
-      regex: \\d{4}-\\d\\d-\\d\\d
+      regex: \d{4}-\d\d-\d\d
       replace: DATE
 
 - ``record``: regular expressions that the notebook declares in ``metadata.reproduce.normalise``, a list of objects with
   ``name``, ``regex`` and ``replace``. They are covered by the record's seal;
 - ``tool``: those of `TOOL_RULES`, in their order, after the others.
 
-A cell tagged ``nbval-ignore-output`` is not compared, which is a rule as well. Texts are compared as they read after all
-rules, JSON in its canonical spelling, everything else (pictures) byte by byte.
+A cell tagged ``nbval-ignore-output`` is not compared, which is a rule as well. Texts are compared as they read after
+all rules, JSON in its canonical spelling, everything else (pictures) byte by byte.
 """
 
 from __future__ import annotations

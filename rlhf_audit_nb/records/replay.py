@@ -137,7 +137,7 @@ def open_seeds(
     if missing:
         raise ReplayRefusedError(
             f"The seed of {_entries(missing)} is not opened; without it the noise of that training cannot be drawn "
-            "again.",
+            "again, and with fresh noise it would be a new training, which spends budget.",
             next_step=f"Have whoever keeps the vault write it: rlhf-audit disclose {missing[0]}. A seed that was "
             "erased from the vault is gone for good, and that training can never be replayed.",
         )
