@@ -33,11 +33,11 @@ class RecordReproduced(Event, frozen=True, kw_only=True):
     ``statement`` the SHA-256 of its signed statement. ``verdict`` is ``identical``, ``equal within tolerance`` or
     ``different``.
 
-    ``compared`` counts what was compared by part: ``data``, ``models``, ``settings``, ``metrics``, ``weights``,
-    ``evaluations``, ``private`` (values of private trainings), ``outputs`` (of cells) and ``outcome``; ``different``
-    the same of what differs beyond the tolerance, ``tolerated`` of what differs within it. ``first`` is the place of
-    the first difference. Of a record with private training it names the part alone, and ``different`` says 1 for any
-    number: which step or output differs would tell of the data that was used.
+    ``compared`` counts what was compared by part: entries of ``data``, ``models``, ``settings``, ``metrics``,
+    ``evaluations`` and ``private`` runs, digests of ``weights``, ``outputs`` of cells, and the ``outcome``.
+    ``different`` counts the same of what differs beyond the tolerance, ``tolerated`` of what differs within it.
+    ``first`` is the place of the first difference. Of a record with private training it names the part alone, and
+    ``different`` says 1 for any number: which step or output differs would tell of the data that was used.
 
     ``tolerance`` is what was stated; ``normalisation`` are the rules, also those that never applied. ``times_left_out``
     counts metrics that are measured times. ``not_compared`` says in words what could not be compared. ``environment``

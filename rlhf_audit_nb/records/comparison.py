@@ -290,7 +290,7 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What two runs were compared in and where they differ; at most 50 differences are kept.
+    """What two runs were compared in and where they differ.
 
     Attributes:
         differences: in the order of the replayed runs' entries.
@@ -371,8 +371,11 @@ def private_runs(entries: Iterable[Entry]) -> list[Run]:
     ]
 
 
-def compare_runs(expected: Sequence[Run], found: Sequence[Run]) -> Comparison:
-    """Compare runs (`recorded_runs` or `private_runs`) with what their replay left, one by one in their order."""
+def compare_runs(expected: Sequence[Run], found: Sequence[Run], *, most: int | None = _MAX) -> Comparison:
+    """Compare runs (`recorded_runs` or `private_runs`) with what their replay left, one by one in their order.
+
+    ``most`` is how many differences are kept; ``None`` keeps all of them.
+    """
     differences: list[Difference] = []
     unknown: set[str] = set()
     trainings = steps = digests = compared = 0
@@ -393,7 +396,7 @@ def compare_runs(expected: Sequence[Run], found: Sequence[Run]) -> Comparison:
         for run, _ in found[len(expected) :]
     ]
     return Comparison(
-        differences=tuple(differences[:_MAX]),
+        differences=tuple(differences[:most]),
         trainings=trainings,
         steps=steps,
         digests=digests,
