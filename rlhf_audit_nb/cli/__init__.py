@@ -1,8 +1,8 @@
 """The command ``rlhf-audit``. Floor 6: a face, thin; what a command does is done on the floors below.
 
 What a person reads goes to stdout, progress and complaints to stderr; with ``--json`` stdout holds one JSON object and
-nothing else. Exit codes: 0 done, 1 a notebook failed or a replay differs, 2 usage or bad input, 3 refused, 10/30/40
-verdicts. A mistake of the user's gets one sentence and the next step, never a traceback.
+nothing else. Exit codes: 0 done, 1 a notebook failed or a new run of it differs, 2 usage or bad input, 3 refused,
+10/30/40 verdicts. A mistake of the user's gets one sentence and the next step, never a traceback.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from rlhf_audit_nb.cli import (
     reading,
     recording,
     replaying,
+    reproducing,
     saying,
     self_checking,
     vault,
@@ -44,6 +45,7 @@ RAISED_LINES = 10
 
 COMMANDS = (
     *recording.COMMANDS,
+    *reproducing.COMMANDS,
     *annotating.COMMANDS,
     *labelling.COMMANDS,
     *checking.COMMANDS,
@@ -70,7 +72,7 @@ def _overview() -> str:
             lines += [f"{title}:", *(f"  {command.name:<13} {command.help}" for command in found), ""]
     lines += [
         f"{PROGRAM} COMMAND --help tells what a command takes. Exit codes: 0 done, 1 a notebook failed",
-        "or a replay differs, 2 usage or bad input, 3 refused (budget, policy); verdicts: 10 below what was",
+        "or a new run of it differs, 2 usage or bad input, 3 refused (budget, policy); verdicts: 10 below what was",
         "required, 30 DIVERGED, 40 INVALID.",
     ]
     return "\n".join(lines)

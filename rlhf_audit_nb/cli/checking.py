@@ -71,9 +71,11 @@ def verdict_of(target: str, policy: TrustPolicy | None) -> tuple[Verdict, Notes]
 
 def _record(target: str, policy: TrustPolicy | None, roots: Sequence[bytes] | None = None) -> _Checked:
     from rlhf_audit_nb.records import open_record
+    from rlhf_audit_nb.records.reproductions import reproduction_notes
 
     opened = open_record(target, policy=policy, tsa_roots=roots)
-    notes = (*opened.notes, *_canary_notes(opened.verdict, opened.entries))
+    canaries = _canary_notes(opened.verdict, opened.entries)
+    notes = (*opened.notes, *canaries, *reproduction_notes(opened))
     return _Checked(opened.verdict, notes, record=opened)
 
 

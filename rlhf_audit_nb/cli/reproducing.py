@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlhf_audit_nb.cli.shared import Command, Parser, add_policy, finish, note, output, read_policy
 from rlhf_audit_nb.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rlhf_audit_nb.trail import Trail, TrustPolicy
 
 __all__ = ["COMMANDS"]
 
 
 def _do_reproduce(args: argparse.Namespace) -> int:
     from rlhf_audit_nb.records.reproduce import read_tolerance, reproduce_record
+    from rlhf_audit_nb.records.reproduce_keeping import keep_reproduction
 
     if args.cwd is not None and args.files:
         raise ConfigError(
@@ -21,10 +27,8 @@ def _do_reproduce(args: argparse.Namespace) -> int:
             next_step="Write one of the two.",
             code="usage",
         )
-    tolerance = read_tolerance(args.tolerance)
-    policy = read_policy(args)
-    with ExitStack() as stack:
-        trail = None
+    tolerance, policy = read_tolerance(args.tolerance), read_policy(args)
+    with _trail(args, policy) as trail:
         result = reproduce_record(
             args.record,
             args.opening,
@@ -38,7 +42,29 @@ def _do_reproduce(args: argparse.Namespace) -> int:
             threads=args.threads,
             progress=lambda position, cells, state: note(f"cell {position + 1} of {cells}: {state}"),
         )
-    return finish(args, {"path": str(args.record), **result.to_dict()}, result.words(), result.exit_code)
+        kept = None
+        if trail is not None and not args.no_entry:
+            kept = keep_reproduction(result, args.record, trail, add=not args.no_add, policy=policy)
+    answer = {"path": str(args.record), **result.to_dict(), "kept": kept.to_dict() if kept else None}
+    words = [*result.words(), kept.words() if kept else "kept       nowhere, as you asked"]
+    return finish(args, answer, words, result.exit_code)
+
+
+@contextmanager
+def _trail(args: argparse.Namespace, policy: TrustPolicy | None) -> Iterator[Trail | None]:
+    """The trail that keeps the result, and whose vault may hold the seeds; ``None`` where nothing is to be kept."""
+    from rlhf_audit_nb.records.reproduce_keeping import place_of_trail
+    from rlhf_audit_nb.records.rerun import open_sound_record
+    from rlhf_audit_nb.trail import Trail
+
+    # Refused before a trail is made.
+    origin = open_sound_record(args.record, policy=policy, home=None).verdict.origin
+    place = place_of_trail(args.record, args.trail, origin)
+    if args.no_entry and not place.is_dir():
+        yield None
+        return
+    with Trail.open(place, create=not args.no_entry) as trail:
+        yield trail
 
 
 def _add_reproduce(parser: Parser) -> None:
@@ -47,6 +73,9 @@ def _add_reproduce(parser: Parser) -> None:
     parser.add_argument(
         "--opening", metavar="FILE", action="append", default=[], help="a seed, as disclose wrote it; repeatable"
     )
+    parser.add_argument("--trail", metavar="DIR", help="keeps the result, its vault may hold the seeds (your own)")
+    parser.add_argument("--no-add", action="store_true", help="leave the record as it is; the result is an entry alone")
+    parser.add_argument("--no-entry", action="store_true", help="keep the result nowhere")
     parser.add_argument("--files", metavar="PATH", action="append", default=[], help="what it reads; repeatable")
     parser.add_argument("--cwd", metavar="DIR", help="run there, not in a scratch folder; what it writes stays there")
     parser.add_argument(

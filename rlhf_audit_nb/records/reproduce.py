@@ -33,6 +33,7 @@ from rlhf_audit_nb.records.normal_form import freeze
 from rlhf_audit_nb.records.normalising import Identity, OutputsCompared, compare_outputs, declared_rules, read_rules
 from rlhf_audit_nb.records.replay import open_seeds
 from rlhf_audit_nb.records.reproduce_runs import PARTS, Found, RunsCompared, Tolerance, compare_all_runs
+from rlhf_audit_nb.records.reproductions import DIFFERENT, EQUAL, IDENTICAL
 from rlhf_audit_nb.records.rerun import Progress, Rerun, open_sound_record, rerun_notebook, write_notebook
 from rlhf_audit_nb.records.statement import encode_statement
 
@@ -45,18 +46,12 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.trail.entry import Entry
 
 __all__ = [
-    "DIFFERENT",
-    "EQUAL",
-    "IDENTICAL",
     "Reproduction",
     "ReproductionRefusedError",
     "read_tolerance",
     "reproduce_record",
 ]
 
-IDENTICAL = "identical"
-EQUAL = "equal within tolerance"
-DIFFERENT = "different"
 DISTRIBUTION = "rlhf-audit-trail"
 
 _SOURCE = re.compile(r"^(The source file .* differs): .*$")  # no digest of somebody's own file goes into the open

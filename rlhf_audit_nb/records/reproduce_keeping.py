@@ -1,4 +1,4 @@
-"""Keeping a reproduction's result: an entry of a trail, and an addition to the record; and reading it again. Floor 3.
+"""Keeping a reproduction's result: an entry of a trail, and an addition to the record. Floor 3.
 
 The entry comes first: a crash in between leaves a trail that knows of a reproduction and a record that does not tell of
 it, never the reverse. The addition's predicate is the event's body, and where the entry stands (``entry``: the trail's
@@ -8,30 +8,22 @@ it, never the reverse. The addition's predicate is the event's body, and where t
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from rlhf_audit_nb.config import AuditConfig
 from rlhf_audit_nb.errors import AuditError
-from rlhf_audit_nb.events import RecordReproduced, encode_body
+from rlhf_audit_nb.events import encode_body
 from rlhf_audit_nb.records.additions import REPRODUCTION, add_to_record
-from rlhf_audit_nb.records.reproduce import DIFFERENT, EQUAL, IDENTICAL
 from rlhf_audit_nb.trail import TrailReader
 from rlhf_audit_nb.trail.merkle import leaf_hash
 
 if TYPE_CHECKING:
-    from rlhf_audit_nb.records.additions import Addition
-    from rlhf_audit_nb.records.record import OpenedRecord
     from rlhf_audit_nb.records.reproduce import Reproduction
     from rlhf_audit_nb.trail import Trail, TrustPolicy
 
-__all__ = ["Kept", "Reproduced", "keep_reproduction", "place_of_trail", "reproductions_of"]
-
-_NOT_THE_EVENTS = ("key", "time", "previous", "entry")
+__all__ = ["Kept", "keep_reproduction", "place_of_trail"]
 
 
 @dataclass(frozen=True)
@@ -60,47 +52,6 @@ class Kept:
         if self.addition is None:
             return f"{said}; the record is left as it was"
         return f"{said}; addition {self.addition + 1} of the record, by key {str(self.key_id)[:16]}"
-
-
-@dataclass(frozen=True)
-class Reproduced:
-    """What an addition to a record says of a reproduction; whose key counts is for a policy to say.
-
-    Attributes:
-        verdict: ``identical``, ``equal within tolerance`` or ``different``; ``unreadable`` where it says none of these.
-        key_id: of the key that signed it.
-        time: the signer's clock, RFC 3339.
-        own: whether the key is one that signed the record itself.
-        event: all that it says, ``None`` where it is unreadable.
-    """
-
-    verdict: str
-    key_id: str
-    time: str
-    own: bool
-    event: RecordReproduced | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it as plain values."""
-        return {
-            "verdict": self.verdict,
-            "key_id": self.key_id,
-            "time": self.time,
-            "own_key": self.own,
-            "first": self.event.first if self.event else None,
-            "tolerance": self.event.tolerance if self.event else {},
-            "environment": self.event.environment if self.event else "unknown",
-        }
-
-    def __str__(self) -> str:
-        whose = "the record's own key" if self.own else "key"
-        more = ""
-        if self.event is not None:
-            stated = ", ".join(f"{name}={value}" for name, value in self.event.tolerance.items())
-            more += f" ({stated})" if self.verdict == EQUAL else ""
-            more += f", first in {self.event.first}" if self.verdict == DIFFERENT else ""
-            more += "; another environment" if self.event.environment == "other" else ""
-        return f"reproduced: {self.verdict}{more}, by {whose} {self.key_id[:16]}, {self.time}"
 
 
 def place_of_trail(record: Path | str, named: Path | str | None, origin: str) -> Path:
@@ -151,22 +102,3 @@ def keep_reproduction(
     predicate = {**json.loads(encode_body(event)), "entry": where}
     addition = add_to_record(path, REPRODUCTION, predicate, trail.keys.record_signers[0], policy=policy, home=home)
     return Kept(trail.origin, index, addition.index, addition.key_id)
-
-
-def reproductions_of(opened: OpenedRecord) -> list[Reproduced]:
-    """What a verified record's additions say of reproductions, in their order."""
-    sealed = opened.sealed
-    own = tuple(sealed.keys or ()) if sealed is not None else ()
-    return [_said(item, own) for item in opened.additions if item.predicate_type == REPRODUCTION]
-
-
-def _said(addition: Addition, own: Sequence[str]) -> Reproduced:
-    body = {name: value for name, value in addition.predicate.items() if name not in _NOT_THE_EVENTS}
-    time, mine = str(addition.predicate["time"]), addition.key_id in own
-    try:
-        event = msgspec.convert(body, RecordReproduced)
-    except msgspec.ValidationError:
-        event = None
-    if event is None or event.verdict not in (IDENTICAL, EQUAL, DIFFERENT):
-        return Reproduced("unreadable", addition.key_id, time, mine)
-    return Reproduced(event.verdict, addition.key_id, time, mine, event)

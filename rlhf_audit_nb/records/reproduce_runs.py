@@ -11,7 +11,7 @@ a cause, and where they had an effect, the effect is found.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,7 @@ _PARTS: dict[str, str] = {
     ThresholdSealed.TYPE: "evaluations",
     EvaluationRecorded.TYPE: "evaluations",
 }
+_STATE = "hyperparameters.random_state"
 _MOST_NAMED = 8
 
 
@@ -175,17 +176,24 @@ def compare_all_runs(then: Sequence[Entry], now: Sequence[Entry], tolerance: Tol
     for run, entries in before:
         for entry in entries:
             _count(result, entry, private=run in private)
+    generators = [item for item in comparison.differences if _is_generator(item)]
+    # A loop written by hand records as its seed what torch's generator began from, seeded or not.
+    unseeded = {item.run for item in generators if item.what == _STATE}
     result.found = [
-        _found(difference, numbers, private, tolerance)
-        for difference in comparison.differences
-        if not difference.what.startswith("generators.")
+        _found(item, numbers, private, tolerance)
+        for item in comparison.differences
+        if item not in generators and not (item.run in unseeded and item.what == "seed")
     ]
     result.not_compared = [
         *_sealed(then, private),
         *(f"An earlier version did not record {name}." for name in comparison.unknown),
     ]
-    result.environment = _compare_environments(before, after, comparison.differences)
+    result.environment = _compare_environments(before, after, generators)
     return result
+
+
+def _is_generator(difference: Difference) -> bool:
+    return difference.what.startswith("generators.") or difference.what == _STATE
 
 
 def _count(result: RunsCompared, entry: Entry, *, private: bool) -> None:
@@ -264,7 +272,7 @@ def _sealed(then: Sequence[Entry], private: set[str]) -> Iterator[str]:
 def _compare_environments(
     then: Sequence[tuple[str, list[Entry]]],
     now: Sequence[tuple[str, list[Entry]]],
-    differences: Iterable[Difference],
+    generators: Sequence[Difference],
 ) -> EnvironmentsCompared:
     pairs = [
         (old, new)
@@ -275,9 +283,8 @@ def _compare_environments(
     said = [sentence for old, new in pairs for sentence in (*compare_environments(old, new), *_further(old, new))]
     unique = tuple(dict.fromkeys(said))
     notes = [sentence for sentence in unique if sentence.startswith("A GPU")]
-    generators = {item.what.split(".")[1] for item in differences if item.what.startswith("generators.")}
     if generators:
-        named = ", ".join(sorted(generators))
+        named = ", ".join(sorted({"torch" if item.what == _STATE else item.what.split(".")[1] for item in generators}))
         notes.append(f"The generators of random numbers began from other states ({named}): nothing seeds them.")
     differs = tuple(sentence for sentence in unique if sentence not in notes)
     return EnvironmentsCompared(known=bool(pairs), differs=differs, notes=tuple(notes))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rlhf_audit_nb.compliance import words
 from rlhf_audit_nb.compliance.evidence import cite
 from rlhf_audit_nb.compliance.facts import origin_of
-from rlhf_audit_nb.events import KeyRevoked, KeyRotated, RecordSealed, RecordStarted
+from rlhf_audit_nb.events import KeyRevoked, KeyRotated, RecordReproduced, RecordSealed, RecordStarted
 from rlhf_audit_nb.reports.parts import Fact
 
 if TYPE_CHECKING:
@@ -101,3 +101,18 @@ def _records(evidence: Evidence) -> Iterator[Fact]:
         reason = f"; {sealed.reason}" if sealed.reason else ""
         note = f"{sealed.status}; {words.plural(sealed.cells, 'cell')}{reason}"
         yield Fact("Record sealed", f"sha256 {sealed.digest}", cite([item.index]), mono=True, note=note)
+    for item, again in evidence.of(RecordReproduced):
+        yield Fact("Record reproduced", again.record, cite([item.index]), mono=True, note=_again(again))
+
+
+def _again(event: RecordReproduced) -> str:
+    """How a record came out when whoever keeps this trail ran it again."""
+    stated = ", ".join(f"{name}={value}" for name, value in event.tolerance.items())
+    where = {"same": "the same environment", "other": "another environment"}.get(event.environment, "")
+    parts = [
+        event.verdict,
+        f"tolerance {stated}" if stated else "",
+        f"first in {event.first}" if event.first else "",
+        where,
+    ]
+    return "; ".join(part for part in parts if part)
