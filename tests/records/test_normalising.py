@@ -176,7 +176,9 @@ def test_a_cell_that_is_tagged_is_left_out_and_that_is_counted() -> None:
 
 def test_rules_of_a_file_and_of_the_notebook_apply_and_say_where_they_are_from(tmp_path: Path) -> None:
     file = tmp_path / "rules.cfg"
-    file.write_text("[dates]\nregex: \\d{4}-\\d\\d-\\d\\d\nreplace: DATE\n\n[percent]\nregex = %(\\d)\nreplace = P\\1\n")
+    file.write_text(
+        "[dates]\nregex: \\d{4}-\\d\\d-\\d\\d\nreplace: DATE\n\n[percent]\nregex = %(\\d)\nreplace = P\\1\n"
+    )
     declaring = notebook([stream("x")])
     declaring["metadata"]["reproduce"] = {"normalise": [{"name": "host", "regex": "node-\\d+", "replace": "NODE"}]}
     rules = (*read_rules(file), *declared_rules(declaring))
