@@ -23,6 +23,7 @@ FLOORS = {
     "records": 3,
     "compliance": 3,
     "privatiser": 3,
+    "gate": 4,
     "health": 4,
     "replaying": 4,
     "reports": 4,

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf_audit_nb.cli.gating import names_gate_policy, verify_by_policy
 from rlhf_audit_nb.cli.shared import (
     WIDTH,
     Command,
@@ -120,6 +121,9 @@ def _do_verify(args: argparse.Namespace) -> int:
     if is_weights(args.target):
         _refuse_for(args, "a folder of weights")
         return verify_weights(args)
+    if names_gate_policy(args):
+        _refuse_all_but_records(args)
+        return verify_by_policy(args)
     policy = read_policy(args)
     checked = _verdict(args, policy)
     if args.trail and checked.record is None:
@@ -149,6 +153,27 @@ def _do_verify(args: argparse.Namespace) -> int:
     if require is not None and code:
         words.append(f"  Required was {require.name}: refused.")
     return finish(args, result, words, code)
+
+
+def _refuse_all_but_records(args: argparse.Namespace) -> None:
+    """A policy for records says nothing of a trail, a proof or a disclosure."""
+    from rlhf_audit_nb.trail.disclosure import is_disclosure
+    from rlhf_audit_nb.trail.published import is_published
+
+    target = args.target
+    published = is_published(target) and not is_record_address(target)
+    of_record = not published and (
+        is_record_address(target) or (is_record(target) and not _is_proof(target) and not is_disclosure(target))
+    )
+    if not of_record:
+        raise ConfigError(
+            f"{args.policy} says what has to hold of a record, and {target} is none.",
+            next_step="Name the trust policy (its log and quorum lines) that stands after trust: in it.",
+            code="gate-policy",
+        )
+    if args.entry:
+        raise ConfigError(f"--entry goes with a proof file, and {target} is none.", next_step="Leave it out.", code="usage")
+    _refuse_for(args, "a record", of_record=True)
 
 
 def _verdict(args: argparse.Namespace, policy: TrustPolicy | None) -> _Checked:

@@ -32,6 +32,7 @@ __all__ = [
     "beside",
     "endorse",
     "finish",
+    "is_gate_policy",
     "is_record",
     "is_record_address",
     "note",
@@ -139,14 +140,28 @@ def read_policy(args: argparse.Namespace) -> TrustPolicy | None:
         return None
     from rlhf_audit_nb.trail import TrustPolicy
 
+    data = _bytes(args.policy, "trust policy")
+    if is_gate_policy(data):
+        raise ConfigError(
+            f"{args.policy} is a policy for records and gates, and only whom to trust is asked for here.",
+            next_step="Name the trust policy (its log and quorum lines) that stands after trust: in it.",
+            code="gate-policy",
+        )
     try:
-        return TrustPolicy.parse(_bytes(args.policy, "trust policy"))
+        return TrustPolicy.parse(data)
     except FormatError as error:
         raise ConfigError(
             f"{args.policy} is not a trust policy. {error.message}",
             next_step="Name the file with the public keys (a log line and a quorum line) that the key-holder gave you.",
             code=error.reason,
         ) from error
+
+
+def is_gate_policy(data: bytes) -> bool:
+    """Whether a policy's file is one for records and gates (YAML), and not a trust policy (lines of tlog-policy)."""
+    from rlhf_audit_nb.gate.reading import is_mapping_text
+
+    return is_mapping_text(data.decode("utf-8-sig", errors="replace"))
 
 
 def _bytes(path: str, what: str) -> bytes:

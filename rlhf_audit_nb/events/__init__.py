@@ -53,6 +53,7 @@ from rlhf_audit_nb.events.evaluation import (
     ThresholdPrivate,
     ThresholdSealed,
 )
+from rlhf_audit_nb.events.gate import GateDecided
 from rlhf_audit_nb.events.inputs import (
     CodeBound,
     CodeFiles,
@@ -161,6 +162,7 @@ __all__ = [
     "FailurePrivate",
     "Frame",
     "FunctionBound",
+    "GateDecided",
     "InputFile",
     "InputFiles",
     "KeyRevoked",
