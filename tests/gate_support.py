@@ -89,6 +89,9 @@ class Story:
     saved: bool = True
     changed_after: bool = False
     base: str = BASE
+    final: str | None = None
+    listed: bool = True
+    experiment: str = "small"
     inherited: ev.PrivacyInherited | None = None
 
 
@@ -150,7 +153,7 @@ def tell(trail: Trail, story: Story, model: Path, record: str | None) -> ev.Weig
     if story.threshold is not None and not story.late_threshold:
         judge(replace_event(story.threshold, record=record))
     privacy = {"epsilon": 8.0} if story.private else None
-    add(ev.RunStarted(experiment="small", entry_point="cell", tool="t/1", record=record, privacy=privacy))
+    add(ev.RunStarted(experiment=story.experiment, entry_point="cell", tool="t/1", record=record, privacy=privacy))
     if story.git is not None:
         commit, dirty = story.git
         add(ev.EnvironmentCaptured(
@@ -166,7 +169,8 @@ def tell(trail: Trail, story: Story, model: Path, record: str | None) -> ev.Weig
             add(event)
         for step in (1, 2, 3):
             add(ev.Step(step=step))
-        add(ev.ModelBound(role="final", architecture="Llama", parameters=9, trainable=3, weights_digest=weights or "",
+        left = story.final or weights or ""
+        add(ev.ModelBound(role="final", architecture="Llama", parameters=9, trainable=3, weights_digest=left,
                           config_digest="ef" * 32))  # fmt: skip
         for event in _after(story):
             add(event)
@@ -196,11 +200,13 @@ def _save(trail: Trail, model: Path, story: Story) -> ev.WeightsSaved:
     _, listed = digest_and_list(model)
     return ev.WeightsSaved(
         step=story.saved_step, name="model", digest=signed.digest, files=signed.files, bytes=signed.bytes,
-        signature_digest=signed.signature_digest, listed=listed,
+        signature_digest=signed.signature_digest, listed=listed if story.listed else None,
     )  # fmt: skip
 
 
-def make_record(folder: Path, story: Story | None = None, *, name: str = "record.ipynb", model: str = "model") -> Place:
+def make_record(
+    folder: Path, story: Story | None = None, *, name: str = "record.ipynb", model: str = "model", keep: bool = False
+) -> Place:
     """A model, trained as the story tells, and its record; everything in ``folder``."""
     story = story or Story()
     place = folder / model
@@ -208,7 +214,7 @@ def make_record(folder: Path, story: Story | None = None, *, name: str = "record
         write_model(place)
     cells = [nbformat.v4.new_code_cell(f"{i}", id=f"cell-{i}", execution_count=1) for i in range(len(story.cells))]
     notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": KERNEL})
-    session = RecordSession.begin(notebook, KERNEL, folder / "audit")
+    session = RecordSession.begin(notebook, KERNEL, folder / "audit", keep=keep)
     try:
         with Trail.open(folder / "audit") as trail:
             saved = tell(trail, story, place, session.record)

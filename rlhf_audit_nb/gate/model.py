@@ -49,12 +49,14 @@ class Model:
     Attributes:
         folder: where.
         digest: over its files; ``None`` where it holds a symbolic link.
+        listed: over its files' names and digests, likewise.
         manifest: what its ``model.sig`` says; ``None`` where there is none that can be read.
         uncovered: files that no signature covers, by their names in the folder.
     """
 
     folder: Path
     digest: str | None
+    listed: str | None
     manifest: Manifest | None
     uncovered: tuple[str, ...]
 
@@ -110,11 +112,13 @@ def open_model(folder: Path | str) -> Model:
         manifest = read_manifest(place)
     except FormatError:
         manifest = None  # whoever checks the folder against a record names what is wrong with it
+    digest: str | None
+    listed: str | None
     try:
-        digest = digest_and_list(place)[0]
+        digest, listed = digest_and_list(place)
     except RunError:
-        digest = None  # a symbolic link, which that check names as well
-    return Model(place, digest, manifest, tuple(_uncovered(place, manifest)))
+        digest = listed = None  # a symbolic link, which that check names as well
+    return Model(place, digest, listed, manifest, tuple(_uncovered(place, manifest)))
 
 
 def _uncovered(folder: Path, manifest: Manifest | None) -> Iterator[str]:
@@ -133,15 +137,24 @@ def model_findings(
 ) -> tuple[SavedWeights | None, tuple[Finding, ...]]:
     """Whether the folder is, file by file, what the record says that a run saved; the entry, and findings."""
     verdict = check_weights(model.folder, evidence)
+    saved, codes = verdict.saved, {reason.code for reason in verdict.reasons}
+    if saved is not None and codes == {"model-signature"} and _same_files(model, evidence, saved):
+        # Every file is the record's own; only who signed them last is not. Nothing that was trained was changed.
+        said = f"The files are those of entry {saved.entry}; {SIGNATURE_FILE} is not: {verdict.reasons[0].message}"
+        return saved, (Finding("model.signature", False, said, (saved.entry,)), *_covered(model, allowed))
     found = [
         Finding("model.files", False, f"{reason.message} [{reason.code}]", where=reason.where, tampering=True)
         for reason in verdict.reasons
     ]
-    saved = verdict.saved
     if saved is not None and not found:
         found.append(Finding("model.files", True, verdict.words, (saved.entry,)))
         found += _named(model, evidence, saved)
     return saved, (*found, *_covered(model, allowed))
+
+
+def _same_files(model: Model, evidence: Evidence, saved: SavedWeights) -> bool:
+    events = (event for item, event in evidence.of(WeightsSaved) if item.index == saved.entry)
+    return any(event.digest == model.digest and event.listed == model.listed for event in events)
 
 
 def _named(model: Model, evidence: Evidence, saved: SavedWeights) -> Iterator[Finding]:
