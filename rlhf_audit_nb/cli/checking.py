@@ -172,7 +172,9 @@ def _refuse_all_but_records(args: argparse.Namespace) -> None:
             code="gate-policy",
         )
     if args.entry:
-        raise ConfigError(f"--entry goes with a proof file, and {target} is none.", next_step="Leave it out.", code="usage")
+        raise ConfigError(
+            f"--entry goes with a proof file, and {target} is none.", next_step="Leave it out.", code="usage"
+        )
     _refuse_for(args, "a record", of_record=True)
 
 

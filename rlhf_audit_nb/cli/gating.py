@@ -11,7 +11,7 @@ from rlhf_audit_nb.cli.shared import Command, Parser, finish, is_gate_policy, no
 from rlhf_audit_nb.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from rlhf_audit_nb.gate import Decision, GatePolicy
 
@@ -34,10 +34,12 @@ def names_gate_policy(args: argparse.Namespace) -> bool:
 
 def verify_by_policy(args: argparse.Namespace) -> int:
     """The verdict on a record, and whether it meets the policy."""
-    from rlhf_audit_nb.gate import judge_record
+    from rlhf_audit_nb.gate import judge_record, load_policy
     from rlhf_audit_nb.trail import Level
 
-    decision = judge_record(args.target, args.policy, trail=args.trail)
+    policy = load_policy(args.policy)
+    trail = args.trail or _usual_trail(args.target, policy)
+    decision = judge_record(args.target, policy, trail=trail, tsa_roots=_roots(args))
     verdict = decision.records[0].verdict
     require = Level[args.require] if args.require else None
     code = decision.exit_code or verdict.exit_code(require)
@@ -62,8 +64,8 @@ def _do_gate(args: argparse.Namespace) -> int:
     policy = load_policy(args.policy)
     if args.model is None:
         return _told(args, policy)
-    trail = args.trail or _usual_trail(args, policy)
-    decision = gate(args.model, policy, records=args.records, trail=trail, progress=_progress())
+    trail = args.trail or _usual_trail(args.model, policy)
+    decision = gate(args.model, policy, records=args.records, trail=trail, tsa_roots=_roots(args), progress=_progress())
     words = [line for text in decision.words for line in wrapped(text)]
     result = decision.to_dict()
     if args.record_decision:
@@ -91,12 +93,22 @@ def _told(args: argparse.Namespace, policy: GatePolicy) -> int:
     return finish(args, {**answer, "policy": policy.digest, "resolved": policy.resolved}, words)
 
 
-def _usual_trail(args: argparse.Namespace, policy: GatePolicy) -> str | None:
-    """The configured trail, or the one beside the model, where the policy trusts its log."""
+def _roots(args: argparse.Namespace) -> Sequence[bytes] | None:
+    """The timestamping authorities that ``--tsa-ca`` names; ``None`` leaves it to the home folder's."""
+    if not args.tsa_ca:
+        return None
+    from rlhf_audit_nb.trail.home import home_folder
+    from rlhf_audit_nb.trail.timestamp import trusted_authorities
+
+    return trusted_authorities(home_folder(None), args.tsa_ca)
+
+
+def _usual_trail(target: str, policy: GatePolicy) -> str | None:
+    """The configured trail, or the one beside the model or record, where the policy trusts its log."""
     from rlhf_audit_nb.config import AuditConfig
     from rlhf_audit_nb.gate import trail_beside
 
-    found = trail_beside(Path(args.model), policy, [AuditConfig().trail_location()])
+    found = trail_beside(Path(target), policy, [AuditConfig().trail_location()])
     return str(found) if found is not None else None
 
 
@@ -130,6 +142,9 @@ def _add_gate(parser: Parser) -> None:
         "--trail",
         metavar="TRAIL|URL",
         help="its trail: its kept records, and what came after (the usual one, where the policy trusts it)",
+    )
+    parser.add_argument(
+        "--tsa-ca", action="append", metavar="FILE", help="trust this timestamping authority (PEM; may be repeated)"
     )
     parser.add_argument("--record-decision", action="store_true", help="write what was decided into the trail")
     parser.add_argument("--example", action="store_true", help="print a policy to begin with, and nothing else")

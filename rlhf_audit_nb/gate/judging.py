@@ -47,15 +47,17 @@ def judge_record(
     *,
     trail: Path | str | None = None,
     home: Path | None = None,
+    tsa_roots: Sequence[bytes] | None = None,
     now: float | None = None,
 ) -> Decision:
     """Whether a record meets a policy.
 
     Args:
-        path: the record.
+        path: the record: a file, or as text an address that papermill can read.
         policy: what is asked, or its file.
         trail: the record's trail (a folder, or a published one), so that what came after it counts as well.
         home: the folder of last-seen heads; ``None`` takes the user's own.
+        tsa_roots: certificates (PEM) of the timestamping authorities that are trusted; ``None`` takes the home's.
         now: POSIX seconds; ``None`` takes the clock.
 
     Raises:
@@ -63,9 +65,9 @@ def judge_record(
         AuditError: the record or the trail cannot be read.
     """
     asked = policy if isinstance(policy, GatePolicy) else load_policy(policy)
-    judging = _Judging(asked, None, _trail_evidence(trail, asked, home), home, now)
-    done = judging.judge(Path(path), str(path))
-    return Decision(Path(path).name, asked.digest, asked.resolved, None, (done,), (), asked.not_asked)
+    judging = _Judging(asked, None, _trail_evidence(trail, asked, home), home, tsa_roots, now)
+    done = judging.judge(path, str(path))
+    return Decision(str(path).rsplit("/", 1)[-1], asked.digest, asked.resolved, None, (done,), (), asked.not_asked)
 
 
 def gate(
@@ -75,6 +77,7 @@ def gate(
     records: Sequence[Path | str] = (),
     trail: Path | str | None = None,
     home: Path | None = None,
+    tsa_roots: Sequence[bytes] | None = None,
     now: float | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Decision:
@@ -87,6 +90,7 @@ def gate(
         trail: the trail (a folder, or a published one): its copies of records are looked through, and what came after
             a record counts as well.
         home: the folder of last-seen heads; ``None`` takes the user's own.
+        tsa_roots: certificates (PEM) of the timestamping authorities that are trusted; ``None`` takes the home's.
         now: POSIX seconds; ``None`` takes the clock.
         progress: told how many notebooks were looked at.
 
@@ -102,7 +106,7 @@ def gate(
     model = open_model(folder)
     places = _places(model, records, trail)
     search = find_records(model.digests, places, progress)
-    judging = _Judging(asked, model, known, home, now)
+    judging = _Judging(asked, model, known, home, tsa_roots, now)
     done, left = judging.all(search.found)
     findings = list(judging.against(done))
     near: tuple[str, ...] = ()
@@ -115,12 +119,12 @@ def gate(
     )
 
 
-def trail_beside(folder: Path, policy: GatePolicy, places: Sequence[Path]) -> Path | None:
-    """The first of ``places``, or of those beside ``folder``, that is a trail whose log the policy trusts."""
+def trail_beside(model: Path, policy: GatePolicy, places: Sequence[Path]) -> Path | None:
+    """The first of ``places``, or of those beside the model or record, that is a trail whose log the policy trusts."""
     from rlhf_audit_nb.config import DEFAULT_TRAIL
 
     trusted = {log.name for log in policy.trust.logs}
-    beside = [parent / DEFAULT_TRAIL for parent in list(folder.resolve().parents)[:2]]
+    beside = [parent / DEFAULT_TRAIL for parent in list(model.resolve().parents)[:2]]
     for place in (*places, *beside):
         if (place / "trail.sqlite").is_file() and TrailReader.open(place).origin in trusted:
             return place
@@ -160,6 +164,7 @@ class _Judging:
     model: Model | None
     trail: Evidence | None
     home: Path | None
+    tsa_roots: Sequence[bytes] | None
     now: float | None
     _compared: dict[str, tuple[SavedWeights | None, tuple[Finding, ...]]] = field(default_factory=dict)
     _weights: list[str | None] = field(default_factory=list)
@@ -171,7 +176,7 @@ class _Judging:
         left = []
         for path in paths:
             try:
-                found = open_record(path, policy=self.policy.trust, home=self.home)
+                found = self._open(path)
             except AuditError as error:
                 left.append(f"{path} cannot be read as a record: {error.message}")
                 continue
@@ -181,9 +186,12 @@ class _Judging:
                 opened.append((path, found))
         return [self._judged(found, str(path)) for path, found in _newest(opened)], left
 
-    def judge(self, path: Path, source: str) -> Judgement:
+    def judge(self, path: Path | str, source: str) -> Judgement:
         """One record."""
-        return self._judged(open_record(path, policy=self.policy.trust, home=self.home), source)
+        return self._judged(self._open(path), source)
+
+    def _open(self, path: Path | str) -> OpenedRecord:
+        return open_record(path, policy=self.policy.trust, home=self.home, tsa_roots=self.tsa_roots)
 
     def against(self, done: Sequence[Judgement]) -> Iterator[Finding]:
         """What other records of the model say against it, where one meets the policy."""

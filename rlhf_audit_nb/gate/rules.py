@@ -28,10 +28,12 @@ from rlhf_audit_nb.compliance.words import (
     time_text,
 )
 from rlhf_audit_nb.errors import AuditError
-from rlhf_audit_nb.events import CellExecuted, PrivacyReserved, RecordSealed
+from rlhf_audit_nb.events import CellExecuted, PrivacyReserved, RecordAttested, RecordSealed
 from rlhf_audit_nb.gate.finding import Finding
 from rlhf_audit_nb.privacy.descent import Descent
 from rlhf_audit_nb.privacy.ledger import fold, mechanism_of
+from rlhf_audit_nb.records.attesting import attestations_of, trail_keys
+from rlhf_audit_nb.records.signatures import TrailAttestation, count_attestations, missing_attestations
 from rlhf_audit_nb.trail import Level
 
 if TYPE_CHECKING:
@@ -116,7 +118,8 @@ class Subject:
 
 def check(policy: GatePolicy, subject: Subject) -> tuple[Finding, ...]:
     """All that ``policy`` asks of ``subject``, in the order of the policy's keys."""
-    return tuple(finding for name, rule in _RULES.items() if name in policy.asked for finding in rule(policy, subject))
+    asked = {*policy.asked, *(("attestations",) if policy.people else ())}
+    return tuple(finding for name, rule in _RULES.items() if name in asked for finding in rule(policy, subject))
 
 
 # --- the record ------------------------------------------------------------------------------------------------------
@@ -372,6 +375,39 @@ def _evidence(policy: GatePolicy, subject: Subject) -> Iterator[Finding]:
         yield Finding(f"evidence.{name}", met, f"{line.state.value}{part if met else ''}: {line.words}", line.entries)
 
 
+# --- people ----------------------------------------------------------------------------------------------------------
+
+
+def _attestations(policy: GatePolicy, subject: Subject) -> Iterator[Finding]:
+    """Who has signed the record, and that nobody whom the policy names has rejected it."""
+    known = _known_attestations(subject)
+    items = attestations_of(subject.opened, known)
+    counted = count_attestations(
+        items,
+        policy.attestations,
+        policy.people,
+        trail_keys(subject.opened) | trail_keys(subject.evidence),
+        missing=missing_attestations(items, known),
+        now=subject.now / 1_000_000,
+    )
+    places = (f"[{i}]" for i in range(len(policy.attestations)))
+    for one in counted:
+        what = next(places) if one.code == "attested" else f".{one.code.removeprefix('attestation-')}"
+        where = ", ".join(f"metadata.rlhf_audit.additions[{item.index}]" for item in one.by)
+        entries = tuple(item.entry.index for item in one.by if item.entry is not None)
+        yield Finding(f"attestations{what}", one.met, one.why, entries, where)
+
+
+def _known_attestations(subject: Subject) -> tuple[TrailAttestation, ...]:
+    """What the trail says of the record's signatures; nothing where it is not at hand."""
+    sealed = subject.opened.sealed
+    return tuple(
+        TrailAttestation(item.index, item.time, event.payload, event.meaning, event.role, event.key)
+        for item, event in subject.evidence.of(RecordAttested)
+        if sealed is not None and event.record == sealed.record
+    )
+
+
 _RULES: dict[str, Callable[[GatePolicy, Subject], Iterator[Finding]]] = {
     "level": _level,
     "fresh": _fresh,
@@ -384,4 +420,5 @@ _RULES: dict[str, Callable[[GatePolicy, Subject], Iterator[Finding]]] = {
     "privacy": _privacy,
     "evaluations": _evaluations,
     "evidence": _evidence,
+    "attestations": _attestations,
 }
