@@ -135,7 +135,7 @@ def _settings(folder: Path, steps: int) -> Iterator[Figure]:
 
 def _memory(steps: int) -> Iterator[Figure]:
     command = [sys.executable, "-m", "benchmarks.capture", "memory", str(steps)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     how = f"resident, beyond a process with torch and transformers, after {steps:,} synthetic steps"
     yield Figure("memory of auditing", found["steps"], "MiB", 50, how=how)

@@ -26,7 +26,7 @@ print(time.perf_counter() - t)
 def _fastest(code: str) -> float:
     taken = []
     for _ in range(REPEATS):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
         taken.append(float(done.stdout.split()[-1]))
     return min(taken)
 

@@ -213,7 +213,7 @@ def _memory(folder: Path) -> Iterator[Figure]:
     peaks = {}
     for name in ("plain", "rows"):
         command = [sys.executable, "-m", "benchmarks.training", name, str(folder / f"memory-{name}")]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         peaks[name] = json.loads(done.stdout.splitlines()[-1])
     plain, rows = peaks["plain"], peaks["rows"]
     how = f"ru_maxrss of one process each, plain {plain['peak'] / 1024:.0f} MiB"

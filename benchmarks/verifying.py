@@ -59,7 +59,7 @@ def _make(folder: Path, entries: int) -> Path:
 
 
 def _child(what: str, folder: Path) -> dict[str, float]:
-    done = subprocess.run([sys.executable, "-m", "benchmarks.verifying", what, folder], capture_output=True, check=True)
+    done = subprocess.run([sys.executable, "-m", "benchmarks.verifying", what, folder], stdout=subprocess.PIPE, check=True)
     answer: dict[str, float] = json.loads(done.stdout)
     return answer
 
@@ -186,7 +186,7 @@ def _reading(folder: Path, size: int, repeats: int) -> Iterator[Figure]:
         for _ in range(repeats):
             began = time.perf_counter()
             command = [sys.executable, "-c", script, "trail", words[0], "--trail", str(folder), *words[1:]]
-            subprocess.run(command, capture_output=True, check=True)
+            subprocess.run(command, stdout=subprocess.PIPE, check=True)
             taken.append(time.perf_counter() - began)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         busy = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / repeats

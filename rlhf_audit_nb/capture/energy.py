@@ -52,7 +52,11 @@ class Counter:
 
 
 class EnergyMeter:
-    """All counters of this machine from now on; a counter that fails on the way is left out altogether."""
+    """All counters of this machine from now on.
+
+    Where a counter fails on the way, its whole source is left out: a sum without one of the packages or boards would be
+    too small and look whole.
+    """
 
     def __init__(self, counters: list[Counter]) -> None:
         self._counters = counters
@@ -66,7 +70,8 @@ class EnergyMeter:
         if clock < self._next and not now:
             return
         self._next = clock + SAMPLE_SECONDS
-        self._counters = [counter for counter in self._counters if _sampled(counter)]
+        failed = {counter.source for counter in self._counters if not _sampled(counter)}
+        self._counters = [counter for counter in self._counters if counter.source not in failed]
 
     def joules(self) -> dict[str, float]:
         """What was counted, by source; empty without counters."""

@@ -204,6 +204,12 @@ def test_a_counter_that_fails_is_left_out_altogether():
     assert EnergyMeter([]).joules() == {}
 
 
+def test_a_source_of_which_one_counter_fails_is_left_out_whole():
+    one, failing, board = iter([0.0, 5.0]), iter([0.0]), iter([1.0, 8.0])
+    counters = [Counter("rapl", lambda: next(one)), Counter("rapl", lambda: next(failing))]
+    assert EnergyMeter([*counters, Counter("nvml", lambda: next(board))]).joules() == {"nvml": 7.0}
+
+
 def test_packages_are_read_and_parts_and_the_platform_are_not(tmp_path):
     for name, label in (("intel-rapl:0", "package-0"), ("intel-rapl:0:0", "core"), ("intel-rapl:1", "psys")):
         domain = tmp_path / name
