@@ -6,7 +6,6 @@ import base64
 import copy
 import hashlib
 import json
-import random
 import re
 import shutil
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import nbformat
 import pytest
 from records_support import Made, policy_of, write_notebook
+from support.mutations import leaves, names, spelled
 
 from rlhf_audit_nb.errors import KeyFileError, RecordError
 from rlhf_audit_nb.records import OpenedRecord, open_record, read_record, run_notebook, verify_record
@@ -173,125 +173,6 @@ def test_a_kernel_that_an_editor_connected_is_a_note_and_no_fault(made, tmp_path
 # -- one byte ---------------------------------------------------------------------------------------------------
 
 
-def path_of_difference(one: Any, other: Any, where: str = "") -> str:
-    """Path of the first difference between two JSON values, by this test's own reading."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        for key in {**one, **other}:
-            if key not in one or key not in other:
-                return f"{where}.{key}".lstrip(".")
-            if one[key] != other[key]:
-                return path_of_difference(one[key], other[key], f"{where}.{key}".lstrip("."))
-    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        for i, (a, b) in enumerate(zip(one, other, strict=True)):
-            if a != b:
-                return path_of_difference(a, b, f"{where}[{i}]")
-    return where
-
-
-REGIONS = {
-    "source": r"cells\[\d+\]\.source",
-    "output": r"cells\[\d+\]\.outputs",
-    "cell id or type or metadata": r"cells\[\d+\]\.(id|cell_type|metadata|execution_count)",
-    "parameters": r"metadata\.papermill\.parameters",
-    "notebook metadata": r"metadata\.(papermill|kernelspec|language_info)",
-    "statement": r"metadata\.rlhf_audit\.statement\.payload$",
-    "signature": r"metadata\.rlhf_audit\.statement\.signatures",
-    "proof": r"metadata\.rlhf_audit\.entries\[\d+\]\.proof",
-    "entry": r"metadata\.rlhf_audit\.entries\[\d+\]\.(data|index)",
-    "checkpoint": r"metadata\.rlhf_audit\.checkpoint",
-    "manifest": r"metadata\.rlhf_audit\.manifest",
-}
-
-
-def _generous(path: str) -> str:
-    """The path at the depth at which a verdict names a place: an output, an entry, a key of metadata."""
-    for pattern in (
-        r"cells\[\d+\]\.outputs(\[\d+\])?",
-        r"cells\[\d+\]\.\w+",
-        r"metadata\.rlhf_audit\.entries\[\d+\]",
-        r"metadata\.rlhf_audit\.\w+",
-        r"metadata\.\w+",
-    ):
-        match = re.match(pattern, path)
-        if match:
-            return match[0]
-    return path
-
-
-def _names(where: str, path: str) -> bool:
-    place = _generous(path)
-    return where.startswith(place) or (
-        place.startswith(where) and where.startswith(("cells[", "metadata.", "nbformat"))
-    )
-
-
-def leaves(value: Any, path: tuple[Any, ...] = ()):
-    if isinstance(value, dict):
-        for key in value:
-            yield from leaves(value[key], (*path, key))
-    elif isinstance(value, list):
-        for i, item in enumerate(value):
-            yield from leaves(item, (*path, i))
-    else:
-        yield path, value
-
-
-def spelled(path: tuple[Any, ...]) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
-
-
-def spots(data: bytes) -> dict[str, list[range]]:
-    """For each region, where the values of it stand in the file."""
-    found: dict[str, list[range]] = {name: [] for name in REGIONS}
-    for path, value in leaves(json.loads(data)):
-        text = json.dumps(value, ensure_ascii=False).encode()
-        key = f'"{path[-1]}": '.encode() if isinstance(path[-1], str) else b""
-        at = data.find(key + text)
-        for name, pattern in REGIONS.items():
-            if at >= 0 and re.match(pattern, spelled(path)):
-                found[name].append(range(at, at + len(key + text)))
-    return found
-
-
-def one_byte_changes(data: bytes, seed: int, each: int, anywhere: int):
-    """The file with one byte replaced by another, or by its neighbour in one bit: in each region, and anywhere."""
-    chance = random.Random(seed)
-    wanted = [chance.choice(chance.choice(places)) for places in spots(data).values() for _ in range(each)]
-    wanted += [chance.randrange(len(data)) for _ in range(anywhere)]
-    for position in wanted:
-        new = chance.choice([chance.randrange(256), data[position] ^ 1 << chance.randrange(8)])
-        if new != data[position]:
-            yield position, data[:position] + bytes([new]) + data[position + 1 :]
-
-
-def test_a_changed_byte_anywhere_is_caught_and_named(made, tmp_path):
-    before = made.notebook
-    seen = dict.fromkeys([*REGIONS, "elsewhere", "not JSON", "spelling only"], 0)
-    for position, data in one_byte_changes(made.data, seed=20261122, each=60, anywhere=200):
-        opened = check(made, data, tmp_path)
-        try:
-            after = json.loads(data.decode(), parse_constant=float)
-        except (ValueError, RecursionError):
-            after = None
-        if after == before:
-            assert opened.verdict.level is Level.UNANCHORED, (position, places(opened))
-            seen["spelling only"] += 1
-            continue
-        assert opened.verdict.exit_code() in {30, 40}, (position, data[position - 30 : position + 10])
-        assert all(reason.code and reason.where and reason.message for reason in opened.verdict.reasons)
-        if after is None:
-            assert places(opened) == ["file"]
-            seen["not JSON"] += 1
-            continue
-        path = path_of_difference(before, after)
-        assert places(opened), path
-        assert any(_names(where, path) for where in places(opened)), (path, places(opened))
-        region = next((name for name, pattern in REGIONS.items() if re.match(pattern, path)), "elsewhere")
-        seen[region] += 1
-    assert min(seen[name] for name in REGIONS) >= 10, seen
-    assert seen["not JSON"] >= 10, seen
-
-
 def test_white_space_between_values_is_no_change(made, tmp_path):
     data = made.data.replace(b'\n "cells"', b'\n\t"cells"', 1)
     assert data != made.data
@@ -313,7 +194,7 @@ def test_every_value_in_the_file_counts(made, tmp_path):
             target[path[-1]] = value * 2 + 1
         opened = check(made, nb, tmp_path)
         assert opened.verdict.level is Level.INVALID, path
-        assert any(_names(where, spelled(path)) for where in places(opened)), (path, places(opened))
+        assert any(names(where, spelled(path)) for where in places(opened)), (path, places(opened))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.33, 0.5, 0.77, 0.95, 0.9999])
