@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -287,3 +289,11 @@ def test_an_interrupted_process_seals_what_there_is(folder, sent, raised, interr
     opened = open_record("out.ipynb")
     assert opened.verdict.level is Level.UNANCHORED
     assert (opened.sealed.status, opened.sealed.reason, opened.sealed.cell) == ("aborted", raised.__name__, "cell-1")
+
+
+def test_the_engine_can_be_imported_before_papermill_is():
+    """Papermill asks for the engines of all packages while it is imported, the engine for papermill."""
+    code = "import rlhf_audit_nb.records.engine; from papermill.engines import papermill_engines as known;"
+    code += "print(known.get_engine('audit').__module__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.returncode) == ("rlhf_audit_nb.records.entry_point", 0), done.stderr
