@@ -59,7 +59,9 @@ def _make(folder: Path, entries: int) -> Path:
 
 
 def _child(what: str, folder: Path) -> dict[str, float]:
-    done = subprocess.run([sys.executable, "-m", "benchmarks.verifying", what, folder], stdout=subprocess.PIPE, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.verifying", what, folder], stdout=subprocess.PIPE, check=True
+    )
     answer: dict[str, float] = json.loads(done.stdout)
     return answer
 
