@@ -87,6 +87,7 @@ class Checking(AuditorBase):
         from rlhf_audit_nb.records.attesting import (
             attest_record,
             attestations_of,
+            carry_to_copy,
             enter_attestations,
             meaning_of,
             trail_of,
@@ -108,6 +109,7 @@ class Checking(AuditorBase):
         if trail_of(opened, record, mine) != mine:
             return item
         entered = enter_attestations(self.trail, opened, policy=policy)
+        carry_to_copy(mine, opened, policy=policy)
         return next(one for one in attestations_of(opened, entered) if one.index == item.index)
 
     def doctor(

@@ -83,7 +83,7 @@ def _entered(
     args: argparse.Namespace, opened: OpenedRecord, policy: TrustPolicy | None
 ) -> tuple[tuple[TrailAttestation, ...], str | None]:
     """What was entered into the record's trail, or why nothing was."""
-    from rlhf_audit_nb.records.attesting import enter_attestations, trail_of
+    from rlhf_audit_nb.records.attesting import carry_to_copy, enter_attestations, trail_of
     from rlhf_audit_nb.trail.keys import have_keys, home_folder
 
     folder = Path(args.trail) if args.trail else trail_of(opened, args.record)
@@ -93,9 +93,11 @@ def _entered(
         return (), "the trail's keys are not here."
     try:
         with opened_trail(folder) as trail:
-            return enter_attestations(trail, opened, policy=policy), None
+            entered = enter_attestations(trail, opened, policy=policy)
+        carry_to_copy(folder, opened, policy=policy)
     except AuditError as error:
         return (), str(error)
+    return entered, None
 
 
 def _entered_words(args: argparse.Namespace, entered: tuple[TrailAttestation, ...], why: str | None) -> list[str]:

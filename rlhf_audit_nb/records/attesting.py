@@ -31,7 +31,10 @@ from rlhf_audit_nb.errors import AuditError, ConfigError, FormatError, KeyFileEr
 from rlhf_audit_nb.events import RecordAttested, RecordSealed, TrailCreated, decode_body, encode_body
 from rlhf_audit_nb.records.additions import ATTESTATION, Addition, add_to_record
 from rlhf_audit_nb.records.dsse import key_id
-from rlhf_audit_nb.records.record import OpenedRecord, open_record
+from rlhf_audit_nb.records.kept import kept_record
+from rlhf_audit_nb.records.record import OpenedRecord, open_record, read_record
+from rlhf_audit_nb.records.rewriting import replace_seal, rewrite_record
+from rlhf_audit_nb.records.seal import SEAL_VERSION
 from rlhf_audit_nb.records.signatures import (
     APPROVED,
     MEANINGS,
@@ -63,6 +66,7 @@ __all__ = [
     "attest_record",
     "attestation_notes",
     "attestations_of",
+    "carry_to_copy",
     "enter_attestations",
     "known_attestations",
     "meaning_of",
@@ -455,6 +459,42 @@ def known_attestations(
             code="trail",
         )
     return tuple(found)
+
+
+def carry_to_copy(
+    location: Path | str, opened: OpenedRecord, *, policy: TrustPolicy | None = None, home: Path | None = None
+) -> Path | None:
+    """Put what was added to a record into the copy that is kept beside its trail, so that who finds that finds both.
+
+    Args:
+        location: the trail's folder.
+        opened: the record.
+        policy: whose signatures count, as `open_record`.
+        home: likewise.
+
+    Returns:
+        The copy; ``None`` where there is none, where it has additions that the record lacks, or was changed.
+
+    Raises:
+        RecordError: the copy cannot be read or written.
+    """
+    path = kept_record(location, opened.sealed.record) if opened.sealed is not None else None
+    if path is None:
+        return None
+    mine, holds = (opened.metadata or {}).get("additions", []), False
+
+    def change(data: bytes) -> bytes:
+        nonlocal holds
+        copy = read_record(data, policy=policy, home=home)
+        theirs = (copy.metadata or {}).get("additions", [])
+        same = copy.sealed == opened.sealed and copy.verdict.level is not Level.INVALID
+        holds = same and mine[: len(theirs)] == theirs
+        if not holds or mine == theirs or copy.metadata is None:
+            return data
+        return replace_seal(data, {**copy.metadata, "version": SEAL_VERSION, "additions": mine})
+
+    rewrite_record(path, change)
+    return path if holds else None
 
 
 def _root(tree: Frontier) -> str:

@@ -2,8 +2,9 @@
 
 A record is a file that its owner moves, renames and sends away; the copy ``records/<record id>.ipynb`` is found by the
 trail alone. It is the notebook as it was sealed, written before the file that was asked for: what papermill or an
-editor does to that one later does not touch it, and what is added to that one later (`additions`) is not in it. A copy
-proves nothing by itself: it is verified like any record.
+editor does to that one later does not touch it; of what is added to that one later (`additions`), what people have
+signed is put into the copy as well where its trail is at hand (`attesting`). A copy proves nothing by itself: it is
+verified like any record.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from signing_support import seal_text
 
+from rlhf_audit_nb.auditor import AuditableRLHF
+from rlhf_audit_nb.config import AuditConfig
 from rlhf_audit_nb.errors import ConfigError, FormatError, KeyFileError, RecordError
 from rlhf_audit_nb.events import RecordAttested, decode_body
 from rlhf_audit_nb.records import open_record
@@ -24,6 +26,7 @@ from rlhf_audit_nb.records.attesting import (
     attest_record,
     attestation_notes,
     attestations_of,
+    carry_to_copy,
     enter_attestations,
     known_attestations,
     signed_by,
@@ -31,10 +34,12 @@ from rlhf_audit_nb.records.attesting import (
     trail_of,
 )
 from rlhf_audit_nb.records.dsse import key_id, sign_envelope
+from rlhf_audit_nb.records.kept import kept_record
 from rlhf_audit_nb.records.normal_form import canonical_json
 from rlhf_audit_nb.records.signatures import Person, Requirement, count_attestations
 from rlhf_audit_nb.trail import Level, Trail, TrailReader
 from rlhf_audit_nb.trail.keys import load_keys
+from rlhf_audit_nb.trail.people import create_person_key
 from rlhf_audit_nb.trail.rotation import rotate_key
 from rlhf_audit_nb.trail.signers import FileKey
 
@@ -504,3 +509,44 @@ def test_what_does_not_hold_is_not_entered(place, key):
     with pytest.raises(RecordError, match="INVALID"):
         place.enter()
     assert list(TrailReader.open(place.trail).entries(type=RecordAttested.TYPE)) == []
+
+
+def test_the_copy_beside_the_trail_gets_the_signatures_too(place, key, another):
+    copy = kept_record(place.trail, place.opened().sealed.record)
+    before = copy.read_bytes()
+    place.attest(key)
+    assert carry_to_copy(place.trail, place.opened(), home=place.home) == copy
+    assert attestations_of(place.opened(copy)) == attestations_of(place.opened())
+    assert place.opened(copy).verdict.level is Level.UNANCHORED
+    # What the record lacks is never taken out of the copy, and a copy that was changed is left alone.
+    place.cut()
+    place.attest(another)
+    assert carry_to_copy(place.trail, place.opened(), home=place.home) is None
+    assert [item.key_id for item in attestations_of(place.opened(copy))] == [key_id(key.spki)]
+    copy.write_bytes(before.replace(b'"one"', b'"won"'))
+    changed = copy.read_bytes()
+    assert carry_to_copy(place.trail, place.opened(), home=place.home) is None
+    assert copy.read_bytes() == changed != before
+    copy.unlink()
+    assert carry_to_copy(place.trail, place.opened(), home=place.home) is None
+
+
+@pytest.mark.parametrize("kind", ["sign", "reject"])
+def test_the_auditor_signs_and_enters(place, monkeypatch, kind):
+    monkeypatch.setenv("RLHF_AUDIT_PERSON_PASSPHRASE", "five random words")
+    create_person_key(place.home, OFFICER, "five random words")
+    auditor = AuditableRLHF(audit_config=AuditConfig(trail=str(place.trail)))
+    item = auditor.attest(place.record, role=ROLE, statement="Read.", reject=kind == "reject", purpose="tests")
+    auditor.trail.close()
+    assert (item.name, item.meaning) == (OFFICER, "rejected" if kind == "reject" else "approved")
+    assert place.known() == (item.entry,)
+    with pytest.raises(ConfigError, match="approved and reject"):
+        auditor.attest(place.record, role=ROLE, statement="Read.", reject=True, meaning="approved")
+
+
+def test_the_auditor_of_another_trail_enters_nothing(place, tmp_path):
+    create_person_key(place.home, OFFICER, None)
+    auditor = AuditableRLHF(audit_config=AuditConfig(trail=str(tmp_path / "elsewhere")))
+    assert auditor.attest(place.record, role=ROLE, statement="Read.").entry is None
+    assert not (tmp_path / "elsewhere").exists()
+    assert place.known() == ()
