@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_audit_nb.cli.checking import add_target
+from rlhf_audit_nb.cli.gating import names_gate_policy
 from rlhf_audit_nb.cli.shared import (
     Command,
     Parser,
@@ -29,7 +31,17 @@ __all__ = ["COMMANDS"]
 REFUSED = 3
 
 
-def _evidence(target: str, policy: TrustPolicy | None) -> Evidence:
+def _evidence(args: argparse.Namespace) -> Evidence:
+    """What is drawn; a policy for records and gates also says whose signatures count."""
+    if not names_gate_policy(args):
+        return _drawn(args.target, read_policy(args))
+    from rlhf_audit_nb.gate import load_policy
+
+    policy = load_policy(args.policy)
+    return replace(_drawn(args.target, policy.trust), people=policy.people)
+
+
+def _drawn(target: str, policy: TrustPolicy | None) -> Evidence:
     from rlhf_audit_nb.compliance.evidence import Evidence
 
     if is_record(target):
@@ -43,7 +55,7 @@ def _do_report(args: argparse.Namespace) -> int:
     from rlhf_audit_nb.reports import build_compliance_report
 
     path = output(args, beside(args.target, f".{args.format}"))
-    evidence = _evidence(args.target, read_policy(args))
+    evidence = _evidence(args)
     build_compliance_report(evidence, args.mode).save(path)
     answer = {"report": str(path), "format": args.format, "level": evidence.level}
     return _finish_saying(args, answer, [f"report   {path} ({evidence.level})"], evidence)
@@ -52,7 +64,7 @@ def _do_report(args: argparse.Namespace) -> int:
 def _do_card(args: argparse.Namespace) -> int:
     from rlhf_audit_nb.cards import build_card
 
-    evidence = _evidence(args.target, read_policy(args))
+    evidence = _evidence(args)
     card = build_card(evidence, args.format)
     if args.out is None:
         return _finish_saying(args, card.to_dict(), card.text.splitlines(), evidence)
@@ -66,7 +78,7 @@ def _do_lineage(args: argparse.Namespace) -> int:
     from rlhf_audit_nb.compliance.lineage import lineage
     from rlhf_audit_nb.reports.lineage import LineageView
 
-    evidence = _evidence(args.target, read_policy(args))
+    evidence = _evidence(args)
     view = LineageView(lineage(evidence), evidence.level)
     said = [line for text in str(view).splitlines() for line in wrapped(text)]
     if args.out is not None:
@@ -79,7 +91,7 @@ def _do_evaluations(args: argparse.Namespace) -> int:
     from rlhf_audit_nb.compliance.thresholds import evaluations
     from rlhf_audit_nb.reports.evaluations import EvaluationsView
 
-    evidence = _evidence(args.target, read_policy(args))
+    evidence = _evidence(args)
     view = EvaluationsView(evaluations(evidence), evidence.level)
     said = [line for text in str(view).splitlines() for line in wrapped(text)]
     if args.out is not None:

@@ -60,6 +60,8 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.trail.signers import SigningKey
 
 __all__ = [
+    "NAMED",
+    "UNKNOWN",
     "AttestationPredicate",
     "Attested",
     "ask_trail",
@@ -76,6 +78,7 @@ __all__ = [
 ]
 
 UNKNOWN = "no policy was given, and whose key this is, no file proves"
+NAMED = "the policy names this key and this role"
 
 _MEANING = Literal["approved", "reviewed", "responsible", "authored", "rejected", "withdrawn"]
 _LONGEST_LINE = 200
@@ -239,8 +242,7 @@ def signed_by(
     trainers, found = trail_keys(record), []
     for item in attestations_of(record, known):
         standing = standing_of(item, people, trainers, now=float("inf"))
-        why = f"it does not count: {standing.why}" if not standing.counts else "the policy names this key and this role"
-        found.append((item, why))
+        found.append((item, NAMED if standing.counts else f"it does not count: {standing.why}"))
     return tuple(found)
 
 

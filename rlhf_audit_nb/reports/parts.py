@@ -34,11 +34,13 @@ class Tile:
 
 @dataclass(frozen=True)
 class Group:
-    """A table of facts under a heading."""
+    """A table of facts under a heading; ``mark`` stands beside the heading in the colour of ``state``."""
 
     title: str
     facts: tuple[Fact, ...]
     words: str = ""
+    mark: str = ""
+    state: str = ""
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from rlhf_audit_nb.compliance import words
 from rlhf_audit_nb.compliance.evidence import cite
 from rlhf_audit_nb.events import RecordAttested
-from rlhf_audit_nb.records.attesting import signed_by
-from rlhf_audit_nb.records.signatures import REJECTED, Attestation
+from rlhf_audit_nb.records.attesting import NAMED, UNKNOWN, signed_by
+from rlhf_audit_nb.records.signatures import REJECTED, WITHDRAWN, Attestation
 from rlhf_audit_nb.reports.parts import Fact, Group
 
 if TYPE_CHECKING:
@@ -49,14 +49,21 @@ def _signed(evidence: Evidence) -> tuple[tuple[Attestation, str], ...]:
 
 
 def _group(item: Attestation, standing: str) -> Group:
-    replaced = " (replaced by a later signature with the same key)" if item.replaced_by is not None else ""
     facts = (
-        Fact("Meaning", item.meaning + replaced),
-        Fact("Name and role", f"{item.name}, {item.role}"),
-        Fact("For", item.purpose or "any use"),
         Fact("Statement", item.statement),
+        Fact("For", item.purpose or "any use"),
         Fact("Signed at", item.time, note="by the signer's own clock"),
         *(Fact("Not believed", f"{doubt}.") for doubt in item.doubts),
         Fact("Key", f"sha256 {item.key_id}", mono=True, note=standing),
     )
-    return Group(f"{item.meaning[:1].upper()}{item.meaning[1:]}: {item.name}", facts)
+    mark = item.meaning if item.replaced_by is None else f"{item.meaning}; replaced by a later signature"
+    return Group(f"{item.name}, {item.role}", facts, mark=mark, state=_state(item, standing))
+
+
+def _state(item: Attestation, standing: str) -> str:
+    """The colour: red for a refusal that stands, green only for a word that a policy knows."""
+    if item.replaced_by is not None:
+        return "na"
+    if item.meaning == REJECTED:
+        return "bad" if standing in (NAMED, UNKNOWN) else "warn"
+    return "ok" if standing == NAMED and item.meaning != WITHDRAWN else "na"

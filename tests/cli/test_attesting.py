@@ -198,3 +198,14 @@ def test_a_trail_that_cannot_be_asked_is_told(run, officer, place):
     code, _, err = run("verify", "audit", "--trail", "audit")
     assert code == 2
     assert "--trail goes with" in err
+
+
+def test_a_report_says_whose_keys_the_policy_names(run, ask, officer, place):
+    (place / "officer.pub").write_text(officer["public"], encoding="utf-8")
+    people = f"people:\n  - name: {NAME}\n    roles: [compliance officer]\n    keys: [officer.pub]\n"
+    (place / "policy.yaml").write_text(f"version: 1\ntrust: trust.policy\n{people}", encoding="utf-8")
+    ask("attest", "record.ipynb", *SAYS)
+    for policy, said in (("policy.yaml", "the policy names this key"), ("trust.policy", "no policy was given")):
+        assert run("report", "record.ipynb", "--policy", policy, "-o", "report.html")[0] == 0
+        assert said in (place / "report.html").read_text()
+        assert said in run("card", "record.ipynb", "--policy", policy)[1]

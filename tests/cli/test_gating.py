@@ -148,6 +148,6 @@ def test_a_policy_for_records_is_refused_for_anything_else(run, place, target):
 
 
 def test_other_commands_say_which_policy_they_take(run, place):
-    code, _, err = run("report", place.record, "--policy", place.folder / "good.yaml")
+    code, _, err = run("attest", place.record, "--enter", "--policy", place.folder / "good.yaml")
     assert code == 2
     assert "is a policy for records and gates" in err

@@ -55,10 +55,14 @@ def test_a_rejection_is_read_first_and_each_signature_stands_by_itself(evidence)
     assert first.label == "Rejected"
     assert REFUSED in first.value
     groups = signed_groups(evidence)
-    assert [group.title for group in groups] == [f"Approved: {OFFICER}", f"Approved: {LEAD}", f"Rejected: {OFFICER}"]
-    facts = {fact.label: fact for fact in groups[0].facts}
-    assert "replaced by a later signature" in facts["Meaning"].value
-    assert {fact.label: fact.value for fact in groups[1].facts}["For"] == "deployment"
+    assert [group.title for group in groups] == [f"{OFFICER}, compliance officer", f"{LEAD}, lead", groups[0].title]
+    assert [(group.mark, group.state) for group in groups] == [
+        ("approved; replaced by a later signature", "na"),
+        ("approved", "na"),
+        ("rejected", "bad"),
+    ]
+    facts = {fact.label: fact for fact in groups[1].facts}
+    assert facts["For"].value == "deployment"
     assert "whose key this is, no file proves" in facts["Key"].note
 
 
@@ -66,6 +70,9 @@ def test_a_policy_says_whose_key_it_is(evidence, keys):
     notes = [{f.label: f for f in group.facts}["Key"].note for group in signed_groups(with_policy(evidence, keys))]
     assert notes[0] == notes[2] == "the policy names this key and this role"
     assert notes[1] == "it does not count: it is signed with a key that the policy does not name"
+    assert [group.state for group in signed_groups(with_policy(evidence, keys))] == ["na", "na", "bad"]
+    known = replace(evidence, people=(Person(LEAD, (key_id(keys[1].spki),), ("lead",)),))
+    assert [group.state for group in signed_groups(known)] == ["na", "ok", "warn"]
 
 
 @pytest.mark.parametrize("kind", ["html", "json"])
