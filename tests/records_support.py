@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import nbformat
 
+from rlhf_audit_nb.records.session import Outcome, RecordSession
 from rlhf_audit_nb.trail import TrailReader, TrustPolicy
 from rlhf_audit_nb.trail.checkpoint import checkpoint_of
 
@@ -72,6 +73,17 @@ def write_notebook(path: Path, cells: list[Any], metadata: dict[str, Any] | None
     node = nbformat.v4.new_notebook(cells=made, metadata={"kernelspec": spec, **(metadata or {})})
     path.write_text(nbformat.writes(node), encoding="utf-8")
     return path
+
+
+def sealed_record(folder: Path, text: str = "text") -> dict[str, Any]:
+    """A record of one markdown cell, made without a kernel, as JSON values."""
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text, id="a")])
+    session = RecordSession.begin(nb, {"name": "k", "language": "r", "display_name": "K"}, folder)
+    try:
+        session.seal(nb, Outcome("completed"))
+    finally:
+        session.close()
+    return json.loads(nbformat.writes(nb))
 
 
 def policy_of(trail: Path) -> TrustPolicy:

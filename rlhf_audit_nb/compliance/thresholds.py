@@ -10,6 +10,9 @@ under, the newest threshold before the result is in force; how early that one wa
 - ``after result``: when the figure was known: only after the evaluation, or after an earlier one of the same model
   and metric. Nothing is judged by such a threshold.
 
+A record carries the thresholds and evaluations of other notebooks on its metrics; they are weighed here, and those of
+models that the record does not know are not told of by themselves.
+
 All others of the series are shown beside it. What is not a finite number reaches nothing. Figures that are sealed, and
 data that is, are judged by nobody here. A pure function of the entries.
 """
@@ -23,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_audit_nb.compliance.facts import training_steps
 from rlhf_audit_nb.compliance.words import number_text
-from rlhf_audit_nb.events import EvaluationRecorded, ModelBound, RunStarted, ThresholdSealed
+from rlhf_audit_nb.events import EvaluationRecorded, ModelBound, RecordStarted, RunStarted, ThresholdSealed
 from rlhf_audit_nb.privacy.descent import Descent, Training
 
 if TYPE_CHECKING:
@@ -240,10 +243,12 @@ class _Reader:
         self._steps = training_steps(evidence)
         self._models = {index: self._model(index, event) for index, _, event, _ in self._told}
         self._used: set[int] = set()
+        self._foreign = _foreign(evidence)
 
     def read(self) -> Evaluations:
-        done = tuple(self._evaluated(*one) for one in self._told)
-        unused = tuple(one for one in self._thresholds if one.entry not in self._used)
+        known = [one for one in self._told if one[0] not in self._foreign or self._models[one[0]].as_ != "unknown"]
+        done = tuple(self._evaluated(*one) for one in known)
+        unused = tuple(one for one in self._thresholds if one.entry not in self._used | self._foreign)
         return Evaluations(done, tuple(self._thresholds), unused)
 
     def _evaluated(self, entry: int, time: int, event: EvaluationRecorded, sealed: bool) -> Evaluated:  # noqa: FBT001
@@ -374,6 +379,15 @@ class _Reader:
             return first
         before = [self._first_step(one) for role, _, one in self._descent.inputs(training) if role == "checkpoint"]
         return _earliest([first, *before]) if before else None
+
+
+def _foreign(evidence: Evidence) -> frozenset[int]:
+    """In a record, the thresholds and evaluations that its own notebook did not write."""
+    own = {event.record for _, event in evidence.of(RecordStarted)} if evidence.origin_kind == "record" else set()
+    if not own:
+        return frozenset()
+    thresholds = {item.index for item, event in evidence.of(ThresholdSealed) if event.record not in own}
+    return frozenset(thresholds | {i.index for i, event in evidence.of(EvaluationRecorded) if event.record not in own})
 
 
 def _is_it(model: ModelBound, event: EvaluationRecorded) -> bool:

@@ -48,7 +48,10 @@ class RecordSealed(Event, frozen=True, kw_only=True):
     """A record was sealed: the digest of its normal form and its outcome (``completed``, ``failed``, ``aborted``).
 
     ``cell`` is the id of the cell in which it failed or was aborted; ``keys`` are the ids of the keys that sign the
-    record's statement, so that no choice of entries can name others (``None`` in records of earlier versions).
+    record's statement, so that no choice of entries can name others; ``build_type`` is the form of that statement, so
+    that it cannot be told in an older one. ``related`` counts the thresholds and evaluations of the same metrics that
+    were in the trail before this entry and are not of this record, and ``related_digest`` is SHA-256 over their leaf
+    hashes: the record carries them all. These four are ``None`` in records of earlier versions.
     """
 
     TYPE: ClassVar[str] = "record.sealed"
@@ -60,6 +63,9 @@ class RecordSealed(Event, frozen=True, kw_only=True):
     reason: str | None = None
     cell: str | None = None
     keys: list[str] | None = None
+    build_type: str | None = None
+    related: int | None = None
+    related_digest: str | None = None
 
 
 class ReportCreated(Event, frozen=True, kw_only=True):

@@ -28,6 +28,7 @@ from rlhf_audit_nb.records.normal_form import (
     source_digest,
     without_markers,
 )
+from rlhf_audit_nb.records.related import related_entries, related_in
 from rlhf_audit_nb.records.statement import (
     build_statement,
     encode_statement,
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from rlhf_audit_nb.records.seal import Seal
-    from rlhf_audit_nb.trail import Entry
+    from rlhf_audit_nb.trail import Entry, TrailReader
     from rlhf_audit_nb.trail.checkpoint import Checkpoint
     from rlhf_audit_nb.trail.succession import KeySpan, Limit
 
@@ -62,8 +63,11 @@ __all__ = [
     "check_notebook",
     "check_order",
     "check_parameters",
+    "check_related",
     "check_shape",
     "check_statement",
+    "check_trail",
+    "check_version",
     "claims",
     "succession",
 ]
@@ -217,17 +221,65 @@ def check_belonging(seal: Seal) -> list[Reason]:
         for item in seal.entries
         if item.entry.type == RunStarted.TYPE and event_of(item.entry, RunStarted).record == seal.record
     }
+    related = {entry.index for entry in _related(seal)}
     found = []
     for i, item in enumerate(seal.entries):
         entry = item.entry
         event = decode_body(entry.type, entry.body)
         of_record = record_of(entry) == seal.record
         of_run = entry.run in runs or (isinstance(event, RunInterrupted) and event.run in runs)
-        if entry.index == 0 or entry.type in KEY_TYPES or of_record or of_run:
+        if entry.index == 0 or entry.type in KEY_TYPES or of_record or of_run or entry.index in related:
             continue
         message = f"Entry {entry.index} ({entry.type}) is no part of this record."
         found.append(Reason("foreign-entry", f"{SEAL}.entries[{i}]", message))
     return found
+
+
+def _related(seal: Seal) -> list[Entry]:
+    """The entries of other notebooks that may stand in the seal; none in a record of an earlier version."""
+    entries = [item.entry for item in seal.entries]
+    sealed_at, sealed = only(entries, RecordSealed, seal.record)
+    if sealed.related is None:
+        return []
+    return [entry for entry in related_entries(entries, seal.record) if entry.index < sealed_at.index]
+
+
+def check_related(seal: Seal, sealed: RecordSealed) -> list[Reason]:
+    """Whether the thresholds and evaluations of other notebooks in the seal are those that its entry counts."""
+    related = _related(seal)
+    if sealed.related is None or (sealed.related, sealed.related_digest) == (len(related), entries_digest(related)):
+        return []
+    message = (
+        f"The seal's entry counts {sealed.related} thresholds and evaluations of other notebooks on the record's "
+        f"metrics; {len(related)} are here, or they are others."
+    )
+    return [Reason("related", f"{SEAL}.entries", message)]
+
+
+def check_trail(seal: Seal, sealed: RecordSealed, sealed_at: int, reader: TrailReader) -> list[Reason]:
+    """Whether the trail has thresholds or evaluations on the record's metrics that the record leaves out.
+
+    ``reader`` is of the record's trail, of the record's size or larger, and continues the record's checkpoint.
+    """
+    if sealed.related is None:
+        return []
+    held = {entry.index for entry in _related(seal)}
+    lacking = [entry.index for entry in related_in(reader, seal.record, sealed_at) if entry.index not in held]
+    if not lacking:
+        return []
+    message = (
+        f"The trail has {len(lacking)} thresholds or evaluations on the record's metrics that the record does not hold "
+        f"(the first is entry {lacking[0]}): they were left out when it was sealed."
+    )
+    return [Reason("related", f"{SEAL}.entries", message)]
+
+
+def check_version(seal: Seal, sealed: RecordSealed) -> list[Reason]:
+    """Whether the seal's version is one that a statement of this form can stand in."""
+    if sealed.build_type is None or seal.version > 1:
+        return []
+    message = f"The seal says version {seal.version}, and its statement is of a form that came later."
+    return [Reason("version", f"{SEAL}.version", message)]
 
 
 # -- the statement ----------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from rlhf_audit_nb.records.additions import Addition, check_additions
 from rlhf_audit_nb.records.anchors import AnchorCheck
 from rlhf_audit_nb.records.checks import SEAL
 from rlhf_audit_nb.records.normal_form import SEAL_KEY, NormalFormError, parse_json
+from rlhf_audit_nb.records.related import EVALUATION_TYPES
 from rlhf_audit_nb.records.seal import Seal, SealError, parse_seal
 from rlhf_audit_nb.records.statement import event_of, only
 from rlhf_audit_nb.trail import Level, Reason, TrailReader, TrustPolicy, Verdict, check_entries
@@ -268,13 +269,31 @@ class _Verification:
             return
         self._started, self._sealed = started, sealed
         self._check_origin(created)
+        self._reasons += checks.check_version(self._seal, sealed)
         self._reasons += checks.check_belonging(self._seal)
+        self._reasons += checks.check_related(self._seal, sealed)
+        self._check_trail(sealed_at.index, sealed)
         self._check_keys(sealed_at.index)
         self._check_streams()
         self._check_notebook(started, sealed)
         self._additions, reasons, notes = check_additions(self._seal, sealed.digest)
         self._reasons += reasons
         self._notes += notes
+
+    def _check_trail(self, sealed_at: int, sealed: RecordSealed) -> None:
+        """What the record leaves out, where its own trail is at hand to tell."""
+        if not any(entry.type in EVALUATION_TYPES for entry in self._entries):
+            return
+        for location in self._trails:
+            try:
+                reader = TrailReader.open(location)
+                whole = reader.origin == self._head.origin and reader.size >= self._head.size
+                if whole and reader.root(self._head.size) == self._head.root:
+                    self._reasons += checks.check_trail(self._seal, sealed, sealed_at, reader)
+                    return
+            except AuditError:
+                # Not a readable trail: it is not what is being verified here.
+                continue
 
     def _check_keys(self, sealed_at: int) -> None:
         keys = self._keys = checks.succession(self._entries, self._head.origin, self._limits())

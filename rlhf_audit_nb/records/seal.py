@@ -14,8 +14,9 @@
 
 The entries are ``trail.created``, those that changed the trail's keys since (``key.rotated``, ``key.revoked``), those
 that name the record (``record.started``, ``record.cell``, ``record.sealed``, and of what its notebook wrote
-``evaluation.threshold`` and ``evaluation.recorded``), every entry of the runs that were opened
-inside the record, and what the trail itself says of those runs (``run.interrupted``). Parsing is strict: no unknown
+``evaluation.threshold`` and ``evaluation.recorded``), the thresholds and evaluations of other notebooks on the same
+metrics (`related`), every entry of the runs that were opened inside the record, and what the trail itself says of those
+runs (``run.interrupted``). Parsing is strict: no unknown
 key, no missing one, base64 and entries in their one form.
 
 The last two keys, and an anchor's ``keys``, are there where there is something in them. They are all that may be added

@@ -21,6 +21,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Self
 from uuid import uuid4
 
+import msgspec
 import nbformat
 
 from rlhf_audit_nb.capture.secrets import find_secret, scrub_values
@@ -55,8 +56,16 @@ from rlhf_audit_nb.records.normal_form import (
     without_markers,
 )
 from rlhf_audit_nb.records.proofs import prove_all
+from rlhf_audit_nb.records.related import related_in
+from rlhf_audit_nb.records.resources import event_of
 from rlhf_audit_nb.records.seal import ProvenEntry, format_seal
-from rlhf_audit_nb.records.statement import build_statement, encode_statement, event_of, record_of
+from rlhf_audit_nb.records.statement import (
+    BUILD_TYPE,
+    build_statement,
+    encode_statement,
+    entries_digest,
+    record_of,
+)
 from rlhf_audit_nb.trail import Trail
 
 if TYPE_CHECKING:
@@ -126,6 +135,9 @@ def record_entries(reader: TrailReader, record: str) -> list[Entry]:
         found.update({entry.index: entry for entry in reader.entries(run=run)})
     interruptions = reader.entries(type=RunInterrupted.TYPE)
     found.update({entry.index: entry for entry in interruptions if event_of(entry, RunInterrupted).run in runs})
+    sealed = [index for index, entry in found.items() if entry.type == RecordSealed.TYPE]
+    for index in sealed:
+        found.update({entry.index: entry for entry in related_in(reader, record, index)})
     return [found[index] for index in sorted(found)]
 
 
@@ -200,8 +212,21 @@ class RecordSession:
         return session
 
     def _append(self, event: Event) -> Pending:
-        resolution = COARSE_SECONDS * 1_000_000 if self._is_coarse() else 1
-        return self._trail.append(event.TYPE, encode_body(event), resolution_us=resolution)
+        return self._trail.append(event.TYPE, encode_body(event), resolution_us=self._resolution())
+
+    def _append_sealed(self, event: RecordSealed) -> None:
+        """Appends the seal's entry with what it says of other notebooks' thresholds; nobody appends in between."""
+
+        def body(reader: TrailReader) -> bytes:
+            related = related_in(reader, self.record, reader.size)
+            return encode_body(
+                msgspec.structs.replace(event, related=len(related), related_digest=entries_digest(related))
+            )
+
+        self._trail.append_guarded(event.TYPE, body, resolution_us=self._resolution())
+
+    def _resolution(self) -> int:
+        return COARSE_SECONDS * 1_000_000 if self._is_coarse() else 1
 
     def _is_coarse(self) -> bool:
         """Whether the record holds a run under differential privacy: how long a cell took then depends on its data."""
@@ -259,8 +284,9 @@ class RecordSession:
             reason=outcome.reason,
             cell=outcome.cell,
             keys=[key_id(key.spki) for key in self._trail.keys.record_signers],
+            build_type=BUILD_TYPE,
         )
-        self._append(sealed).wait()
+        self._append_sealed(sealed)
         notebook["metadata"][SEAL_KEY] = self._sealed(manifest)
         if self._keep:
             self._keep_copy(notebook)

@@ -7,17 +7,20 @@ than the trail does, and a difference is named by its path.
 
 =================================  ====================================================================================
 ``subject``                        the notebook: digest of its normal form (``normal_form.py``)
-``buildDefinition.buildType``      `BUILD_TYPE`: a notebook executed by papermill with the engine ``audit``
+``buildDefinition.buildType``      a notebook executed by papermill with the engine ``audit``, in one of `BUILD_TYPES`
 ``externalParameters``             ``parameters``, as they were injected
 ``internalParameters``             record id, the trail's origin, the normal form's name, the kernel specification
-``resolvedDependencies``           the notebook's source; per run: data (role), models (base, reference), the checkpoint
-                                   that a training was resumed from, git commit
+``resolvedDependencies``           the notebook's source; what its runs started from (`statement_v2`)
 ``runDetails.builder``             `BUILDER_ID` and the tool's version
 ``runDetails.metadata``            record id; times of ``record.started`` and ``record.sealed``
 ``runDetails.byproducts``          the checkpoint (SHA-256 of the note; origin, size, root), all entries of the record
                                    (SHA-256 over their leaf hashes in order; count), the outcome (the
-                                   ``record.sealed`` entry), final models and saved weights
+                                   ``record.sealed`` entry), and what its runs left (`statement_v2`)
 =================================  ====================================================================================
+
+The entry ``record.sealed`` says which version of the statement the record has; those that say none were sealed before
+there was a second one, and are derived by the first (`statement_v1`) for ever. A statement cannot choose: one that
+claims another version than its entry differs from what is derived.
 
 Where differential privacy keeps a data set's digest in the vault, the dependency's digest is that of the entry that
 holds the commitment, and its annotations say so. A digest of an entry is its RFC 6962 leaf hash.
@@ -32,20 +35,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rlhf_audit_nb.errors import RecordError
 from rlhf_audit_nb.events import (
     CellExecuted,
-    DataBound,
-    EnvironmentCaptured,
     EvaluationRecorded,
     Event,
-    ModelBound,
     RecordSealed,
     RecordStarted,
-    RunResumed,
     ThresholdSealed,
     TrailCreated,
-    WeightsSaved,
     decode_body,
 )
+from rlhf_audit_nb.records import statement_v1, statement_v2
 from rlhf_audit_nb.records.normal_form import FORMAT, canonical_json
+from rlhf_audit_nb.records.resources import event_of, leaf, resource
 from rlhf_audit_nb.trail.checkpoint import checkpoint_of
 from rlhf_audit_nb.trail.merkle import leaf_hash
 
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BUILDER_ID",
     "BUILD_TYPE",
+    "BUILD_TYPES",
     "PREDICATE_TYPE",
     "STATEMENT_TYPE",
     "build_statement",
@@ -70,19 +71,15 @@ __all__ = [
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
-BUILD_TYPE = "urn:rlhf-audit:notebook-record:v1"
+BUILD_TYPE = statement_v2.BUILD_TYPE
+"""What new records are signed with."""
+
+BUILD_TYPES = (statement_v1.BUILD_TYPE, statement_v2.BUILD_TYPE)
 BUILDER_ID = "urn:rlhf-audit:papermill-engine-audit:v1"
 
 _OF_RECORDS = (RecordStarted, CellExecuted, RecordSealed, ThresholdSealed, EvaluationRecorded)
 
 EventT = TypeVar("EventT", bound=Event)
-
-
-def event_of(entry: Entry, kind: type[EventT]) -> EventT:
-    """The entry's event, which is of type ``kind``."""
-    event = decode_body(entry.type, entry.body)
-    assert isinstance(event, kind)
-    return event
 
 
 def record_of(entry: Entry) -> str | None:
@@ -119,76 +116,32 @@ def _when(microseconds: int) -> str:
     return f"{moment:%Y-%m-%dT%H:%M:%S}.{microseconds % 1_000_000:06d}Z"
 
 
-def _resource(name: str, sha256: str, **annotations: Any) -> dict[str, Any]:
-    kept = {key: value for key, value in annotations.items() if value is not None}
-    resource: dict[str, Any] = {"name": name, "digest": {"sha256": sha256}}
-    return {**resource, "annotations": kept} if kept else resource
-
-
-def _data(entry: Entry, event: DataBound) -> dict[str, Any]:
-    if event.digest is not None:
-        return _resource(f"data:{event.role}", event.digest, run=entry.run, entry=entry.index, source=event.source)
-    # Under differential privacy the data's own digest is sealed; the entry holds the commitment to it.
-    leaf = leaf_hash(entry.data).hex()
-    return _resource(f"data:{event.role}", leaf, run=entry.run, entry=entry.index, source=event.source, committed=True)
-
-
-def _model(entry: Entry, event: ModelBound) -> dict[str, Any]:
-    notes = {"run": entry.run, "entry": entry.index, "architecture": event.architecture, "model": event.name}
-    return _resource(f"model:{event.role}", event.weights_digest, **notes)
-
-
-def _checkpoint(entry: Entry, event: RunResumed) -> list[dict[str, Any]]:
-    if event.checkpoint is None:
-        return []
-    notes = {"run": entry.run, "entry": entry.index, "step": event.step, "fromRun": event.from_run}
-    return [_resource("checkpoint", event.checkpoint, **notes)]
-
-
-def _inputs(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    found = []
-    for entry in entries:
-        if entry.type == DataBound.TYPE:
-            found.append(_data(entry, event_of(entry, DataBound)))
-        elif entry.type == ModelBound.TYPE and event_of(entry, ModelBound).role != "final":
-            found.append(_model(entry, event_of(entry, ModelBound)))
-        elif entry.type == RunResumed.TYPE:
-            found += _checkpoint(entry, event_of(entry, RunResumed))
-        elif entry.type == EnvironmentCaptured.TYPE:
-            code = event_of(entry, EnvironmentCaptured)
-            if code.git_commit:
-                notes = {"entry": entry.index, "uncommittedChanges": bool(code.git_dirty)}
-                found.append({"name": "code", "digest": {"gitCommit": code.git_commit}, "annotations": notes})
-    return found
-
-
-def _results(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    found = []
-    for entry in entries:
-        if entry.type == WeightsSaved.TYPE:
-            saved = event_of(entry, WeightsSaved)
-            notes = {"run": entry.run, "entry": entry.index, "step": saved.step, "files": saved.files}
-            found.append(_resource(f"weights:{saved.name}", saved.digest, **notes))
-        elif entry.type == ModelBound.TYPE and event_of(entry, ModelBound).role == "final":
-            found.append(_model(entry, event_of(entry, ModelBound)))
-    return found
-
-
 def build_statement(record: str, checkpoint: str, entries: Sequence[Entry]) -> dict[str, Any]:
     """The statement of a record, from its checkpoint (a signed note) and its entries in their order.
 
     Raises:
-        RecordError: an entry that every record has is missing or stands twice.
+        RecordError: an entry that every record has is missing or stands twice, or the record is of a version that is
+            not known here (``unknown-version``).
         EntryError, FormatError: an entry or the checkpoint is malformed.
     """
     head = checkpoint_of(checkpoint)
     _, created = only(entries, TrailCreated)
     started_at, started = only(entries, RecordStarted, record)
     sealed_at, sealed = only(entries, RecordSealed, record)
+    build_type = sealed.build_type or statement_v1.BUILD_TYPE
+    if build_type not in BUILD_TYPES:
+        raise RecordError(
+            f"The record's statement is of the form {build_type}, which is not known here.",
+            next_step="Verify the record with the version that wrote it, or a later one.",
+            code="unknown-version",
+        )
+    second = build_type == statement_v2.BUILD_TYPE
+    derived = statement_v2 if second else statement_v1
+    environments = {"environments": statement_v2.environments(entries)} if second else {}
     tool, _, version = started.tool.partition("/")
     note = checkpoint.encode()
     byproducts = [
-        _resource(
+        resource(
             "checkpoint",
             hashlib.sha256(note).hexdigest(),
             origin=head.origin,
@@ -196,16 +149,16 @@ def build_statement(record: str, checkpoint: str, entries: Sequence[Entry]) -> d
             root=head.root_base64,
             bytes=len(note),
         ),
-        _resource("entries", entries_digest(entries), count=len(entries)),
-        _resource(
+        resource("entries", entries_digest(entries), count=len(entries)),
+        resource(
             "outcome",
-            leaf_hash(sealed_at.data).hex(),
+            leaf(sealed_at),
             status=sealed.status,
             reason=sealed.reason,
             cell=sealed.cell,
             entry=sealed_at.index,
         ),
-        *_results(entries),
+        *derived.results(entries),
     ]
     return {
         "_type": STATEMENT_TYPE,
@@ -213,17 +166,18 @@ def build_statement(record: str, checkpoint: str, entries: Sequence[Entry]) -> d
         "predicateType": PREDICATE_TYPE,
         "predicate": {
             "buildDefinition": {
-                "buildType": BUILD_TYPE,
+                "buildType": build_type,
                 "externalParameters": {"parameters": started.parameters},
                 "internalParameters": {
+                    **environments,
                     "kernel": started.kernel,
                     "normalForm": FORMAT,
                     "origin": created.origin,
                     "record": record,
                 },
                 "resolvedDependencies": [
-                    _resource("notebook-source", started.notebook_digest, entry=started_at.index),
-                    *_inputs(entries),
+                    resource("notebook-source", started.notebook_digest, entry=started_at.index),
+                    *derived.dependencies(entries),
                 ],
             },
             "runDetails": {

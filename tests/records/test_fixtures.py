@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-RECORDS = sorted(FIXTURES.glob("*/*.ipynb"))
+RECORDS = sorted(path for path in FIXTURES.glob("*/*.ipynb") if path.stem != "added")
 NAMES = [str(path.relative_to(FIXTURES)) for path in RECORDS]
 STATUS = {"plain": "completed", "private": "completed", "failed": "failed", "two-signatures": "completed"}
 
@@ -27,9 +27,9 @@ def opened(path: Path, data: bytes, home: Path) -> OpenedRecord:
 
 
 def test_no_set_and_no_record_was_lost():
-    assert {path.parent.name for path in RECORDS} >= {"seal-1"}
+    assert {path.parent.name for path in RECORDS} >= {"seal-1", "seal-2"}
     for folder in {path.parent for path in RECORDS}:
-        assert {path.stem for path in folder.glob("*.ipynb")} == set(STATUS)
+        assert {path.stem for path in folder.glob("*.ipynb")} - {"added"} == set(STATUS)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -45,6 +45,16 @@ def test_a_record_of_an_earlier_version_is_as_it_was_made_and_verifies(name, tmp
     assert len(found.entries) == len(found.metadata["entries"])
     trained = path.stem in {"plain", "private"}
     assert [run.status for run in found.verdict.runs] == ["completed"] * trained
+
+
+@pytest.mark.parametrize("name", ["seal-2"])
+def test_what_was_added_to_a_record_of_an_earlier_version_still_holds(name, tmp_path):
+    folder = FIXTURES / name
+    policy = TrustPolicy.parse((folder / "witnessed.policy").read_bytes())
+    found = read_record((folder / "added.ipynb").read_bytes(), policy=policy, home=tmp_path)
+    assert (found.verdict.level, found.verdict.reasons, found.notes) == (Level.COSIGNED, (), ())
+    assert [item.predicate["statement"] for item in found.additions] == ["A fixture."] * 2
+    assert [anchor.kind for anchor in found.verdict.anchors] == ["cosignature"]
 
 
 def leaves(value: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

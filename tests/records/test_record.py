@@ -113,6 +113,7 @@ def test_the_statement_is_in_toto_and_slsa_to_in_totos_own_library(made, tmp_pat
         "checkpoint",
         "entries",
         "outcome",
+        "cells",
         "weights:model",
     ]
 

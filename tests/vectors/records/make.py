@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import nbformat
@@ -130,6 +131,37 @@ def _records(folder: Path, out: Path) -> None:
         shutil.rmtree(folder / "model", ignore_errors=True)
 
 
+def _added(folder: Path, out: Path) -> None:
+    """One of the records once more, with an anchor that a witness has cosigned, and two additions."""
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    from rlhf_audit_nb.records import add_to_record, anchor_record
+    from rlhf_audit_nb.records.additions import ATTESTATION
+    from rlhf_audit_nb.trail import TrustPolicy
+    from rlhf_audit_nb.trail.signers import FileKey
+    from rlhf_audit_nb.trail.witness import Witness
+    from rlhf_audit_nb.trail.witness_server import WitnessServer
+
+    log = (out / "trust.policy").read_text(encoding="utf-8").split()[1]
+    witness = Witness.create(folder / "witness", "witness.example.org")
+    witness.add_log(log)
+    words = f"log {log}\nwitness one {witness.vkeys[0]}"
+    (out / "witnessed.policy").write_text(f"{words}\nquorum one\n", encoding="utf-8")
+    shutil.copy(out / "two-signatures.ipynb", out / "added.ipynb")
+    server = WitnessServer(witness)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        policy = TrustPolicy.parse(f"{words} {server.url}\nquorum one\n")
+        anchor_record(out / "added.ipynb", trail=folder / "audit", policy=policy)
+    finally:
+        server.stop()
+        thread.join(20)
+    for key in (Ed25519PrivateKey.generate(), ec.generate_private_key(ec.SECP256R1())):
+        add_to_record(out / "added.ipynb", ATTESTATION, {"statement": "A fixture."}, FileKey(key), policy=policy)
+
+
 def main() -> None:
     """Makes the set that is named on the command line."""
     out = Path(sys.argv[1]).absolute()
@@ -142,6 +174,7 @@ def main() -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
         os.chdir(folder)
         _records(folder, out)
+        _added(folder, out)
     for path in sorted(out.glob("*.ipynb")):
         seal = json.loads(path.read_bytes())["metadata"]["rlhf_audit"]
         print(f"{path.name}: {path.stat().st_size:,} bytes, {len(seal['entries'])} entries, version {seal['version']}")
