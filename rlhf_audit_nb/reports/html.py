@@ -15,7 +15,7 @@ from rlhf_audit_nb.compliance.templates import template_path
 if TYPE_CHECKING:
     from rlhf_audit_nb.reports.model import ReportModel
 
-__all__ = ["GENERATOR", "render_html"]
+__all__ = ["GENERATOR", "page_style", "render_html"]
 
 GENERATOR = f"rlhf-audit-trail {__version__}"
 
@@ -39,8 +39,8 @@ def render_html(report: ReportModel) -> str:
             output["uri"] = _data_uri(output)
     css = (folder / "tokens.css").read_text(encoding="utf-8") + (folder / "report.css").read_text(encoding="utf-8")
     page = environment.get_template("index.html.j2").render(
-        # The style sheet is ours; what it quotes from the trail is escaped for CSS in _page_style.
-        r=data, css=Markup(css + _page_style(data["footer"])), generator=GENERATOR  # noqa: S704
+        # The style sheet is ours; what it quotes from the trail is escaped for CSS in page_style.
+        r=data, css=Markup(css + page_style(data["footer"])), generator=GENERATOR  # noqa: S704
     )  # fmt: skip
     return page + "\n"
 
@@ -54,7 +54,7 @@ def _data_uri(output: dict[str, Any]) -> str:
     return f"data:{output['mime']};base64,{''.join(data.split())}"
 
 
-def _page_style(footer: str) -> str:
+def page_style(footer: str) -> str:
     """The printed page's footer: trail, size, root, and the page's number."""
     quoted = "".join(c if c.isascii() and c.isalnum() else f"\\{ord(c):06x}" for c in footer)
     return (
