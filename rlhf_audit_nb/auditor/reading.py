@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.reports.compute import ComputeView
     from rlhf_audit_nb.reports.evaluations import EvaluationsView
     from rlhf_audit_nb.reports.lineage import LineageView
-    from rlhf_audit_nb.trail import Verdict
+    from rlhf_audit_nb.trail import TrustPolicy, Verdict
 
 __all__ = ["Reading"]
 
@@ -99,6 +99,30 @@ class Reading(AuditorBase):
         if record is None and evidence.trusted:
             self._record_saves(card, CardCreated, evidence.verdict)
         return card
+
+    def bundle(
+        self,
+        record: Path | str,
+        path: Path | str,
+        *,
+        policy: TrustPolicy | None = None,
+        trail: Path | str | None = None,
+    ) -> Path:
+        """Writes a record as one folder or zip for people without this package, with a page that shows how to check it.
+
+        Args:
+            record: an executed notebook that was sealed.
+            path: a new or empty folder, or a file that ends in ``.zip``.
+            policy: whom to trust; ``None`` trusts the user's own keys.
+            trail: the record's trail, for its tiles; ``None`` looks beside the record and in the usual place.
+
+        Raises:
+            RecordError: the record does not hold, or cannot be read.
+            ReportError: the bundle cannot be written.
+        """
+        from rlhf_audit_nb.reports.record_bundle import bundle_record
+
+        return bundle_record(record, policy=policy, trail=trail).save(path)
 
     def lineage(self, *, join: bool = False) -> LineageView:
         """Which data and models went into which training, what came out, and with what ε: over the verified trail.

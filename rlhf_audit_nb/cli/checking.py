@@ -18,10 +18,12 @@ from rlhf_audit_nb.cli.shared import (
     Parser,
     add_policy,
     finish,
+    is_bundle,
     is_record,
     is_record_address,
     note,
     read_policy,
+    skip_address_parsers,
 )
 from rlhf_audit_nb.cli.weights import is_weights, verify_weights
 from rlhf_audit_nb.errors import ConfigError, FormatError
@@ -72,12 +74,23 @@ def verdict_of(target: str, policy: TrustPolicy | None) -> tuple[Verdict, Notes]
 
 def _record(target: str, policy: TrustPolicy | None, roots: Sequence[bytes] | None = None) -> _Checked:
     from rlhf_audit_nb.records import open_record
+
+    return _checked_record(open_record(target, policy=policy, tsa_roots=roots))
+
+
+def _checked_record(opened: OpenedRecord) -> _Checked:
     from rlhf_audit_nb.records.reproductions import reproduction_notes
 
-    opened = open_record(target, policy=policy, tsa_roots=roots)
     canaries = _canary_notes(opened.verdict, opened.entries)
     notes = (*opened.notes, *canaries, *reproduction_notes(opened))
     return _Checked(opened.verdict, notes, record=opened)
+
+
+def _bundle(target: str, policy: TrustPolicy | None, roots: Sequence[bytes] | None) -> _Checked:
+    skip_address_parsers()
+    from rlhf_audit_nb.reports.bundle_reading import verify_bundle
+
+    return _checked_record(verify_bundle(target, policy=policy, tsa_roots=roots))
 
 
 def _trail(
@@ -193,6 +206,9 @@ def _verdict(args: argparse.Namespace, policy: TrustPolicy | None) -> _Checked:
             next_step=f"`rlhf-audit trail show INDEX --proof FILE{PROOF_SUFFIX} --entry FILE` writes both.",
             code="usage",
         )
+    if is_bundle(target):
+        _refuse_for(args, "a bundle", of_record=True)
+        return _bundle(target, policy, _roots(args))
     if published or Path(target).is_dir():
         verdict = _trail(target, policy, _roots(args), openings=args.openings)
         return _Checked(verdict, () if published else _ledger_notes(verdict, Path(target)))
@@ -430,9 +446,9 @@ def _add_verify(parser: Parser) -> None:
     parser.set_defaults(do=_do_verify)
     parser.add_argument(
         "target",
-        metavar="RECORD.ipynb|TRAIL|URL|FILE|WEIGHTS",
-        help="a record, a trail's folder, a published trail (folder or address), a proof, a disclosure, or a folder of "
-        "weights",
+        metavar="RECORD.ipynb|BUNDLE|TRAIL|URL|FILE|WEIGHTS",
+        help="a record, a bundle of one (folder or zip), a trail's folder, a published trail (folder or address), a "
+        "proof, a disclosure, or a folder of weights",
     )
     add_policy(parser)
     parser.add_argument("--require", choices=LEVELS, type=str.upper, help="a lower level is a failure")

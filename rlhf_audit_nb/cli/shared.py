@@ -32,6 +32,7 @@ __all__ = [
     "beside",
     "endorse",
     "finish",
+    "is_bundle",
     "is_gate_policy",
     "is_record",
     "is_record_address",
@@ -40,6 +41,7 @@ __all__ = [
     "read_policy",
     "say",
     "shown",
+    "skip_address_parsers",
     "trail_folder",
     "wrapped",
 ]
@@ -197,6 +199,14 @@ def is_record_address(target: str) -> bool:
     return "://" in target and urlsplit(target).path.endswith(RECORD_SUFFIX)
 
 
+def is_bundle(target: str) -> bool:
+    """Whether a target is a bundle: a folder with a record and the sums of what lies beside it, or a zip."""
+    path = Path(target)
+    if path.is_dir():
+        return (path / "record.ipynb").is_file() and (path / "SHA256SUMS").is_file()
+    return path.suffix.lower() == ".zip" and path.is_file()
+
+
 def endorse(checkpoint: str) -> str:
     """The checkpoint with the log's own lasting (ML-DSA-44) signature too, where this user has the key for it."""
     from rlhf_audit_nb.trail.checkpoint import checkpoint_of
@@ -211,6 +221,16 @@ def endorse(checkpoint: str) -> str:
     except KeyFileError as error:
         note(f"the checkpoint is left without the log's ML-DSA-44 signature: {error.message}")
         return checkpoint
+
+
+def skip_address_parsers() -> None:
+    """Leave out parsers of international addresses, which jsonschema builds as it is imported, for about a second.
+
+    Drawing a report imports jsonschema; no command, each being a process of its own, asks for them, and jsonschema does
+    without where they are not installed.
+    """
+    modules: Any = sys.modules
+    modules.setdefault("rfc3987_syntax", None)  # what a failed import leaves
 
 
 def trail_folder(args: argparse.Namespace) -> Path:

@@ -111,7 +111,8 @@ class Evidence:
     Args:
         verdict: what verification found; nothing is evidenced under INVALID or DIVERGED.
         entries: the entries of the trail, or those that the record holds.
-        notebook: the executed notebook of a record.
+        notebook: the executed notebook of a record, as plain values or as nbformat's node; multi-line text may be in
+            lists.
         origin_kind: where it comes from.
         checkpoint: the signed tree head that covers the entries, as its note's text.
         notes: what verifying a record found worth knowing and no fault.
@@ -172,10 +173,12 @@ class Evidence:
     def from_record(cls, opened: Any) -> Evidence:
         """Takes a record that `rlhf_audit_nb.records.open_record` opened."""
         checkpoint = (opened.metadata or {}).get("checkpoint")
+        # What holds has the shape of a notebook; nbformat, whose import takes longer than the report, sees to the rest.
+        holds = level_words(opened.verdict.level.name).trusted
         return cls(
             opened.verdict,
             tuple(opened.entries),
-            notebook=opened.notebook,
+            notebook=opened.content if holds else opened.notebook,
             origin_kind="record",
             checkpoint=checkpoint if isinstance(checkpoint, str) else None,
             notes=tuple(opened.notes),

@@ -70,7 +70,8 @@ def cells_of(evidence: Evidence) -> tuple[Cell, ...]:
     # The last execution of a cell is the one whose outputs stand in the notebook.
     executed = {event.cell: (item.index, event.status) for item, event in evidence.of(CellExecuted)}
     return tuple(
-        _cell(position, cell, executed.get(str(cell.get("id", "")))) for position, cell in enumerate(notebook.cells, 1)
+        _cell(position, cell, executed.get(str(cell.get("id", ""))))
+        for position, cell in enumerate(notebook["cells"], 1)
     )
 
 

@@ -5,7 +5,9 @@ Reads few tiles, and verifies nothing: a proof is checked by whoever gets it, ag
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 from rlhf_audit_nb.errors import FormatError, StoreError
 from rlhf_audit_nb.trail.checkpoint import checkpoint_of
@@ -14,9 +16,36 @@ from rlhf_audit_nb.trail.note import MAX_NOTE
 from rlhf_audit_nb.trail.targets import Target, open_target
 from rlhf_audit_nb.trail.tiles import tile_path
 
-__all__ = ["PublishedTree"]
+__all__ = ["PublishedTree", "needed_tiles"]
 
 _WIDTH = 256
+
+
+class _HasTiles(Protocol):
+    def tile(self, level: int, number: int) -> bytes: ...
+
+
+def needed_tiles(tree: _HasTiles, indices: Iterable[int], size: int) -> dict[str, bytes]:
+    """The tiles of hashes, by their paths, that the inclusion proofs of these entries run through, and the right edge.
+
+    They give the root of the first ``size`` entries, and show each of the entries under it.
+
+    Args:
+        tree: a trail or a published one, as large as ``size`` or larger.
+        indices: the entries.
+        size: of the checkpoint that they are to be shown under.
+    """
+    found: dict[str, bytes] = {}
+    wanted, count, level = {index // _WIDTH for index in indices}, size, 0
+    while count:
+        edge = {count // _WIDTH} if count % _WIDTH else set()
+        for number in sorted(wanted | edge):
+            width = min(_WIDTH, count - number * _WIDTH)
+            found[tile_path(level, number, width)] = tree.tile(level, number)[: width * HASH_BYTES]
+        # A partial tile has no hash above it.
+        wanted = {number // _WIDTH for number in wanted if (number + 1) * _WIDTH <= count}
+        count, level = count // _WIDTH, level + 1
+    return found
 
 
 class PublishedTree:
@@ -68,14 +97,15 @@ class PublishedTree:
         """The root of one complete subtree (`HashReader`)."""
         tile_level, height = divmod(level, 8)
         first = index << height
-        tile = self._tile(tile_level, first // _WIDTH)
+        tile = self.tile(tile_level, first // _WIDTH)
         at = first % _WIDTH * HASH_BYTES
         row = [tile[place : place + HASH_BYTES] for place in range(at, at + (HASH_BYTES << height), HASH_BYTES)]
         while len(row) > 1:
             row = [node_hash(row[i], row[i + 1]) for i in range(0, len(row), 2)]
         return row[0]
 
-    def _tile(self, level: int, number: int) -> bytes:
+    def tile(self, level: int, number: int) -> bytes:
+        """The hashes of one tile, as many as there are, at most 256 of 32 bytes."""
         if (level, number) not in self._tiles:
             width = min(_WIDTH, (self.size >> 8 * level) - number * _WIDTH)
             name = tile_path(level, number, width)

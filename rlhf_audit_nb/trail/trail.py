@@ -189,6 +189,11 @@ class TrailReader:
         with self._reading() as transaction:
             return prove_consistency(first, second, transaction.hashes)
 
+    def tile(self, level: int, number: int) -> bytes:
+        """The hashes of one tile (C2SP tlog-tiles), as many as there are, at most 256 of 32 bytes."""
+        with self._reading() as transaction:
+            return b"".join(transaction.hashes.tile(level, number))
+
     def root(self, size: int | None = None) -> bytes:
         """The root over the first ``size`` (default: all) entries, from the stored hashes."""
         size = self.size if size is None else size
