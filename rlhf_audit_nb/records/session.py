@@ -25,7 +25,7 @@ import msgspec
 import nbformat
 
 from rlhf_audit_nb.capture.secrets import find_secret, scrub_values
-from rlhf_audit_nb.config import ENV_TRAIL
+from rlhf_audit_nb.config import ENV_PERSON_PASSPHRASE, ENV_TRAIL
 from rlhf_audit_nb.errors import RecordError, StoreError
 from rlhf_audit_nb.events import (
     CellExecuted,
@@ -237,9 +237,13 @@ class RecordSession:
         return self._coarse
 
     def environment(self) -> dict[str, str]:
-        """The kernel's environment: this process's own, and where the trail and the record are."""
+        """The kernel's environment: this process's own, and where the trail and the record are.
+
+        Not a person's passphrase: what trains must not be able to sign as somebody who judges it.
+        """
         location = str(self._trail.location)
-        return {**os.environ, ENV_TRAIL: location, ENV_RECORD: self.record}
+        own = {name: value for name, value in os.environ.items() if name != ENV_PERSON_PASSPHRASE}
+        return {**own, ENV_TRAIL: location, ENV_RECORD: self.record}
 
     def cell_executed(self, cell: dict[str, Any], position: int, status: str) -> None:
         """Appends ``record.cell``: what this cell was and what it showed at this moment.

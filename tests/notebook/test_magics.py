@@ -10,6 +10,7 @@ import sys
 import pytest
 from IPython.core.completer import provisionalcompleter
 from IPython.core.interactiveshell import InteractiveShell
+from signing_support import seal_text
 from support.tiny import dpo_trainer, synthetic_pairs
 from support.trails import events, without_cross_checks
 
@@ -26,7 +27,8 @@ from rlhf_audit_nb.events import (
     RunStarted,
     Step,
 )
-from rlhf_audit_nb.trail import TrailReader
+from rlhf_audit_nb.trail import Trail, TrailReader
+from rlhf_audit_nb.trail.people import create_person_key
 
 TRAIN = "trainer = dpo_trainer(pairs, out, max_steps=2)\ntrainer.train()"
 PRIVATE = "--epsilon 50 --delta 1e-3 --noise-multiplier 1.0 --sampling-rate 0.3"
@@ -539,3 +541,34 @@ def test_a_cell_trains_on_released_labels_and_shows_what_it_inherits(shell, trai
     assert all("loss" in step.metrics for step in events(trail, Step))
     error = failure(shell, f"%%audit_train --experiment raw --epsilon 2 --unit label\npairs = votes\n{TRAIN}")
     assert "auditor.release_labels" in str(error)
+
+
+def test_a_record_is_signed_from_a_notebook_and_the_passphrase_is_asked_for(shell, tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_AUDIT_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("RLHF_AUDIT_PERSON_PASSPHRASE", raising=False)
+    with Trail.open(tmp_path / "audit", origin="example.org/magics"):
+        pass
+    seal_text(tmp_path / "audit", tmp_path / "record.ipynb", "text")
+    create_person_key(tmp_path / "home", "Name of the officer", "five random words")
+    asked = []
+    monkeypatch.setattr("getpass.getpass", lambda prompt: asked.append(prompt) or "five random words")
+    line = (
+        "audit attest record.ipynb --role 'compliance officer' --statement 'Not like this.' --reject --for deployment"
+    )
+    item = shell.run_line_magic(*line.split(" ", 1))
+    assert (item.meaning, item.purpose, item.role) == ("rejected", "deployment", "compliance officer")
+    assert asked == ["Passphrase of the key of Name of the officer: "]
+    assert item.entry.index == TrailReader.open(tmp_path / "audit").size - 1
+
+    def nobody(_prompt):
+        raise NotImplementedError
+
+    monkeypatch.setattr("getpass.getpass", nobody)
+    for rest, words in (
+        (line.split(" ", 1)[1], "is encrypted"),
+        ("attest record.ipynb --role x", "attest takes a record, --role and --statement"),
+        ("status record.ipynb", "status takes no 'record.ipynb'"),
+    ):
+        with pytest.raises(AuditError, match=words):
+            shell.run_line_magic("audit", rest)
+    AuditableRLHF().trail.close()

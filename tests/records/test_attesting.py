@@ -11,10 +11,12 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+import nbformat
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from signing_support import seal_text
+from support.softhsm import make_token
 
 from rlhf_audit_nb.auditor import AuditableRLHF
 from rlhf_audit_nb.config import AuditConfig
@@ -36,12 +38,13 @@ from rlhf_audit_nb.records.attesting import (
 from rlhf_audit_nb.records.dsse import key_id, sign_envelope
 from rlhf_audit_nb.records.kept import kept_record
 from rlhf_audit_nb.records.normal_form import canonical_json
+from rlhf_audit_nb.records.session import RecordSession
 from rlhf_audit_nb.records.signatures import Person, Requirement, count_attestations
 from rlhf_audit_nb.trail import Level, Trail, TrailReader
 from rlhf_audit_nb.trail.keys import load_keys
-from rlhf_audit_nb.trail.people import create_person_key
+from rlhf_audit_nb.trail.people import create_person_key, load_person_key
 from rlhf_audit_nb.trail.rotation import rotate_key
-from rlhf_audit_nb.trail.signers import FileKey
+from rlhf_audit_nb.trail.signers import FileKey, HeldKey, public_of
 
 ORIGIN = "example.org/attested"
 OFFICER, ROLE = "Name of the officer", "compliance officer"
@@ -550,3 +553,30 @@ def test_the_auditor_of_another_trail_enters_nothing(place, tmp_path):
     assert auditor.attest(place.record, role=ROLE, statement="Read.").entry is None
     assert not (tmp_path / "elsewhere").exists()
     assert place.known() == ()
+
+
+def test_a_token_signs_for_a_person(place, tmp_path, monkeypatch):
+    uri = make_token(tmp_path, monkeypatch)
+    person = create_person_key(place.home, OFFICER, None, held=HeldKey(uri, public_of(uri)))
+    assert (person.where, person.kind) == (uri, "ECDSA P-256")
+    item = place.attest(load_person_key(place.home, OFFICER)[1])
+    assert item.key_id == person.id
+    monkeypatch.setenv("RLHF_AUDIT_SIGNER_PIN", "000000")
+    before = place.record.read_bytes()
+    with pytest.raises(KeyFileError) as refused:
+        place.attest(load_person_key(place.home, OFFICER)[1])
+    assert refused.value.reason == "signer"
+    assert place.record.read_bytes() == before
+
+
+def test_a_kernel_is_not_given_the_passphrase_of_a_person(place, monkeypatch):
+    monkeypatch.setenv("RLHF_AUDIT_PERSON_PASSPHRASE", "five random words")
+    monkeypatch.setenv("A_VARIABLE_OF_THE_USER", "kept")
+    nb = nbformat.v4.new_notebook(cells=[])
+    session = RecordSession.begin(nb, {"name": "k", "language": "r", "display_name": "K"}, place.trail)
+    try:
+        environment = session.environment()
+    finally:
+        session.close()
+    assert environment["A_VARIABLE_OF_THE_USER"] == "kept"
+    assert "five random words" not in environment.values()

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 import os
-import subprocess
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA44PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from securesystemslib.signer import SIGNER_FOR_URI_SCHEME, CryptoSigner, Key, SecretsHandler, Signature, Signer
+from support.softhsm import make_token
 
 from rlhf_audit_nb.errors import FormatError, KeyFileError, StoreError
 from rlhf_audit_nb.trail import Level, Trail, TrustPolicy, verify_trail
@@ -35,8 +35,6 @@ from rlhf_audit_nb.trail.signers import (
 )
 
 ORIGIN = "example.org/held"
-LIBRARIES = (Path("/usr/lib/softhsm/libsofthsm2.so"), Path("/usr/lib64/pkcs11/libsofthsm2.so"))
-SOFTHSM = next((path for path in LIBRARIES if path.exists()), None)
 
 
 def written(path: Path, key) -> str:
@@ -285,28 +283,8 @@ def test_a_forked_child_connects_on_its_own(service):
 
 @pytest.fixture
 def token(tmp_path, monkeypatch):
-    """A PKCS #11 token with an ECDSA P-256 key of id 2, and its label."""
-    pkcs11 = pytest.importorskip("pkcs11", reason="python-pkcs11 is not installed")
-    if SOFTHSM is None:
-        pytest.skip("SoftHSM is not installed")
-    (tmp_path / "tokens").mkdir()
-    config = tmp_path / "softhsm2.conf"
-    config.write_text(f"directories.tokendir = {tmp_path}/tokens\nobjectstore.backend = file\n")
-    monkeypatch.setenv("SOFTHSM2_CONF", str(config))
-    monkeypatch.setenv("PYKCS11LIB", str(SOFTHSM))
-    monkeypatch.setenv("RLHF_AUDIT_SIGNER_PIN", "123456")
-    tool = ["softhsm2-util", "--init-token", "--free", "--label", "audit", "--pin", "123456", "--so-pin", "654321"]
-    subprocess.run(tool, check=True, capture_output=True)
-    from pkcs11.util.ec import encode_named_curve_parameters
-
-    library = pkcs11.lib(str(SOFTHSM))
-    library.reinitialize()
-    with library.get_token(token_label="audit").open(user_pin="123456", rw=True) as session:
-        parameters = session.create_domain_parameters(
-            pkcs11.KeyType.EC, {pkcs11.Attribute.EC_PARAMS: encode_named_curve_parameters("secp256r1")}, local=True
-        )
-        parameters.generate_keypair(store=True, id=b"\x02", label="log")
-    return "hsm:2?label=audit"
+    """A PKCS #11 token with an ECDSA P-256 key of id 2: its URI."""
+    return make_token(tmp_path, monkeypatch)
 
 
 def test_an_hsm_signs_a_trail(folder, home, token, monkeypatch):
