@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.trail.signers import SigningKey
 
 __all__ = [
+    "MOST_UNASKED",
     "NAMED",
     "UNKNOWN",
     "AttestationPredicate",
@@ -79,6 +80,9 @@ __all__ = [
 
 UNKNOWN = "no policy was given, and whose key this is, no file proves"
 NAMED = "the policy names this key and this role"
+
+MOST_UNASKED = 200_000
+"""The size up to which a trail is read whole (a second or two) without having been named."""
 
 _MEANING = Literal["approved", "reviewed", "responsible", "authored", "rejected", "withdrawn"]
 _LONGEST_LINE = 200
@@ -394,7 +398,7 @@ def ask_trail(
         opened: the record.
         path: its file.
         trail: the trail's folder; ``None`` looks in the usual places (`trail_of`), and a trail there that cannot be
-            asked is a note and no error.
+            asked, or has over `MOST_UNASKED` entries, is a note and no error.
         policy: as `known_attestations`, whose errors it has where ``trail`` is named.
         home: likewise.
 
@@ -405,6 +409,12 @@ def ask_trail(
     if location is None:
         return (), ()
     try:
+        size = TrailReader.open(location).size
+        if not trail and size > MOST_UNASKED:
+            message = (
+                f"The trail of {size:,} entries was not asked for signatures that this copy lacks: name it to have "
+            )
+            return (), (Reason("attestations-unchecked", str(location), f"{message}all of it read."),)
         return known_attestations(location, opened, policy=policy, home=home), ()
     except AuditError as error:
         if trail:

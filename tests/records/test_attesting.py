@@ -22,9 +22,10 @@ from rlhf_audit_nb.auditor import AuditableRLHF
 from rlhf_audit_nb.config import AuditConfig
 from rlhf_audit_nb.errors import ConfigError, FormatError, KeyFileError, RecordError
 from rlhf_audit_nb.events import RecordAttested, decode_body
-from rlhf_audit_nb.records import open_record
+from rlhf_audit_nb.records import attesting, open_record
 from rlhf_audit_nb.records.additions import ATTESTATION, envelope_digest, subject_of
 from rlhf_audit_nb.records.attesting import (
+    ask_trail,
     attest_record,
     attestation_notes,
     attestations_of,
@@ -430,6 +431,16 @@ def test_what_calls_itself_an_attestation_and_is_none_is_told(place, key, change
     assert [(note.code, note.where) for note in attestation_notes(opened)] == [("attestation", f"{PLACE}[0].payload")]
 
 
+def tampered(place):
+    """Writes over the kind of the trail's entries of signatures, as whoever has the file can."""
+    with sqlite3.connect(place.trail / "trail.sqlite") as store:
+        rows = store.execute("select rowid, data from bundles").fetchall()
+        changed = [(data.replace(b"record.attested", b"record.attestex"), rowid) for rowid, data in rows]
+        assert [after for after, _ in changed] != [data for _, data in rows]
+        store.executemany("update bundles set data = ? where rowid = ?", changed)
+    store.close()
+
+
 # -- the trail --------------------------------------------------------------------------------------------------------
 
 
@@ -471,17 +482,7 @@ def test_another_record_of_the_same_trail_misses_nothing(place, key):
 def test_an_entry_taken_out_of_the_trail_is_seen(place, key):
     place.attest(key, meaning="rejected")
     place.enter()
-    with sqlite3.connect(place.trail / "trail.sqlite") as store:
-        tables = {name for (name,) in store.execute("select name from sqlite_master where type='table'")}
-        assert "bundles" in tables, tables
-        columns = [row[1] for row in store.execute("pragma table_info(bundles)")]
-        rows = store.execute("select rowid, data from bundles").fetchall()
-        changed = [(rowid, data) for rowid, data in rows if b"record.attested" in data]
-        assert changed, columns
-        for rowid, data in changed:
-            after = data.replace(b"record.attested", b"record.attestex")
-            store.execute("update bundles set data = ? where rowid = ?", (after, rowid))
-    store.close()
+    tampered(place)
     with pytest.raises(FormatError, match="does not hold"):
         place.known()
 
@@ -504,6 +505,25 @@ def test_a_trail_of_another_history_tells_nothing(place, key, tmp_path, monkeypa
         pass
     assert trail_of(place.opened(), place.record) == place.trail
     assert trail_of(place.opened(), tmp_path / "record.ipynb") is None
+
+
+def test_a_trail_that_cannot_be_asked_is_a_note_unless_it_was_named(place, key, monkeypatch):
+    place.attest(key)
+    place.enter()
+    opened = place.opened()
+    assert ask_trail(opened, place.record, home=place.home) == (place.known(), ())
+    assert ask_trail(opened, place.folder / "away" / "record.ipynb", home=place.home) == ((), ())
+    monkeypatch.setattr(attesting, "MOST_UNASKED", 3)
+    known, (note,) = ask_trail(opened, place.record, home=place.home)
+    assert (known, note.code) == ((), "attestations-unchecked")
+    assert ask_trail(opened, place.record, trail=place.trail, home=place.home) == (place.known(), ())
+    monkeypatch.undo()
+    tampered(place)
+    (note,) = ask_trail(opened, place.record, home=place.home)[1]
+    assert note.code == "attestations-unchecked"
+    assert note.where == str(place.trail)
+    with pytest.raises(FormatError):
+        ask_trail(opened, place.record, trail=place.trail, home=place.home)
 
 
 def test_what_does_not_hold_is_not_entered(place, key):
