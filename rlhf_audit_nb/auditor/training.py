@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.events import CheckpointRecorded
     from rlhf_audit_nb.privatiser import TrailPrivatiser
     from rlhf_audit_nb.replaying import Replay
+    from rlhf_audit_nb.sweeping import SweepResult
     from rlhf_audit_nb.trail import Trail, TrustPolicy
 
 __all__ = ["Training"]
@@ -177,6 +178,38 @@ class Training(AuditorBase):
 
         files = () if opening is None else (opening,) if isinstance(opening, str | Path) else tuple(opening)
         return replay_run(self.trail, run, files, privacy=self.privacy_config, policy=policy)
+
+    def sweep(
+        self,
+        notebook: Path | str,
+        grid: Path | str,
+        out: Path | str | None = None,
+        *,
+        workers: int | None = None,
+        cluster: str | None = None,
+        retries: int = 1,
+        resume: bool = False,
+    ) -> SweepResult:
+        """Run a notebook once for each point of a grid, each into a record on this auditor's trail.
+
+        ::
+
+            auditor.sweep("train.ipynb", "grid.yaml", "sweep")
+
+        Arguments and errors as of `rlhf_audit_nb.sweeping.run_sweep`; calling it again does what is missing.
+        """
+        from rlhf_audit_nb.sweeping import run_sweep
+
+        return run_sweep(
+            notebook,
+            grid,
+            out,
+            trail=self.audit_config.trail_location(),
+            workers=workers,
+            cluster=cluster,
+            retries=retries,
+            resume=resume,
+        )
 
 
 def _privatiser(config: PrivacyConfig, trail: Trail) -> TrailPrivatiser:

@@ -36,6 +36,7 @@ from rlhf_audit_nb.cli import (
     reproducing,
     saying,
     self_checking,
+    sweeping,
     vault,
 )
 from rlhf_audit_nb.cli.shared import PROGRAM, WIDTH, Parser, Section, as_json, note
@@ -49,6 +50,7 @@ RAISED_LINES = 10
 COMMANDS = (
     *recording.COMMANDS,
     *reproducing.COMMANDS,
+    *sweeping.COMMANDS,
     *annotating.COMMANDS,
     *labelling.COMMANDS,
     *checking.COMMANDS,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.racing import DELTA, ONE, racers
-from support.trails import events
+from support.trails import events, without_cross_checks
 
 from rlhf_audit_nb.config import PrivacyConfig
 from rlhf_audit_nb.errors import BudgetExceededError, PrivacyError
@@ -288,7 +288,7 @@ def test_of_six_processes_each_slot_is_had_by_one_and_what_is_held_by_no_other_a
     tmp_path: Path,
 ) -> None:
     with racers(6) as race:
-        for number in range(12):
+        for number in range(6):
             folder = tmp_path / f"round-{number}"
             with Trail.open(folder) as trail:
                 slots = hold(trail, 4)
@@ -314,3 +314,33 @@ def test_of_six_processes_each_slot_is_had_by_one_and_what_is_held_by_no_other_a
             if caught:
                 break
         assert caught, "the race does not find a check that is made outside of the append"
+
+
+def test_a_training_that_a_sweep_started_draws_on_its_slot_and_a_second_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from support.tiny import dpo_trainer, synthetic_pairs
+
+    from rlhf_audit_nb.auditor import AuditableRLHF
+    from rlhf_audit_nb.config import AuditConfig
+
+    held = Guarantee(1.5, SMALL)
+    settings = PrivacyConfig(epsilon=4.0, delta=DELTA, sampling_rate=0.5)
+    auditor = AuditableRLHF("tiny", privacy_config=settings, audit_config=AuditConfig(trail=str(tmp_path / "audit")))
+    names = ["a" * 16, "b" * 16]
+    reserve_slots(auditor.trail, "sweep", [(name, held) for name in names], settings)
+    monkeypatch.setenv("RLHF_AUDIT_SLOT", names[0])
+    rows = synthetic_pairs(8)
+    with without_cross_checks():
+        with auditor.track_training("swept"):
+            dpo_trainer(rows, tmp_path / "first", max_steps=2).train()
+        with pytest.raises(PrivacyError, match="a run trains privately once"), auditor.track_training("again"):
+            dpo_trainer(rows, tmp_path / "second", max_steps=2).train()
+    (reserved,) = events(auditor.trail, PrivacyReserved)
+    assert (reserved.slot, reserved.steps) == (names[0], 2)
+    ledger = read_ledger(auditor.trail.reader(), auditor.trail)
+    (spend,) = ledger.spends
+    assert spend.settled
+    alone = composed_epsilon([spend.mechanism], SMALL)
+    assert 0.9 * held.epsilon < alone <= held.epsilon, "with the live loss that is released beside the gradient"
+    assert [slot.id for slot in ledger.slots] == [names[1]]
