@@ -45,10 +45,11 @@ from rlhf_audit_nb.errors import AuditError, ConfigError, PrivacyError
 from rlhf_audit_nb.privacy.accountant import Composable, Guarantee, Mechanism
 from rlhf_audit_nb.privacy.live_loss import effective_noise
 from rlhf_audit_nb.records.normal_form import NormalFormError, canonical_json
-from rlhf_audit_nb.records.run import check_parameters, notebook_parameters
+from rlhf_audit_nb.records.parameters import check_values
+from rlhf_audit_nb.records.run import notebook_parameters
 
 if TYPE_CHECKING:
-    from rlhf_audit_nb.records.run import Parameter
+    from rlhf_audit_nb.records.parameters import Parameter
 
 __all__ = ["MOST_RUNS", "Grid", "GridPrivacy", "Point", "point_id", "read_grid"]
 
@@ -128,9 +129,9 @@ def read_grid(path: Path | str, notebook: Path | str) -> Grid:
     """
     said = _read(Path(path))
     _check_keys("the grid", said, _KEYS)
-    known = notebook_parameters(notebook) or {}
+    known = notebook_parameters(notebook)
     points = _points(said, notebook, known)
-    privacy = _privacy(said["privacy"], points, known) if "privacy" in said else None
+    privacy = _privacy(said["privacy"], points, known or {}) if "privacy" in said else None
     whole = {"points": [point.parameters for point in points], "privacy": said.get("privacy")}
     return Grid(points, hashlib.sha256(_canonical("the grid", whole)).hexdigest(), privacy)
 
@@ -185,7 +186,7 @@ def _canonical(what: str, value: Any) -> bytes:
 # -- the runs -----------------------------------------------------------------------------------------------------
 
 
-def _points(said: Mapping[str, Any], notebook: Path | str, known: Mapping[str, Parameter]) -> tuple[Point, ...]:
+def _points(said: Mapping[str, Any], notebook: Path | str, known: Mapping[str, Parameter] | None) -> tuple[Point, ...]:
     if "runs" in said:
         others = [key for key in ("parameters", "include", "exclude") if key in said]
         if others:
@@ -199,9 +200,9 @@ def _points(said: Mapping[str, Any], notebook: Path | str, known: Mapping[str, P
         _wrong(f"The grid has {len(wanted):,} runs; one sweep takes at most {MOST_RUNS:,}", "Divide it in several.")
     points: dict[str, Point] = {}
     for number, parameters in enumerate(wanted, 1):
-        values = {name: _as_kind(value, known.get(name)) for name, value in parameters.items()}
+        values = {name: _as_kind(value, (known or {}).get(name)) for name, value in parameters.items()}
         try:
-            check_parameters(notebook, values)
+            check_values(notebook, known, values)
         except AuditError as error:
             raise type(error)(
                 f"Run {number} of {len(wanted)}: {error.message}", next_step=error.next_step, code=error.reason

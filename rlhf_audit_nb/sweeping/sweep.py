@@ -26,13 +26,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import nbformat
-
 from rlhf_audit_nb.config import ENV_HOME, AuditConfig
 from rlhf_audit_nb.errors import BudgetExceededError, ConfigError
 from rlhf_audit_nb.events import Event, SweepFinished, SweepStarted, decode_body, encode_body
 from rlhf_audit_nb.privacy.reservation import read_ledger, release_slots, reserve_slots
 from rlhf_audit_nb.records.normal_form import source_digest
+from rlhf_audit_nb.records.places import load_notebook
 from rlhf_audit_nb.records.record import open_record
 from rlhf_audit_nb.records.run import Terminated, run_notebook
 from rlhf_audit_nb.records.session import refuse_secrets
@@ -160,6 +159,8 @@ def run_sweep(
         RecordError: the notebook, or a parameter; nothing was run.
         BudgetExceededError: the runs do not fit into the budget together; nothing was run, nothing reserved.
     """
+    from rlhf_audit_nb.records.engine import kernel_named
+
     for name, value, least in (("workers", workers, 1), ("retries", retries, 0)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ConfigError(
@@ -169,7 +170,8 @@ def run_sweep(
             )
     source = Path(notebook).absolute()
     read = read_grid(grid, source)
-    node = nbformat.read(source, as_version=4)
+    node = load_notebook(source)
+    kernel_named(kernel_name or node.metadata.get("kernelspec", {}).get("name", ""))
     for point in read.points:
         refuse_secrets(node, point.parameters)
     folder = Path(out).absolute() if out is not None else source.with_suffix(".sweep")
