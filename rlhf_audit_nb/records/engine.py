@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import nbformat
-from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 from nbclient.exceptions import CellExecutionError
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, NotebookExecutionManager
@@ -37,22 +36,25 @@ from papermill.log import logger
 from papermill.utils import merge_kwargs, remove_args
 from traitlets.config import Config
 
+from rlhf_audit_nb.capture.secrets import scrub_values
 from rlhf_audit_nb.config import AuditConfig
 from rlhf_audit_nb.errors import RecordError
 from rlhf_audit_nb.events import RecordStarted
 from rlhf_audit_nb.records.checks import check_parameters
 from rlhf_audit_nb.records.kept import kept_record
+from rlhf_audit_nb.records.kernels import kernel_named
 from rlhf_audit_nb.records.normal_form import SEAL_KEY
 from rlhf_audit_nb.records.parameters import INJECTED_TAG, check_values, parameters_of
 from rlhf_audit_nb.records.places import base_name, is_file, replace_file, shown, write_place
 from rlhf_audit_nb.records.session import Outcome, RecordSession
+from rlhf_audit_nb.records.widgets import with_captured
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     Progress = Callable[[int, int, str], None]
 
-__all__ = ["ENGINE", "AuditEngine", "AuditedClient", "kernel_named"]
+__all__ = ["ENGINE", "AuditEngine", "AuditedClient"]
 
 ENGINE = "audit"
 ENV_NOTEBOOK = "JPY_SESSION_NAME"
@@ -75,7 +77,7 @@ class _Watch:
         self._cells = cells
         self._running: tuple[dict[str, Any], int] | None = None
         self.failed: Outcome | None = None
-        self.kernel_answered = False
+        self.shown: Callable[[list[Any]], list[Any]] = list
 
     def _tell(self, position: int, state: str) -> None:
         if self._progress is not None:
@@ -83,8 +85,16 @@ class _Watch:
 
     def _ended(self, cell: dict[str, Any], position: int, status: str) -> None:
         self._running = None
-        self._session.cell_executed(cell, position, status)
+        cell["outputs"] = _scrubbed(cell["outputs"])
+        # Only as it is digested: what a widget captures may grow until the end, and is put in then.
+        self._session.cell_executed({**cell, "outputs": self.shown(cell["outputs"])}, position, status)
         self._tell(position, status)
+
+    def settle(self, nb: dict[str, Any]) -> None:
+        """Puts what widgets captured into the cells that show them, and takes out secrets that came by an update."""
+        for cell in nb["cells"]:
+            if cell["cell_type"] == "code":
+                cell["outputs"] = _scrubbed(self.shown(cell["outputs"]))
 
     def execute(self, cell: dict[str, Any], cell_index: int) -> None:
         """Hook: the cell is about to be sent to the kernel."""
@@ -110,6 +120,10 @@ class _Watch:
         return Outcome("aborted", reason=name, cell=cell["id"], position=position)
 
 
+def _scrubbed(outputs: list[Any]) -> list[Any]:
+    return [nbformat.from_dict(output) for output in scrub_values(outputs)]
+
+
 @contextmanager
 def _private_sockets() -> Iterator[dict[str, Any]]:
     """Settings that keep a kernel's messages, which carry the notebook's data, off TCP, where they can be had.
@@ -133,6 +147,12 @@ class AuditedClient(PapermillNotebookClient):
         super().__init__(nb_man, **settings, **hooks)
         self._environment = environment
         self._watch = watch
+        watch.shown = self._shown
+
+    def _shown(self, outputs: list[Any]) -> list[Any]:
+        """A cell's outputs with what the widgets in them captured."""
+        held = {model: widget.outputs for model, widget in self.comm_objects.items() if hasattr(widget, "outputs")}
+        return with_captured(outputs, self.widget_state, held)
 
     def execute(self, **settings: Any) -> Any:
         """Executes the notebook; the kernel starts with the audit's environment."""
@@ -141,7 +161,6 @@ class AuditedClient(PapermillNotebookClient):
     def papermill_execute_cells(self) -> None:
         """Asks the kernel for its language before the first cell, so that an aborted record names it too."""
         reply = self.wait_for_reply(self.kc.kernel_info())
-        self._watch.kernel_answered = True
         self.nb.metadata["language_info"] = reply["content"]["language_info"]
         super().papermill_execute_cells()
 
@@ -180,23 +199,6 @@ class _Keeper(NotebookExecutionManager):
         ended = time.monotonic()
         self._next = ended + max(_SAVE_SECONDS, (ended - began) / _SAVE_SHARE)
         self.last_save_time = self.now()
-
-
-def kernel_named(kernel_name: str) -> dict[str, str]:
-    """Name, language and display name of an installed kernel.
-
-    Raises:
-        RecordError: no kernel has that name.
-    """
-    try:
-        spec = KernelSpecManager().get_kernel_spec(kernel_name)
-    except NoSuchKernel as error:
-        raise RecordError(
-            f"No kernel named {kernel_name!r} is installed here, so the notebook cannot run.",
-            next_step="Install it (for Python: python -m ipykernel install --user), or name another with --kernel.",
-            code="no-kernel",
-        ) from error
-    return {"name": kernel_name, "language": spec.language, "display_name": spec.display_name}
 
 
 def _check_parameters(nb: Any, kernel: dict[str, str]) -> None:
@@ -356,6 +358,7 @@ class AuditEngine(NBClientEngine):
         finally:
             # Also after a time-out, a dead kernel or an interruption: what was executed is sealed as it stands.
             try:
+                watch.settle(nb)
                 session.seal(nb, outcome)
             finally:
                 session.close()

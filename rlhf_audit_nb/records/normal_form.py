@@ -56,6 +56,7 @@ from rlhf_audit_nb.errors import RecordError
 __all__ = [
     "FORMAT",
     "SEAL_KEY",
+    "WIDGET_VIEW",
     "Difference",
     "NormalFormError",
     "canonical_json",

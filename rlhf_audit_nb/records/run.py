@@ -230,10 +230,7 @@ def run_notebook(
         NotebookFailedError, NotebookRefusedError: a cell failed; the record is sealed, its ``result`` says where.
         KeyboardInterrupt, Terminated: this process was interrupted or told to end; the record is sealed as aborted.
     """
-    # First: papermill loads every engine that is installed, ours too, which must not be loading already.
-    import papermill  # noqa: F401
-
-    from rlhf_audit_nb.records.engine import kernel_named
+    from rlhf_audit_nb.records.kernels import kernel_named
     from rlhf_audit_nb.records.session import refuse_secrets
 
     node = load_notebook(notebook)
