@@ -28,7 +28,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import nbformat
+import zmq
 from nbclient.exceptions import CellExecutionError
+from nbclient.output_widget import OutputWidget
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, NotebookExecutionManager
 from papermill.iorw import write_ipynb
@@ -139,12 +141,26 @@ def _private_sockets() -> Iterator[dict[str, Any]]:
             yield {"config": Config({"ConnectionFileMixin": {"transport": "ipc", "ip": address}})}
 
 
+class _Output(OutputWidget):
+    """nbclient's stand-in for an ``Output`` widget, without its race.
+
+    It sends on the very socket on which the cell's answer is awaited, past asyncio; an answer that comes at that
+    moment would never be noticed, and the run would wait for ever. Asking for the socket's events makes asyncio look.
+    """
+
+    def send(self, *what: Any, **more: Any) -> None:
+        """Sends the widget's state to the kernel."""
+        super().send(*what, **more)
+        self.kernel_client.shell_channel.socket.get(zmq.EVENTS)
+
+
 class AuditedClient(PapermillNotebookClient):
     """Papermill's client, with an environment for the kernel and an eye on where the execution stops."""
 
     def __init__(self, nb_man: Any, *, environment: dict[str, str], watch: _Watch, **settings: Any) -> None:
         hooks = {"on_cell_execute": watch.execute, "on_cell_executed": watch.executed}
         super().__init__(nb_man, **settings, **hooks)
+        self.widget_registry = {"@jupyter-widgets/output": {"OutputModel": _Output}}
         self._environment = environment
         self._watch = watch
         watch.shown = self._shown
