@@ -92,3 +92,44 @@ def policy_of(trail: Path) -> TrustPolicy:
     (created,) = reader.entries(0, 1)
     assert checkpoint_of(reader.checkpoint()).size == reader.size
     return TrustPolicy.of(json.loads(created.body)["log_key"])
+
+
+# A training without a trainer: what one leaves on the trail, from a file and a package that it reads.
+HAND = """
+import hashlib, os, platform
+from pathlib import Path
+from rlhf_audit_nb.events import *
+from rlhf_audit_nb.trail import Trail
+import stub
+
+rows = Path("rows.txt").read_bytes()
+losses = [rate * stub.SCALE / (step + 1) for step in range(3)]
+
+def add(event):
+    trail.append(event.TYPE, encode_body(event), run="f" * 32)
+
+with Trail.open(os.environ["RLHF_AUDIT_TRAIL"]) as trail:
+    add(RunStarted(experiment="hand", entry_point="cell", tool="t/1", record=os.environ.get("RLHF_AUDIT_RECORD")))
+    add(EnvironmentCaptured(python=platform.python_version(), implementation="C", platform="x", hardware={},
+                            packages=stub.PACKAGES))
+    add(DataBound(role="train", columns=["a"], digest=hashlib.sha256(rows).hexdigest(), rows=len(rows)))
+    for step, loss in enumerate(losses):
+        add(Step(step=step, metrics={"loss": loss, "step_time": 0.1},
+                 weights_digest=hashlib.sha256(repr(loss).encode()).hexdigest()))
+    add(RunFinished(status="completed", steps=3, trained=True))
+print("last loss", losses[-1], object())
+""".strip()
+
+
+def hand_files(
+    folder: Path, *, rows: str = "a\nb\n", scale: float = 1.0, packages: dict[str, str] | None = None
+) -> list[Path]:
+    """What `HAND` reads: rows, and a package that computes and says which packages there are."""
+    (folder / "rows.txt").write_text(rows)
+    (folder / "stub.py").write_text(stub_source(scale, packages or {"stub": "1.0"}))
+    return [folder / "rows.txt", folder / "stub.py"]
+
+
+def stub_source(scale: float, packages: dict[str, str]) -> str:
+    """The source of the package ``stub``."""
+    return f"SCALE = {scale!r}\nPACKAGES = {packages!r}\n"

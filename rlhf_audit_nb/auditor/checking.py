@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.compliance.weights import WeightsVerdict
     from rlhf_audit_nb.health import Examination
     from rlhf_audit_nb.privacy.self_audit import SelfAudit
+    from rlhf_audit_nb.records.reproduce import Reproduction
+    from rlhf_audit_nb.records.reproduce_environment import FreshEnvironment
     from rlhf_audit_nb.records.signatures import Attestation
     from rlhf_audit_nb.reports.budget import Budget, BudgetLeft
     from rlhf_audit_nb.trail import TrustPolicy
@@ -130,6 +133,63 @@ class Checking(AuditorBase):
         location = self.audit_config.trail_location()
         opened = trail_if_open(self.audit_config)
         return examine(location, full=full, policy=policy, published=published, trail=opened)
+
+    def reproduce(
+        self,
+        record: Path | str,
+        *,
+        opening: Path | str | Sequence[Path | str] = (),
+        policy: TrustPolicy | None = None,
+        files: Sequence[Path | str] = (),
+        cwd: Path | str | None = None,
+        output: Path | str | None = None,
+        tolerance: Mapping[str, float | str] | None = None,
+        normalise: Path | str | None = None,
+        threads: int | None = None,
+        fresh: FreshEnvironment | None = None,
+        add: bool = True,
+    ) -> Reproduction:
+        """Run a record's notebook again, compare it with what the record holds, and keep the result on this trail.
+
+        Nothing is spent: private training is repeated from its opened seeds, or refused. Seeds that no file opens come
+        from this auditor's own vault, where the record is of this trail.
+
+        Args:
+            record: the record; its code is run.
+            opening: the files of its seeds, as ``disclose`` wrote them.
+            policy: whom to trust; ``None`` trusts the user's own keys.
+            files: files and folders that the notebook reads, copied into its scratch folder.
+            cwd: run there instead; what it writes stays there.
+            output: where the notebook that ran again is left.
+            tolerance: what may differ: ``{"metrics": 1e-6, "outputs": 1e-6, "weights": "any"}``; ``None`` is nothing.
+            normalise: a file of regular expressions for outputs.
+            threads: for the arithmetic; ``None`` takes as many as there were.
+            fresh: an environment (`rlhf_audit_nb.records.reproduce_environment.make_environment`).
+            add: whether the record gets the result too, signed by this trail's key.
+
+        Raises:
+            RecordError: it cannot be read, does not hold, cannot be run again, or a cell raised that had not.
+            ConfigError: a tolerance or a rule that is none.
+            StoreError: the result cannot be written.
+        """
+        from rlhf_audit_nb.records.reproduce import read_tolerance, reproduce_record
+        from rlhf_audit_nb.records.reproduce_keeping import keep_reproduction
+
+        result = reproduce_record(
+            record,
+            [opening] if isinstance(opening, str | Path) else opening,
+            policy=policy,
+            trail=self.trail,
+            files=files,
+            cwd=cwd,
+            output=output,
+            tolerance=read_tolerance([f"{name}={value}" for name, value in (tolerance or {}).items()]),
+            rules=normalise,
+            threads=threads,
+            fresh=fresh,
+        )
+        keep_reproduction(result, record, self.trail, add=add, policy=policy)
+        return result
 
     def overhead(self, run: str | None = None) -> RunOverhead:
         """What recording cost a run: its share of the training, and each part's p50 and p99 in a step.

@@ -39,10 +39,14 @@ def installed_packages() -> dict[str, str]:
     return {name: facts["version"] for name, facts in list_packages().items()}
 
 
-def list_packages() -> dict[str, dict[str, Any]]:
+def list_packages(folder: Path | None = None) -> dict[str, dict[str, Any]]:
     """Every installed distribution by normalised name: ``version``, ``record`` (the digest of its list of files, less
     the lines that an installer adds), ``commit`` (of the repository that it was installed from), ``editable``.
+
+    ``folder`` is where another interpreter has its packages; ``None`` looks where this one does.
     """
+    if folder is not None:
+        return _facts_of(metadata.distributions(path=[str(folder)]))
     # What pip installs or removes changes the time of the folder.
     return _listed(tuple((path, _changed_at(path)) for path in sys.path))
 
@@ -56,8 +60,12 @@ def _changed_at(path: str) -> int:
 
 @lru_cache(maxsize=2)
 def _listed(_: tuple[tuple[str, int], ...]) -> dict[str, dict[str, Any]]:
+    return _facts_of(metadata.distributions())
+
+
+def _facts_of(distributions: Iterable[metadata.Distribution]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    for distribution in metadata.distributions():
+    for distribution in distributions:
         name = distribution.metadata["Name"]
         if name:  # a half-removed distribution has none
             # The first one on sys.path is the one that is imported.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from rlhf_audit_nb.cli.shared import Command, Parser, add_policy, finish, note, 
 from rlhf_audit_nb.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rlhf_audit_nb.records.reproduce_environment import FreshEnvironment
     from rlhf_audit_nb.trail import Trail, TrustPolicy
 
 __all__ = ["COMMANDS"]
@@ -28,7 +30,7 @@ def _do_reproduce(args: argparse.Namespace) -> int:
             code="usage",
         )
     tolerance, policy = read_tolerance(args.tolerance), read_policy(args)
-    with _trail(args, policy) as trail:
+    with _trail(args, policy) as trail, _environment(args, policy, trail) as fresh:
         result = reproduce_record(
             args.record,
             args.opening,
@@ -40,6 +42,7 @@ def _do_reproduce(args: argparse.Namespace) -> int:
             tolerance=tolerance,
             rules=args.normalise,
             threads=args.threads,
+            fresh=fresh,
             progress=lambda position, cells, state: note(f"cell {position + 1} of {cells}: {state}"),
         )
         kept = None
@@ -67,6 +70,27 @@ def _trail(args: argparse.Namespace, policy: TrustPolicy | None) -> Iterator[Tra
         yield trail
 
 
+@contextmanager
+def _environment(
+    args: argparse.Namespace, policy: TrustPolicy | None, trail: Trail | None
+) -> Iterator[FreshEnvironment | None]:
+    """The environment that was asked for; one without a folder of its own is gone afterwards."""
+    from rlhf_audit_nb.records.reproduce_environment import make_environment, wanted_packages
+    from rlhf_audit_nb.records.rerun import open_sound_record
+
+    if args.fresh_environment is None:
+        if args.without:
+            raise ConfigError("--without goes with --fresh-environment.", next_step="Write both.", code="usage")
+        yield None
+        return
+    opened = open_sound_record(args.record, policy=policy, home=None)
+    own = trail is not None and trail.origin == opened.verdict.origin
+    python, wanted = wanted_packages(opened, trail.artifacts if trail is not None and own else None)
+    with tempfile.TemporaryDirectory(prefix="rlhf-audit-") as scratch:
+        folder = Path(args.fresh_environment or Path(scratch) / "environment")
+        yield make_environment(folder, wanted, python=python, without=args.without, tell=note)
+
+
 def _add_reproduce(parser: Parser) -> None:
     parser.set_defaults(do=_do_reproduce)
     parser.add_argument("record", metavar="RECORD.ipynb", help="the record; its code is run")
@@ -89,6 +113,16 @@ def _add_reproduce(parser: Parser) -> None:
         "--normalise", metavar="FILE", help="regular expressions for outputs, as nbval's sanitize files"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="for the arithmetic (as many as there were)")
+    parser.add_argument(
+        "--fresh-environment",
+        metavar="DIR",
+        nargs="?",
+        const="",
+        help="run it in an environment made from the recorded packages, in DIR (a scratch folder)",
+    )
+    parser.add_argument(
+        "--without", metavar="NAME", action="append", default=[], help="a package to leave out of it; repeatable"
+    )
     parser.add_argument("-o", "--out", metavar="FILE.ipynb", help="leave the notebook that ran again there")
     add_policy(parser)
 

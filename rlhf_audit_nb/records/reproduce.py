@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.events import AppliedRule
     from rlhf_audit_nb.records.normalising import OutputDifference, Rule
     from rlhf_audit_nb.records.record import OpenedRecord
+    from rlhf_audit_nb.records.reproduce_environment import FreshEnvironment
     from rlhf_audit_nb.records.reproduce_runs import EnvironmentsCompared
     from rlhf_audit_nb.trail import Trail, TrustPolicy
     from rlhf_audit_nb.trail.entry import Entry
@@ -312,7 +313,7 @@ def reproduce_record(
     tolerance: Tolerance | None = None,
     rules: Path | str | None = None,
     threads: int | None = None,
-    python: Path | None = None,
+    fresh: FreshEnvironment | None = None,
     progress: Progress | None = None,
 ) -> Reproduction:
     """Run a record's notebook again and compare; nothing is written into the record or a trail.
@@ -330,7 +331,7 @@ def reproduce_record(
         tolerance: what may differ; ``None`` is nothing.
         rules: a file of regular expressions for outputs (`normalising`).
         threads: for the arithmetic; ``None`` takes as many as there were.
-        python: the interpreter of another environment (`reproduce_environment`).
+        fresh: an environment that was made from the recorded packages (`reproduce_environment`).
         progress: called with a code cell's position (from 0), the number of cells and its state.
 
     Raises:
@@ -346,12 +347,13 @@ def reproduce_record(
     given = tuple(read_rules(rules)) if rules is not None else ()
     declared = (*given, *declared_rules(opened.notebook))
     seeds = _seeds(opened, openings, policy, home, trail)
+    python = fresh.python if fresh is not None else None
     with rerun_notebook(
         opened, seeds, files=files, cwd=cwd, progress=progress, threads=threads, python=python
     ) as rerun:
         if output is not None:
             write_notebook(rerun.notebook, Path(output))
-        return _compared(opened, rerun, seeds, tolerance or Tolerance(), declared, fresh=python is not None)
+        return _compared(opened, rerun, seeds, tolerance or Tolerance(), declared, fresh)
 
 
 def _refuse_what_cannot_run(opened: OpenedRecord) -> None:
@@ -392,8 +394,7 @@ def _compared(
     seeds: ReplaySeeds,
     tolerance: Tolerance,
     rules: Sequence[Rule],
-    *,
-    fresh: bool,
+    fresh: FreshEnvironment | None,
 ) -> Reproduction:
     assert opened.sealed is not None  # for the type checker: `_refuse_what_cannot_run`
     now = list(rerun.reader.entries())
@@ -420,8 +421,8 @@ def _compared(
         ),
         times=runs.times,
         not_compared=tuple(runs.not_compared),
-        environment=runs.environment,
-        fresh=fresh,
+        environment=replace(runs.environment, notes=(*(fresh.notes if fresh else ()), *runs.environment.notes)),
+        fresh=fresh is not None,
         seeds=tuple(seeds.entries),
         private=runs.private,
     )

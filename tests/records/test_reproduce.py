@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from records_support import policy_of, write_notebook
+from records_support import HAND, hand_files, policy_of, write_notebook
 from support.tiny import synthetic_pairs
 
 from rlhf_audit_nb import cli
@@ -33,37 +33,6 @@ from rlhf_audit_nb.trail.disclosure import disclose
 
 PARAMETERS = ("rate = 0.5", {"tags": ["parameters"]})
 
-# A training without a trainer: what one leaves on the trail, from a file and a package that it reads.
-HAND = """
-import hashlib, os
-from pathlib import Path
-from rlhf_audit_nb.events import *
-from rlhf_audit_nb.trail import Trail
-import stub
-
-rows = Path("rows.txt").read_bytes()
-losses = [rate * stub.SCALE / (step + 1) for step in range(3)]
-
-def add(event):
-    trail.append(event.TYPE, encode_body(event), run="f" * 32)
-
-with Trail.open(os.environ["RLHF_AUDIT_TRAIL"]) as trail:
-    add(RunStarted(experiment="hand", entry_point="cell", tool="t/1", record=os.environ.get("RLHF_AUDIT_RECORD")))
-    add(EnvironmentCaptured(python="3", implementation="C", platform="x", packages={"stub": stub.VERSION}, hardware={}))
-    add(DataBound(role="train", columns=["a"], digest=hashlib.sha256(rows).hexdigest(), rows=len(rows)))
-    for step, loss in enumerate(losses):
-        add(Step(step=step, metrics={"loss": loss, "step_time": 0.1},
-                 weights_digest=hashlib.sha256(repr(loss).encode()).hexdigest()))
-    add(RunFinished(status="completed", steps=3, trained=True))
-print("last loss", losses[-1], object())
-""".strip()
-
-
-def public_files(folder: Path, *, rows: str = "a\nb\n", scale: float = 1.0, version: str = "1.0") -> list[Path]:
-    (folder / "rows.txt").write_text(rows)
-    (folder / "stub.py").write_text(f"SCALE = {scale!r}\nVERSION = {version!r}\n")
-    return [folder / "rows.txt", folder / "stub.py"]
-
 
 @dataclass(frozen=True)
 class Recorded:
@@ -79,7 +48,7 @@ class Recorded:
 def public(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     """A record of a public run, made elsewhere."""
     folder = tmp_path_factory.mktemp("public")
-    public_files(folder)
+    hand_files(folder)
     source = write_notebook(folder / "train.ipynb", [PARAMETERS, HAND, "len(rows)"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RLHF_AUDIT_HOME", str(folder / "home"))
@@ -101,7 +70,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def identical(public: Recorded, tmp_path_factory: pytest.TempPathFactory) -> Reproduction:
-    return public.again(public_files(tmp_path_factory.mktemp("same")))
+    return public.again(hand_files(tmp_path_factory.mktemp("same")))
 
 
 def test_a_public_record_comes_out_identical_and_says_what_was_compared(identical: Reproduction) -> None:
@@ -121,7 +90,7 @@ def test_a_public_record_comes_out_identical_and_says_what_was_compared(identica
 @pytest.fixture(scope="module")
 def differing(public: Recorded, tmp_path_factory: pytest.TempPathFactory) -> Reproduction:
     """Run again with another file, and with a package that computes a little otherwise and says so."""
-    files = public_files(tmp_path_factory.mktemp("other"), rows="a\nB\n", scale=1.0 + 1e-9, version="1.1")
+    files = hand_files(tmp_path_factory.mktemp("other"), rows="a\nB\n", scale=1.0 + 1e-9, packages={"stub": "1.1"})
     return public.again(files)
 
 
@@ -145,7 +114,7 @@ def test_other_data_and_another_package_are_found_place_before_value(differing: 
 
 
 def test_a_tolerance_holds_for_what_it_names_alone(public: Recorded, differing: Reproduction, tmp_path: Path) -> None:
-    files = public_files(tmp_path, scale=1.0 + 1e-9)
+    files = hand_files(tmp_path, scale=1.0 + 1e-9)
     result = public.again(files, tolerance=Tolerance(metrics=1e-6, outputs=1e-6, weights=True))
     assert result.verdict == "equal within tolerance", str(result)
     assert result.exit_code == 0
@@ -168,7 +137,7 @@ def test_a_tolerance_is_stated_in_its_form_or_refused() -> None:
 
 def test_what_a_notebook_misses_is_told_and_nothing_is_called_different(public: Recorded, tmp_path: Path) -> None:
     with pytest.raises(ReplayFailedError, match="Cell 3 of 4 raised ModuleNotFoundError when it ran again") as failed:
-        public.again(public_files(tmp_path)[:1])
+        public.again(hand_files(tmp_path)[:1])
     assert "--files" in failed.value.next_step
     assert failed.value.exit_code == 1
 
@@ -232,7 +201,7 @@ def test_the_command_keeps_its_result_where_it_is_told_to(
     public: Recorded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = copied(public, tmp_path)
-    public_files(tmp_path / "cwd")
+    hand_files(tmp_path / "cwd")
     policy = tmp_path / "trust.policy"
     policy.write_text(public.policy.format())
     asked = ["reproduce", str(record), "--policy", str(policy), "--files", "rows.txt", "--files", "stub.py"]
