@@ -159,7 +159,7 @@ def _wanted(name: str, facts: dict[str, Any]) -> Wanted:
 
 def requirement_lines(wanted: Sequence[Wanted], without: Collection[str] = ()) -> list[str]:
     """What pip is asked for: each package that may be had, in its very version."""
-    return [f"{item.name}=={item.version}" for item in wanted if not item.obstacle and item.name not in without]
+    return sorted(f"{item.name}=={item.version}" for item in wanted if not item.obstacle and item.name not in without)
 
 
 # --- making it -------------------------------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ def test_a_record_runs_in_an_environment_of_its_packages_and_builds_are_compared
     assert answer["verdict"] == "identical"
     assert answer["fresh"] is True
     notes = answer["environment_notes"]
-    assert notes[0].startswith("This tool was not to be had in version 0.0.1; the one that runs here")
+    assert notes[0].startswith("This tool could not be had in version 0.0.1; the one that runs here")
     assert notes[1].startswith("Builds could not be compared")
     shown = json.loads((tmp_path / "again.ipynb").read_text())["cells"][-1]["outputs"][0]["data"]["text/plain"]
     assert str(made) in "".join(shown)
