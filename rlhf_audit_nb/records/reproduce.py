@@ -35,7 +35,7 @@ from rlhf_audit_nb.records.replay import open_seeds
 from rlhf_audit_nb.records.reproduce_runs import PARTS, Found, RunsCompared, Tolerance, compare_all_runs
 from rlhf_audit_nb.records.reproductions import DIFFERENT, EQUAL, IDENTICAL
 from rlhf_audit_nb.records.rerun import Progress, Rerun, open_sound_record, rerun_notebook, write_notebook
-from rlhf_audit_nb.records.statement import encode_statement
+from rlhf_audit_nb.trail.encoding import decode_base64
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.events import AppliedRule
@@ -397,6 +397,7 @@ def _compared(
     fresh: FreshEnvironment | None,
 ) -> Reproduction:
     assert opened.sealed is not None  # for the type checker: `_refuse_what_cannot_run`
+    assert opened.metadata is not None  # likewise: it was verified
     now = list(rerun.reader.entries())
     runs = compare_all_runs(opened.entries, now, tolerance)
     _compare_outcome(opened, rerun, runs)
@@ -409,7 +410,7 @@ def _compared(
         record=opened.sealed.record,
         origin=opened.verdict.origin,
         digest=opened.sealed.digest,
-        statement=hashlib.sha256(encode_statement(opened.statement)).hexdigest(),
+        statement=hashlib.sha256(decode_base64(opened.metadata["statement"]["payload"], "payload")).hexdigest(),
         compared=_in_order(runs.compared + Counter(outputs=outputs.compared)),
         found=tuple(runs.found),
         outputs=differences,

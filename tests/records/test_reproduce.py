@@ -172,6 +172,8 @@ def test_the_result_is_an_entry_of_ones_own_trail_and_an_addition_by_its_key(
     assert [item.predicate_type for item in opened.additions] == [REPRODUCTION] * 2
     assert opened.additions[0].predicate["entry"]["origin"] == kept[0].origin
     assert opened.additions[0].key_id == kept[0].key_id
+    subject = json.loads(opened.additions[0].payload)["subject"]
+    assert [item["digest"]["sha256"] for item in subject] == [event.digest, event.statement]
     notes = [note.message for note in reproduction_notes(opened)]
     assert notes[0].startswith(f"reproduced: identical, by key {kept[0].key_id[:16] if kept[0].key_id else ''}, 20")
     assert "different, first in run 1 (ffffffff): data.bound: digest" in notes[1]
