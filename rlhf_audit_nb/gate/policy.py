@@ -26,11 +26,13 @@ from rlhf_audit_nb.trail.vkey import ED25519, Verifier
 
 __all__ = [
     "FIELDS",
+    "OWN_TRAIL",
     "Evaluations",
     "EvidenceAsked",
     "Fresh",
     "GatePolicy",
     "Privacy",
+    "ReproducedAsked",
     "load_policy",
     "parse_policy",
 ]
@@ -38,6 +40,9 @@ __all__ = [
 VERSION = 1
 LEVELS = ("UNANCHORED", "TIMESTAMPED", "COSIGNED")
 UNITS = ("annotator", "pair", "label")
+OWN_TRAIL = "trail"
+"""The record's own trail, where it is one whose word on a reproduction counts."""
+
 GIT_FILES = (".git", ".gitattributes", ".github", ".gitignore")
 _DAY = 86_400
 _MOST_FILE = 1 << 20
@@ -58,6 +63,7 @@ FIELDS: dict[str, str] = {
     "evidence": "evidence for requirements of a law or standard",
     "people": "whose personal signatures count",
     "attestations": "signatures of people",
+    "reproduced": "that somebody has run it again, and it came out the same",
     "uncovered": "git's own files in the model's folder",
 }
 """Every key of a policy, and what it asks."""
@@ -104,6 +110,21 @@ class EvidenceAsked:
 
 
 @dataclass(frozen=True)
+class ReproducedAsked:
+    """A reproduction by one of ``by`` (people's names, or `OWN_TRAIL`).
+
+    Attributes:
+        verdict: ``identical``, or ``equal``, which an identical one meets as well.
+        by: whose word counts.
+        tolerance: the largest that may have been stated; weights have to be identical all the same.
+    """
+
+    verdict: str
+    by: tuple[str, ...]
+    tolerance: float = 0.0
+
+
+@dataclass(frozen=True)
 class GatePolicy:
     """A policy that was read; see the module, and `FIELDS` for what each attribute asks.
 
@@ -128,6 +149,7 @@ class GatePolicy:
     evidence: EvidenceAsked | None = None
     people: tuple[Person, ...] = ()
     attestations: tuple[Requirement, ...] = ()
+    reproduced: ReproducedAsked | None = None
     uncovered: tuple[str, ...] = ()
     files: tuple[str, ...] = field(default=(), compare=False)
 
@@ -159,6 +181,7 @@ class GatePolicy:
             "evidence": asdict(self.evidence) if self.evidence is not None else None,
             "people": [asdict(person) for person in self.people],
             "attestations": [asdict(asked) for asked in self.attestations],
+            "reproduced": asdict(self.reproduced) if self.reproduced is not None else None,
             "uncovered": list(self.uncovered),
         }
 
@@ -299,6 +322,17 @@ class _Reading:
     def read_attestations(self, value: Value) -> tuple[Requirement, ...]:
         return tuple(_requirement(item) for item in value.items())
 
+    def read_reproduced(self, value: Value) -> ReproducedAsked:
+        fields = value.fields(("verdict", "by", "tolerance"), ("verdict", "by"))
+        verdict = fields["verdict"].choice(("identical", "equal"))
+        if (verdict == "equal") != ("tolerance" in fields):
+            value.fail(
+                f"verdict: {verdict} goes {'with' if verdict == 'equal' else 'without'} a tolerance",
+                "Write verdict: identical, or verdict: equal and the largest tolerance that may be stated.",
+            )
+        tolerance = fields["tolerance"].number(above=0, most=1) if "tolerance" in fields else 0.0
+        return ReproducedAsked(verdict, fields["by"].texts("a name"), tolerance)
+
     def read_uncovered(self, value: Value) -> tuple[str, ...]:
         for item in value.items():
             item.choice(GIT_FILES)
@@ -345,6 +379,14 @@ def _check_people(policy: GatePolicy, fields: dict[str, Value]) -> None:
     """
     if "people" in fields:
         _check_keys(policy, fields["people"])
+    if policy.reproduced is not None:
+        known = {OWN_TRAIL, *(person.name for person in policy.people)}
+        by = fields["reproduced"].fields(("verdict", "by", "tolerance"))["by"]
+        for item in by.items():
+            if item.text() not in known:
+                item.fail(
+                    f"nobody below people: is called {item.text()!r}", f"Write one of: {', '.join(sorted(known))}."
+                )
     for asked, value in zip(
         policy.attestations, fields["attestations"].items() if "attestations" in fields else (), strict=True
     ):

@@ -28,11 +28,13 @@ from rlhf_audit_nb.compliance.words import (
     time_text,
 )
 from rlhf_audit_nb.errors import AuditError
-from rlhf_audit_nb.events import CellExecuted, PrivacyReserved, RecordAttested, RecordSealed
+from rlhf_audit_nb.events import CellExecuted, PrivacyReserved, RecordAttested, RecordReproduced, RecordSealed
 from rlhf_audit_nb.gate.finding import Finding
+from rlhf_audit_nb.gate.policy import OWN_TRAIL
 from rlhf_audit_nb.privacy.descent import Descent
 from rlhf_audit_nb.privacy.ledger import fold, mechanism_of
 from rlhf_audit_nb.records.attesting import attestations_of, trail_keys
+from rlhf_audit_nb.records.reproductions import DIFFERENT, EQUAL, IDENTICAL, reproductions_of
 from rlhf_audit_nb.records.signatures import TrailAttestation, count_attestations, missing_attestations
 from rlhf_audit_nb.trail import Level
 
@@ -42,9 +44,10 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.compliance.lineage import Bound
     from rlhf_audit_nb.compliance.thresholds import Evaluated, Judgement
     from rlhf_audit_nb.compliance.weights import SavedWeights
-    from rlhf_audit_nb.gate.policy import GatePolicy
+    from rlhf_audit_nb.gate.policy import GatePolicy, ReproducedAsked
     from rlhf_audit_nb.privacy.descent import Training
     from rlhf_audit_nb.records import OpenedRecord
+    from rlhf_audit_nb.records.reproductions import Reproduced
 
 __all__ = ["SPEAKS_AGAINST", "Subject", "check"]
 
@@ -61,6 +64,7 @@ SPEAKS_AGAINST = frozenset(
         "privacy.descent",
         "privacy.epsilon",
         "privacy.recomputed",
+        "reproduced.different",
     }
 )
 """Findings that stand against a model whichever of several records of it is taken."""
@@ -393,7 +397,7 @@ def _attestations(policy: GatePolicy, subject: Subject) -> Iterator[Finding]:
     places = (f"[{i}]" for i in range(len(policy.attestations)))
     for one in counted:
         what = next(places) if one.code == "attested" else f".{one.code.removeprefix('attestation-')}"
-        where = ", ".join(f"metadata.rlhf_audit.additions[{item.index}]" for item in one.by)
+        where = ", ".join(_addition(item.index) for item in one.by)
         entries = tuple(item.entry.index for item in one.by if item.entry is not None)
         yield Finding(f"attestations{what}", one.met, one.why, entries, where)
 
@@ -406,6 +410,56 @@ def _known_attestations(subject: Subject) -> tuple[TrailAttestation, ...]:
         for item, event in subject.evidence.of(RecordAttested)
         if sealed is not None and event.record == sealed.record
     )
+
+
+def _reproduced(policy: GatePolicy, subject: Subject) -> Iterator[Finding]:
+    """Whether somebody whose word counts ran it again, and what each of them said last."""
+    asked = policy.reproduced
+    assert asked is not None
+    keys = {key: person.name for person in policy.people if person.name in asked.by for key in person.keys}
+    last: dict[str, Reproduced] = {}
+    for said in reproductions_of(subject.opened):
+        who = keys.get(said.key_id) or (OWN_TRAIL if said.own and OWN_TRAIL in asked.by else None)
+        if who is not None:
+            last[who] = said
+    for who, said in last.items():
+        if said.verdict == DIFFERENT:
+            yield Finding("reproduced.different", False, f"By {who}: {said}.", where=_addition(said.index))
+    yield from _different_in_trail(subject)
+    good = [(who, said) for who, said in last.items() if _same_again(asked, said)]
+    if good:
+        who, said = good[-1]
+        yield Finding("reproduced", True, f"By {who}: {said}.", where=_addition(said.index))
+    else:
+        told = "; ".join(f"by {who}: {said}" for who, said in last.items())
+        none = "Nobody whose word counts has run it again"
+        reason = f"No reproduction is {asked.verdict} as it is asked for ({told})." if told else f"{none}."
+        yield Finding("reproduced", False, reason)
+
+
+def _same_again(asked: ReproducedAsked, said: Reproduced) -> bool:
+    if said.event is None or not sum(said.event.compared.values()) or sum(said.event.different.values()):
+        return False
+    if said.verdict == IDENTICAL:
+        return True
+    stated = said.event.tolerance.values()
+    small = all(not isinstance(value, str) and 0 <= value <= asked.tolerance for value in stated)
+    return asked.verdict == "equal" and said.verdict == EQUAL and small and not said.event.tolerated.get("weights")
+
+
+def _different_in_trail(subject: Subject) -> Iterator[Finding]:
+    """What the trail says last of a reproduction, also where it was not added to this copy or taken out of it."""
+    sealed = subject.opened.sealed
+    told = [(item, event) for item, event in subject.evidence.of(RecordReproduced)
+            if sealed is not None and event.record == sealed.record]  # fmt: skip
+    if told and told[-1][1].verdict == DIFFERENT:
+        item, event = told[-1]
+        said = f"The trail says that it came out different, first in {event.first}."
+        yield Finding("reproduced.different", False, said, (item.index,))
+
+
+def _addition(index: int) -> str:
+    return f"metadata.rlhf_audit.additions[{index}]"
 
 
 _RULES: dict[str, Callable[[GatePolicy, Subject], Iterator[Finding]]] = {
@@ -421,4 +475,5 @@ _RULES: dict[str, Callable[[GatePolicy, Subject], Iterator[Finding]]] = {
     "evaluations": _evaluations,
     "evidence": _evidence,
     "attestations": _attestations,
+    "reproduced": _reproduced,
 }

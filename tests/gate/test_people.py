@@ -6,13 +6,16 @@ import json
 import shutil
 import time
 
+import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from gate_support import Story, make_record, write_policy
 
+from rlhf_audit_nb.events import RecordReproduced, encode_body
 from rlhf_audit_nb.gate import gate, judge_record
 from rlhf_audit_nb.records import open_record
+from rlhf_audit_nb.records.additions import ATTESTATION, REPRODUCTION, add_to_record
 from rlhf_audit_nb.records.attesting import attest_record, enter_attestations
 from rlhf_audit_nb.trail import Trail
 from rlhf_audit_nb.trail.signers import FileKey
@@ -95,7 +98,6 @@ def test_a_key_of_the_trail_signs_for_nobody_even_where_the_policy_names_it(plac
         (place / "record.pub").write_bytes(_pem(trail.keys.record_spki))
     policy = asked(place, keys)
     policy.write_text(policy.read_text().replace("officer.pub", "record.pub"))
-    from rlhf_audit_nb.records.additions import ATTESTATION, add_to_record
     from rlhf_audit_nb.trail import TrustPolicy
 
     trust = TrustPolicy.parse((place / "trust.policy").read_text())
@@ -173,6 +175,76 @@ def test_two_signatures_of_one_person_are_one_persons(place, keys):
     sign(place, keys["officer"], meaning="reviewed", purpose="deployment")
     decision = judge_record(place / "record.ipynb", policy)
     assert len([name for name in unmet(decision) if name.startswith("attestations[")]) == 1
+
+
+# --- reproductions ---------------------------------------------------------------------------------------------------
+
+
+def reproduce(place, signer, verdict="identical", **other):
+    """What `rlhf-audit reproduce` adds to a record, in little."""
+    opened = open_record(place / "record.ipynb")
+    told = {
+        "record": opened.sealed.record, "origin": opened.verdict.origin, "digest": opened.sealed.digest,
+        "statement": "0" * 64, "verdict": verdict, "compared": {"weights": 2, "metrics": 3}, **other,
+    }  # fmt: skip
+    event = RecordReproduced(**told)
+    add_to_record(place / "record.ipynb", REPRODUCTION, json.loads(encode_body(event)), signer)
+    return event
+
+
+IDENTICAL = f"reproduced: {{verdict: identical, by: [{OFFICER}]}}"
+EQUAL = f"reproduced: {{verdict: equal, tolerance: 0.01, by: [{OFFICER}]}}"
+
+
+@pytest.mark.parametrize(
+    ("line", "said", "met"),
+    [
+        (IDENTICAL, {}, True),
+        (EQUAL, {}, True),
+        (IDENTICAL, {"verdict": "equal within tolerance", "tolerance": {"metrics": 0.001}}, False),
+        (EQUAL, {"verdict": "equal within tolerance", "tolerance": {"metrics": 0.01}}, True),
+        (EQUAL, {"verdict": "equal within tolerance", "tolerance": {"metrics": 0.02}}, False),
+        (EQUAL, {"verdict": "equal within tolerance", "tolerance": {"weights": "any"}}, False),
+        (EQUAL, {"verdict": "equal within tolerance", "tolerated": {"weights": 1}}, False),
+        (EQUAL, {"verdict": "different", "different": {"metrics": 1}, "first": "metrics"}, False),
+        (IDENTICAL, {"compared": {}}, False),
+        (IDENTICAL, {"different": {"metrics": 1}}, False),
+        (IDENTICAL, {"verdict": "splendid"}, False),
+    ],
+)
+def test_a_reproduction_counts_as_far_as_the_policy_lets_it(place, keys, line, said, met):
+    policy = asked(place, keys, line)
+    assert unmet(gate(place / "model", policy)) == ["reproduced"]
+    reproduce(place, keys["officer"], **said)
+    decision = gate(place / "model", policy)
+    assert decision.passed is met
+    assert met or set(unmet(decision)) <= {"reproduced", "reproduced.different"}
+
+
+def test_only_those_count_whom_the_policy_names_and_their_last_word(place, keys):
+    policy = asked(place, keys, IDENTICAL)
+    reproduce(place, keys["stranger"])
+    with Trail.open(place / "audit") as trail:
+        reproduce(place, trail.keys.record)
+    assert unmet(gate(place / "model", policy)) == ["reproduced"]
+    own = asked(place, keys, "reproduced: {verdict: identical, by: [trail]}")
+    assert gate(place / "model", own).passed
+    reproduce(place, keys["officer"], "different", different={"weights": 1})
+    assert gate(place / "model", own).passed
+    policy = asked(place, keys, f"reproduced: {{verdict: identical, by: [trail, {OFFICER}]}}")
+    assert unmet(gate(place / "model", policy)) == ["reproduced.different"]
+    reproduce(place, keys["officer"])
+    assert gate(place / "model", policy).passed
+
+
+def test_a_reproduction_that_came_out_different_is_known_to_the_trail(place, keys):
+    policy = asked(place, keys, IDENTICAL)
+    event = reproduce(place, keys["officer"])
+    assert gate(place / "model", policy, trail=place / "audit").passed
+    with Trail.open(place / "audit") as trail:
+        other = msgspec.structs.replace(event, verdict="different", first="weights")
+        trail.append(other.TYPE, encode_body(other)).wait()
+    assert unmet(gate(place / "model", policy, trail=place / "audit")) == ["reproduced.different"]
 
 
 def test_a_signature_that_was_changed_makes_the_record_invalid(place, keys):

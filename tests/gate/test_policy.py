@@ -133,6 +133,9 @@ BAD = [
         "people: [{name: A, roles: [x, Trainer], keys: [officer.pub]}]\nattestations: [{role: x}]",
         "1 signing as 'x' are asked for, and the policy's people hold 0",
     ),
+    ("reproduced: {verdict: identical, by: [B]}", r"reproduced.by\[0\]: nobody below people: is called 'B'"),
+    ("reproduced: {verdict: equal, by: [trail]}", "verdict: equal goes with a tolerance"),
+    ("reproduced: {verdict: identical, tolerance: 0.1, by: [trail]}", "verdict: identical goes without a tolerance"),
     ("a: &a [b]", "line 3: it holds an alias or anchor"),
     ("git: !!str clean", "line 3: it holds a tag"),
     ("---\ngit: clean", "it holds a second document"),
@@ -194,6 +197,7 @@ def test_every_key_changes_what_is_asked(folder):
     """A key that is read and then forgotten would ask for nothing."""
     lines = [f"{name}: {value}" for name, value in WHOLE.items()]
     lines += ["people: [{name: A, roles: [x], keys: [officer.pub]}]", "attestations: [{role: x}]", "uncovered: [.git]"]
+    lines += ["reproduced: {verdict: identical, by: [trail]}"]
     whole = read(folder, *lines)
     for line in lines:
         if not line.startswith("people"):
