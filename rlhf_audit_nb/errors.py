@@ -18,6 +18,7 @@ __all__ = [
     "DataError",
     "EntryError",
     "FormatError",
+    "GateError",
     "KeyFileError",
     "PrivacyError",
     "RecordError",
@@ -148,3 +149,10 @@ class ReportError(AuditError):
     """A report or card cannot be made."""
 
     code = "report"
+
+
+class GateError(AuditError):
+    """A model may not be used: its record does not meet the policy."""
+
+    code = "gate"
+    exit_code = 3

@@ -12,8 +12,11 @@ from rlhf_audit_nb.events import encode_body
 from rlhf_audit_nb.trail.home import home_folder
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rlhf_audit_nb.capture.overhead import RunOverhead
     from rlhf_audit_nb.compliance.weights import WeightsVerdict
+    from rlhf_audit_nb.gate import Decision
     from rlhf_audit_nb.health import Examination
     from rlhf_audit_nb.privacy.self_audit import SelfAudit
     from rlhf_audit_nb.records.reproduce import Reproduction
@@ -50,6 +53,46 @@ class Checking(AuditorBase):
         evidence = evidence_of(against if against is not None else self.trail.location, policy)
         beside = Path(against) / "artifacts" if against is not None else self.trail.artifacts
         return check_weights(folder, evidence, artifacts=beside if beside.is_dir() else None)
+
+    def gate(
+        self,
+        folder: Path | str,
+        policy: Path | str,
+        *,
+        records: Sequence[Path | str] = (),
+        trail: Path | str | None = None,
+        record_decision: bool = False,
+    ) -> Decision:
+        """Whether a model may be used: its record is found, verified and held to a policy; ``.passed`` is the answer.
+
+        Nothing is raised where it may not; ``.unmet`` says why::
+
+            decision = auditor.gate("out/model", "policy.yaml")
+            assert decision.passed, decision
+
+        Args:
+            folder: the model that is to be used.
+            policy: the policy's file; ``rlhf-audit gate --example`` prints one.
+            records: records, and folders that are looked through with all below them.
+            trail: the model's trail; ``None`` takes this auditor's own, or the one beside the model, where the policy
+                trusts its log.
+            record_decision: append what was decided to this auditor's trail.
+
+        Raises:
+            ConfigError: the policy is none, or there are no weights in that folder.
+            AuditError: the trail cannot be read; with ``record_decision`` also where it cannot be written.
+        """
+        from rlhf_audit_nb.gate import append_decision, gate, load_policy, trail_beside
+
+        asked = load_policy(policy)
+        opened = trail_if_open(self.audit_config)
+        if opened is not None:
+            opened.flush()
+        place = trail or trail_beside(Path(folder), asked, [self.audit_config.trail_location()])
+        decision = gate(folder, asked, records=records, trail=place)
+        if record_decision:
+            append_decision(self.trail, decision)
+        return decision
 
     def attest(
         self,

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from rlhf_audit_nb.compliance.words import plural, short, visible
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from rlhf_audit_nb.trail import Verdict
 
 __all__ = ["REFUSED", "Decision", "Finding", "Judgement", "Looked"]
@@ -177,19 +179,23 @@ class Decision:
 
     @property
     def words(self) -> list[str]:
-        """The answer, line by line."""
+        """The answer, line by line, with the places that were looked through."""
+        looked = self.looked if not self.passed else None
+        told = () if looked is None else (looked.words, *looked.left, *looked.near)
+        return self._lines(lambda source: source, told)
+
+    def _lines(self, shown: Callable[[str], str], looked: Sequence[str]) -> list[str]:
         head = "PASSED" if self.passed else "REFUSED" if self.exit_code == REFUSED else "DOES NOT HOLD"
         what = f" (folder digest {short(self.model)})" if self.model else ""
         lines = [f"{head}  {self.subject}{what}"]
         lines += [f"  {one.words}" for one in self.findings]
         for one in self.records:
             lines.append(
-                f"  record {short(one.record) if one.record else 'without an id'} in {one.source}: "
+                f"  record {short(one.record) if one.record else 'without an id'} in {shown(one.source)}: "
                 f"{one.verdict.level.name}, {'meets the policy' if one.met else 'does not meet the policy'}"
             )
             lines += [f"    {finding.words}" for finding in one.findings]
-        if self.looked is not None and not self.passed:
-            lines += [f"  {text}" for text in (self.looked.words, *self.looked.left, *self.looked.near)]
+        lines += [f"  {text}" for text in looked]
         if self.not_asked:
             lines.append(f"  not asked: {'; '.join(self.not_asked)}")
         # What a trail says must not begin a line of its own.
@@ -213,7 +219,10 @@ class Decision:
         }
 
     def __str__(self) -> str:
-        return "\n".join(self.words)
+        # A notebook is passed on; where something lay on whose machine is not.
+        looked = self.looked if not self.passed else None
+        told = () if looked is None else (f"{plural(looked.files, 'notebook')} looked at", *looked.near)
+        return "\n".join(self._lines(lambda source: source.rsplit("/", 1)[-1], told))
 
     __repr__ = __str__  # what a report shows of a notebook's cell
 

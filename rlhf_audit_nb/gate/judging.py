@@ -199,9 +199,8 @@ class _Judging:
             return
         for one in done:
             for finding in one.speaks_against:
-                said = (
-                    f"Record {short(one.record)} ({one.source}) of the same files speaks against it: {finding.reason}"
-                )
+                name = one.source.rsplit("/", 1)[-1]
+                said = f"Record {short(one.record)} ({name}) of the same files speaks against it: {finding.reason}"
                 yield Finding("model.other_record", False, said, finding.entries)
 
     def _judged(self, opened: OpenedRecord, source: str) -> Judgement:

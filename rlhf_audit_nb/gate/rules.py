@@ -438,7 +438,7 @@ def _reproduced(policy: GatePolicy, subject: Subject) -> Iterator[Finding]:
 
 
 def _same_again(asked: ReproducedAsked, said: Reproduced) -> bool:
-    if said.event is None or not sum(said.event.compared.values()) or sum(said.event.different.values()):
+    if said.event is None or not any(said.event.compared.values()) or any(said.event.different.values()):
         return False
     if said.verdict == IDENTICAL:
         return True

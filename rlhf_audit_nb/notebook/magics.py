@@ -37,7 +37,7 @@ from IPython.core.magic import (
 from IPython.utils.text import DollarFormatter
 
 from rlhf_audit_nb.config import ENV_PERSON_PASSPHRASE, AuditConfig, PrivacyConfig
-from rlhf_audit_nb.errors import ConfigError, PrivacyError, TrailError
+from rlhf_audit_nb.errors import ConfigError, GateError, PrivacyError, TrailError
 from rlhf_audit_nb.notebook.history import CellHistory, cell_number
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ argument: Any = _arguments.argument
 CELL = "audit_train"
 LINE = "audit"
 _SHOWN = ("status", "verify", "report", "card", "budget", "lineage", "evaluations", "compute")
-COMMANDS = (*_SHOWN, "attest", "privacy-check", "doctor", "overhead")
+COMMANDS = (*_SHOWN, "attest", "gate", "privacy-check", "doctor", "overhead")
 _MATCHER = "rlhf_audit_nb"
 _VERDICT = ("rlhf_audit_nb.trail.verdict", "Verdict")
 
@@ -166,7 +166,7 @@ class AuditMagics(Magics):
     @no_var_expand
     @magic_arguments()
     @argument("command", nargs="?", metavar="COMMAND", help=f"{', '.join(COMMANDS)} (default status)")
-    @argument("target", nargs="?", metavar="RECORD", help="attest: the record to sign")
+    @argument("target", nargs="?", metavar="RECORD|MODEL", help="attest: the record to sign; gate: the model")
     @argument("--trail", metavar="FOLDER", help="another trail than the one used last")
     @argument("--format", metavar="FORMAT", help="report: html or pdf; card: eu_standard or huggingface")
     @argument("--out", "-o", metavar="FILE", help="save the report, card, lineage or budget (.svg, .png or .json)")
@@ -177,7 +177,9 @@ class AuditMagics(Magics):
     @argument("--population", type=int, metavar="N", help="budget: for this population (0: new annotators)")
     @argument("--json", action="store_true", help="budget, compute, overhead: as plain values")
     @argument("--compliance-mode", metavar="MODE", help="framework of the report (default eu_ai_act)")
-    @argument("--record", action="store_true", help="privacy-check: write what was found into the trail")
+    @argument("--record", action="store_true", help="privacy-check, gate: write what was found into the trail")
+    @argument("--policy", metavar="FILE", help="gate: what has to hold")
+    @argument("--records", action="append", metavar="FOLDER", help="gate: where the model's record may be")
     @argument("--role", metavar="ROLE", help="attest: in which you sign, such as 'compliance officer'")
     @argument("--statement", metavar="TEXT", help="attest: what you have looked at and what you decide")
     @argument("--name", metavar="NAME", help="attest: your printed name (default: that of the key)")
@@ -189,7 +191,7 @@ class AuditMagics(Magics):
     @line_magic
     def audit(self, line: str) -> Any:
         """Look at the trail: ``%audit status``, ``verify``, ``report``, ``card``, ``budget``, ``lineage``,
-        ``evaluations``, ``compute``, ``attest``, ``privacy-check``, ``doctor`` or ``overhead``.
+        ``evaluations``, ``compute``, ``attest``, ``gate``, ``privacy-check``, ``doctor`` or ``overhead``.
 
         ``%audit report --format html --out report.html`` writes the compliance report; without ``--out`` it is shown.
         ``%audit budget --noise-multiplier 2 --sampling-rate 0.1`` tells how many steps are left.
@@ -203,7 +205,7 @@ class AuditMagics(Magics):
                 next_step=f"Write one of: {', '.join(COMMANDS)}.",
                 code="usage",
             )
-        if options.target is not None and command != "attest":
+        if options.target is not None and command not in ("attest", "gate"):
             _wrong(AuditMagics.audit, f"{command} takes no {options.target!r}")
         auditor = self._auditor_for(options)
         action: Callable[[AuditableRLHF, Any], Any] = getattr(self, f"_{command.replace('-', '_')}")
@@ -256,6 +258,23 @@ class AuditMagics(Magics):
             _wrong(AuditMagics.audit, "attest takes a record, --role and --statement")
         said = _given(options, ("role", "statement", "name", "meaning", "purpose", "key"))
         return auditor.attest(options.target, reject=options.reject, passphrase=_person_passphrase(options), **said)
+
+    def _gate(self, auditor: AuditableRLHF, options: Any) -> Any:
+        if options.target is None or options.policy is None:
+            _wrong(AuditMagics.audit, "gate takes a model's folder and --policy")
+        found = auditor.gate(
+            options.target, options.policy, records=options.records or (), trail=options.trail,
+            record_decision=options.record,
+        )  # fmt: skip
+        if not found.passed:
+            from IPython.display import display
+
+            display(found)  # type: ignore[no-untyped-call]
+            raise GateError(
+                f"{found.subject} may not be used: {found.unmet[0].reason}",
+                next_step=f"`rlhf-audit gate --json` gives every reason ({len(found.unmet)}).",
+            )
+        return found
 
     def _privacy_check(self, auditor: AuditableRLHF, options: Any) -> Any:
         found = auditor.privacy_check(record=options.record)

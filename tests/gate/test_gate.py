@@ -423,3 +423,11 @@ def test_what_a_name_says_begins_no_line_of_its_own(tmp_path):
     assert not [line for line in decision.words[1:] if line.startswith("PASSED")]
     assert all("\n" not in line and "\u202e" not in line for line in decision.words)
     assert "<script" not in decision._repr_html_()
+
+
+def test_what_a_notebook_shows_names_no_folder(made):
+    shown = str(gate(made / "model", made / "policy.yaml"))
+    (made / "record.ipynb").unlink()
+    shown += str(gate(made / "model", made / "policy.yaml", records=[made]))
+    assert str(made) not in shown
+    assert "record.ipynb" in shown
