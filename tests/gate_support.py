@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import nbformat
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from records_support import policy_of
 from safetensors.numpy import save_file
 
@@ -83,6 +85,7 @@ class Story:
     )
     accuracy: float | str | None = 0.9
     late_threshold: bool = False
+    threshold_between: bool = False
     ended: str | None = "completed"
     trained: bool = True
     saved_step: int | None = 3
@@ -150,7 +153,7 @@ def tell(trail: Trail, story: Story, model: Path, record: str | None) -> ev.Weig
     def judge(event: Event) -> None:
         trail.append(event.TYPE, encode_body(event)).wait()
 
-    if story.threshold is not None and not story.late_threshold:
+    if story.threshold is not None and not story.late_threshold and not story.threshold_between:
         judge(replace_event(story.threshold, record=record))
     privacy = {"epsilon": 8.0} if story.private else None
     add(ev.RunStarted(experiment=story.experiment, entry_point="cell", tool="t/1", record=record, privacy=privacy))
@@ -179,6 +182,8 @@ def tell(trail: Trail, story: Story, model: Path, record: str | None) -> ev.Weig
         add(saved)
     if story.ended is not None:
         add(ev.RunFinished(status=story.ended, steps=3, trained=True))
+    if story.threshold is not None and story.threshold_between:
+        judge(replace_event(story.threshold, record=record))
     if story.accuracy is not None:
         judge(ev.EvaluationRecorded(
             metrics={"accuracy": story.accuracy}, identified="folder", folder_digest=saved.digest,
@@ -242,3 +247,10 @@ def write_policy(folder: Path, *lines: str, name: str = "policy.yaml") -> Path:
     path = folder / name
     path.write_text("\n".join(["version: 1", "trust: trust.policy", *lines]) + "\n")
     return path
+
+
+def person(folder: Path) -> str:
+    """Somebody whom a policy names; the key's private half is nobody's."""
+    key = ec.generate_private_key(ec.SECP256R1()).public_key()
+    (folder / "officer.pub").write_bytes(key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    return "[{name: Name of the officer, roles: [officer], keys: [officer.pub]}]"

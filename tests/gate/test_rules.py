@@ -199,3 +199,49 @@ def test_an_inherited_bound_counts_with_its_figures(tmp_path):
     assert gate(made.model, asked(tmp_path, privacy=label)).passed
     assert set(unmet(gate(made.model, asked(tmp_path, privacy=label.replace("2.0", "1.9"))))) == {"privacy.epsilon"}
     assert set(unmet(gate(made.model, asked(tmp_path, privacy=PRIVACY)))) == {"privacy.units"}
+
+
+STRICTER = {
+    "level": ("COSIGNED", "level"),
+    "fresh": ("{record: 1 minute}", "fresh.record"),
+    "base_models": (f"[{'0' * 64}]", "base_models"),
+    "privacy": (
+        ("{epsilon: 1.9, delta: 1e-5, units: [annotator]}", "privacy.epsilon"),
+        ("{epsilon: 2.0, delta: 9e-6, units: [annotator]}", "privacy.delta"),
+        ("{epsilon: 2.0, delta: 1e-5, units: [pair, label]}", "privacy.units"),
+    ),
+    "evaluations": ("{metrics: [toxicity], thresholds: before training}", "evaluations.toxicity"),
+    "evidence": ("{framework: eu_ai_act, requirements: [AIA-A11-1-2e]}", "evidence.AIA-A11-1-2e"),
+    "attestations": ("[{role: officer}]", "attestations[0]"),
+    "reproduced": ("{verdict: identical, by: [trail]}", "reproduced"),
+}
+
+
+def test_every_value_that_is_made_stricter_refuses_the_same_model(place, policy):
+    """The other keys have one value each; `CHANGED` shows what each of those refuses."""
+    import time
+
+    from gate_support import person
+
+    later = time.time() + 3600
+    assert gate(place.model, place.folder / "policy.yaml", now=later).passed
+    for key, cases in STRICTER.items():
+        for value, name in [cases] if isinstance(cases[0], str) else cases:
+            more = {"people": person(place.folder)} if key == "attestations" else {}
+            decision = gate(place.model, policy(**{**WHOLE, **more, key: value}), now=later)
+            assert (decision.exit_code, [one.id for one in decision.unmet]) == (3, [name]), (key, value)
+
+
+def test_a_threshold_that_was_set_after_the_training_is_too_late_for_one_that_has_to_come_before(tmp_path):
+    made = make_record(tmp_path, Story(threshold_between=True))
+    late = "{metrics: [accuracy], thresholds: before training}"
+    assert set(unmet(gate(made.model, asked(tmp_path, evaluations=late)))) == {"evaluations.accuracy"}
+    assert gate(made.model, asked(tmp_path, evaluations=late.replace("training", "result"))).passed
+
+
+def test_another_trust_refuses_the_same_model(place, tmp_path):
+    other = make_record(tmp_path)
+    path = place.folder / "other.yaml"
+    path.write_text(f"version: 1\ntrust: {other.folder / 'trust.policy'}\n")
+    assert gate(place.model, path).exit_code == 40
+    path.unlink()
