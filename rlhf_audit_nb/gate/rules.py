@@ -71,6 +71,7 @@ SPEAKS_AGAINST = frozenset(
 
 _ENDED = ("completed", "stopped-by-budget")
 _SLACK = 1.001
+_DAY = 86_400_000_000
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,13 @@ def _age(name: str, done: str, time: int, most: int, now: int, entries: tuple[in
     age = now - time
     if age < -SKEW:
         return Finding(name, False, f"It was {done} in the future: {time_text(time)}.", entries)
-    said = f"It was {done} {duration_text(max(age, 0))} ago, and may be {duration_text(most * 1_000_000)} old."
+    said = f"It was {done} {_span(max(age, 0))} ago, and may be {_span(most * 1_000_000)} old."
     return Finding(name, age <= most * 1_000_000, said, entries)
+
+
+def _span(microseconds: int) -> str:
+    days = microseconds // _DAY
+    return plural(days, "day") if days >= 2 else duration_text(microseconds)  # noqa: PLR2004 (hours say more of less)
 
 
 def _outcome(policy: GatePolicy, subject: Subject) -> Iterator[Finding]:
