@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf_audit_nb.cli.gating import names_gate_policy, verify_by_policy
 from rlhf_audit_nb.cli.shared import (
@@ -152,6 +152,8 @@ def _do_verify(args: argparse.Namespace) -> int:
         notes = (*notes, *more)
     require = Level[args.require] if args.require else None
     words, result = verdict_words(verdict, notes), verdict.to_dict()
+    if checked.record is not None:
+        words += _tell_changes(args, checked.record, policy, result)
     if signed:
         words += _signed_words(signed)
         result["attestations"] = [{**asdict(item), "standing": standing} for item, standing in signed]
@@ -166,6 +168,23 @@ def _do_verify(args: argparse.Namespace) -> int:
     if require is not None and code:
         words.append(f"  Required was {require.name}: refused.")
     return finish(args, result, words, code)
+
+
+def _tell_changes(
+    args: argparse.Namespace, record: OpenedRecord, policy: TrustPolicy | None, result: dict[str, Any]
+) -> list[str]:
+    """What was changed in a record since it was sealed, where that can be told; into the result as well."""
+    from rlhf_audit_nb.config import DEFAULT_TRAIL, AuditConfig
+    from rlhf_audit_nb.records.original import since_sealed
+    from rlhf_audit_nb.reports.original import since_sealed_words
+
+    beside = [Path(args.target).parent / DEFAULT_TRAIL] if Path(args.target).is_file() else []
+    trails = [Path(args.trail)] if args.trail else [*beside, AuditConfig().trail_location()]
+    found = since_sealed(record, trails, policy=policy)
+    if found is None:
+        return []
+    result["since_sealed"] = found.to_dict()
+    return since_sealed_words(found)
 
 
 def _refuse_all_but_records(args: argparse.Namespace) -> None:
