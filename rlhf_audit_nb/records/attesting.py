@@ -44,6 +44,7 @@ from rlhf_audit_nb.records.signatures import (
     Person,
     TrailAttestation,
     missing_attestations,
+    same_words,
     seconds_of,
     standing_of,
 )
@@ -181,9 +182,13 @@ def _replacement(item: Attestation, others: Iterable[Attestation]) -> int | None
     later = [
         other.index
         for other in others
-        if other.index > item.index and other.key_id == item.key_id and other.purpose in (None, item.purpose)
+        if other.index > item.index and other.key_id == item.key_id and _takes_in(other.purpose, item.purpose)
     ]
     return max(later, default=None)
+
+
+def _takes_in(later: str | None, earlier: str | None) -> bool:
+    return later is None or (earlier is not None and same_words(later, earlier))
 
 
 def _doubts(item: Attestation, sealed: int | None) -> Iterable[str]:

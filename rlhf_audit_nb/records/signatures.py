@@ -18,6 +18,7 @@ Pure: attestations in, findings out; `attesting` reads them out of a record and 
 from __future__ import annotations
 
 import time as clock
+import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -39,6 +40,7 @@ __all__ = [
     "TrailAttestation",
     "count_attestations",
     "missing_attestations",
+    "same_words",
     "seconds_of",
     "standing_of",
 ]
@@ -208,8 +210,13 @@ def seconds_of(time: str) -> int:
     return int(datetime.strptime(time, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp())
 
 
-def _same(one: str, other: str) -> bool:
-    return " ".join(one.split()).casefold() == " ".join(other.split()).casefold()
+def same_words(one: str, other: str) -> bool:
+    """Whether two names, roles or purposes are the same but for case, spaces and how their letters are composed."""
+    return _plain(one) == _plain(other)
+
+
+def _plain(text: str) -> str:
+    return unicodedata.normalize("NFC", " ".join(text.split()).casefold())
 
 
 def missing_attestations(
@@ -227,7 +234,7 @@ def _check_people(people: Sequence[Person]) -> dict[str, Person]:
     """The people by key id."""
     found: dict[str, Person] = {}
     for i, person in enumerate(people):
-        if any(_same(person.name, other.name) for other in people[:i]):
+        if any(same_words(person.name, other.name) for other in people[:i]):
             raise ConfigError(
                 f"The policy names {person.name} twice.", next_step="Put all keys and roles under one.", code="person"
             )
@@ -244,7 +251,7 @@ def _check_people(people: Sequence[Person]) -> dict[str, Person]:
 
 def _trains(person: Person | None, trainers: Collection[str]) -> bool:
     return person is not None and (
-        any(_same(role, TRAINER) for role in person.roles) or any(key in trainers for key in person.keys)
+        any(same_words(role, TRAINER) for role in person.roles) or any(key in trainers for key in person.keys)
     )
 
 
@@ -273,9 +280,9 @@ def _why_not(item: Attestation, person: Person | None, trainers: Collection[str]
         return "it is signed with a key of the trail, which the training's process holds, and not with a person's"
     if person is None:
         return "it is signed with a key that the policy does not name"
-    if not _same(person.name, item.name):
+    if not same_words(person.name, item.name):
         return f"its key is {person.name}'s, and it gives the name {item.name}"
-    if not any(_same(role, item.role) for role in person.roles):
+    if not any(same_words(role, item.role) for role in person.roles):
         return f"the policy does not give {person.name} the role {item.role}"
     if seconds_of(item.time) > now + SKEW_SECONDS:
         return "its time lies in the future"
@@ -357,7 +364,7 @@ def _check_requirement(asked: Requirement) -> None:
 
 def _speaks_of(item: Attestation, purpose: str | None) -> bool:
     """Whether a signature decides on this use."""
-    return item.purpose is None or (purpose is not None and _same(item.purpose, purpose))
+    return item.purpose is None or (purpose is not None and same_words(item.purpose, purpose))
 
 
 def _answers(later: _Word, earlier: _Word, purpose: str | None) -> bool:
@@ -383,9 +390,9 @@ def _unmet(asked: Requirement, word: _Word, now: float) -> str:
         return f"it says {item.meaning}"
     if not word.standing.counts:
         return word.standing.why
-    if asked.role is not None and not _same(asked.role, item.role):
+    if asked.role is not None and not same_words(asked.role, item.role):
         return f"it is signed as {item.role}"
-    if word.standing.trainer and not (asked.role is not None and _same(asked.role, TRAINER)):
+    if word.standing.trainer and not (asked.role is not None and same_words(asked.role, TRAINER)):
         return f"{word.person.name} trains, and the trainer cannot be the approver"
     if asked.max_age_days is not None and now - seconds_of(item.time) > asked.max_age_days * 86_400:
         return f"it is older than {asked.max_age_days:g} days"

@@ -87,6 +87,13 @@ def test_names_and_roles_are_compared_without_case_and_spaces():
     assert holds([signed(name="NAME  of the Officer", role=" Compliance Officer")], ONE_OFFICER) == [True, True]
 
 
+def test_a_letter_may_be_composed_in_two_ways():
+    person = Person("Zoe\u0308 \u00dcnal", ("5c" * 32,), ("compliance officer",))
+    item = signed(0, person, name="Zo\u00eb U\u0308nal")
+    assert item.name != person.name
+    assert holds([item], ONE_OFFICER, people=(person,)) == [True, True]
+
+
 def test_one_person_counts_once_whatever_roles_and_keys():
     twice = [signed(0, LEAD, role="lead"), signed(1, LEAD, role="compliance officer", key_id=LEAD.keys[1])]
     assert holds(twice, Requirement(count=2))[0] is False
