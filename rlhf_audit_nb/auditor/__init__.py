@@ -11,13 +11,14 @@ from rlhf_audit_nb.auditor.annotating import Annotating
 from rlhf_audit_nb.auditor.checking import Checking
 from rlhf_audit_nb.auditor.declaring import Declaring
 from rlhf_audit_nb.auditor.reading import Reading
+from rlhf_audit_nb.auditor.running import Running
 from rlhf_audit_nb.auditor.status import Status
 from rlhf_audit_nb.auditor.training import Training
 
 __all__ = ["AuditableRLHF", "Status"]
 
 
-class AuditableRLHF(Training, Annotating, Declaring, Checking, Reading):
+class AuditableRLHF(Training, Running, Annotating, Declaring, Checking, Reading):
     """Audited training, and what can be said about it afterwards.
 
     Args:

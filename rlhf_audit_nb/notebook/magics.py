@@ -57,7 +57,8 @@ argument: Any = _arguments.argument
 CELL = "audit_train"
 LINE = "audit"
 _SHOWN = ("status", "verify", "report", "card", "budget", "lineage", "evaluations", "compute")
-COMMANDS = (*_SHOWN, "attest", "gate", "privacy-check", "doctor", "overhead")
+COMMANDS = (*_SHOWN, "run", "attest", "gate", "privacy-check", "doctor", "overhead")
+_TARGETED = ("run", "attest", "gate")
 _MATCHER = "rlhf_audit_nb"
 _VERDICT = ("rlhf_audit_nb.trail.verdict", "Verdict")
 
@@ -166,7 +167,9 @@ class AuditMagics(Magics):
     @no_var_expand
     @magic_arguments()
     @argument("command", nargs="?", metavar="COMMAND", help=f"{', '.join(COMMANDS)} (default status)")
-    @argument("target", nargs="?", metavar="RECORD|MODEL", help="attest: the record to sign; gate: the model")
+    @argument(
+        "target", nargs="?", metavar="NOTEBOOK|MODEL", help="run: what to execute; attest: what to sign; gate: MODEL"
+    )
     @argument("--trail", metavar="FOLDER", help="another trail than the one used last")
     @argument("--format", metavar="FORMAT", help="report: html or pdf; card: eu_standard or huggingface")
     @argument("--out", "-o", metavar="FILE", help="save the report, card, lineage or budget (.svg, .png or .json)")
@@ -180,6 +183,9 @@ class AuditMagics(Magics):
     @argument("--record", action="store_true", help="privacy-check, gate: write what was found into the trail")
     @argument("--policy", metavar="FILE", help="gate: what has to hold")
     @argument("--records", action="append", metavar="FOLDER", help="gate: where the model's record may be")
+    @argument("-p", "--parameter", nargs=2, action="append", metavar=("NAME", "VALUE"), help="run: repeatable")
+    @argument("--kernel", metavar="NAME", help="run: another kernel than the notebook names")
+    @argument("--cell-timeout", type=int, metavar="SECONDS", help="run: bound on one cell (default: none)")
     @argument("--role", metavar="ROLE", help="attest: in which you sign, such as 'compliance officer'")
     @argument("--statement", metavar="TEXT", help="attest: what you have looked at and what you decide")
     @argument("--name", metavar="NAME", help="attest: your printed name (default: that of the key)")
@@ -191,10 +197,11 @@ class AuditMagics(Magics):
     @line_magic
     def audit(self, line: str) -> Any:
         """Look at the trail: ``%audit status``, ``verify``, ``report``, ``card``, ``budget``, ``lineage``,
-        ``evaluations``, ``compute``, ``attest``, ``gate``, ``privacy-check``, ``doctor`` or ``overhead``.
+        ``evaluations``, ``compute``, ``run``, ``attest``, ``gate``, ``privacy-check``, ``doctor`` or ``overhead``.
 
         ``%audit report --format html --out report.html`` writes the compliance report; without ``--out`` it is shown.
         ``%audit budget --noise-multiplier 2 --sampling-rate 0.1`` tells how many steps are left.
+        ``%audit run other.ipynb -p epsilon 2`` executes another notebook into a signed record.
         """
         __tracebackhide__ = True
         options = _parse(AuditMagics.audit, line, self.shell)
@@ -205,7 +212,7 @@ class AuditMagics(Magics):
                 next_step=f"Write one of: {', '.join(COMMANDS)}.",
                 code="usage",
             )
-        if options.target is not None and command not in ("attest", "gate"):
+        if options.target is not None and command not in _TARGETED:
             _wrong(AuditMagics.audit, f"{command} takes no {options.target!r}")
         auditor = self._auditor_for(options)
         action: Callable[[AuditableRLHF, Any], Any] = getattr(self, f"_{command.replace('-', '_')}")
@@ -217,16 +224,31 @@ class AuditMagics(Magics):
         return auditor.status()
 
     def _verify(self, auditor: AuditableRLHF, _: Any) -> Any:
-        verdict = auditor.verify()
-        if verdict.level.name in ("INVALID", "DIVERGED"):
-            first = verdict.reasons[0] if verdict.reasons else None
-            why = f" {first.where}: {first.message}" if first is not None else ""
-            raise TrailError(
-                f"The trail {verdict.origin} is {verdict.level.name}.{why}",
-                next_step="Run `rlhf-audit verify --json` for every reason; do not rely on this trail.",
-                code=verdict.level.name.lower(),
-            )
-        return verdict
+        return _sound(auditor.verify(), "trail")
+
+    def _run(self, auditor: AuditableRLHF, options: Any) -> Any:
+        from rlhf_audit_nb.notebook.running import progress_line, refuse_itself
+        from rlhf_audit_nb.records import open_record, read_parameters
+        from rlhf_audit_nb.records.run import NotebookFailedError
+
+        if options.target is None:
+            _wrong(AuditMagics.audit, "run takes a notebook")
+        if options.cell_timeout is not None and options.cell_timeout < 1:
+            _wrong(AuditMagics.audit, "--cell-timeout takes at least one second")
+        refuse_itself(options.target, self.shell.user_ns if self.shell is not None else {})
+        pairs = options.parameter or []
+        if len(dict(pairs)) < len(pairs):
+            _wrong(AuditMagics.audit, "a parameter is given twice")
+        values = read_parameters(options.target, dict(pairs))
+        given = {"kernel_name": options.kernel, "cell_timeout": options.cell_timeout}
+        try:
+            result = auditor.run_notebook(options.target, options.out, values, progress=progress_line(), **given)
+        except NotebookFailedError as error:
+            if error.said:
+                print(error.said)  # noqa: T201  what was raised in the other notebook
+            raise
+        print(f"Record {result.path}")  # noqa: T201
+        return _sound(open_record(result.path).verdict, "record")
 
     def _report(self, auditor: AuditableRLHF, options: Any) -> Any:
         report = auditor.generate_compliance_report(format=options.format or _suffix(options.out) or "html")
@@ -515,6 +537,23 @@ def _person_passphrase(options: Any) -> str | None:
         return getpass(f"Passphrase of the key of {chosen.name}: ")
     except NotImplementedError:  # nobody sits at this kernel; signing says what to set
         return None
+
+
+def _sound(verdict: Verdict, what: str) -> Verdict:
+    """The verdict, where it says that nothing was changed.
+
+    Raises:
+        TrailError: it says otherwise.
+    """
+    if verdict.level.name in ("INVALID", "DIVERGED"):
+        first = verdict.reasons[0] if verdict.reasons else None
+        why = f" {first.where}: {first.message}" if first is not None else ""
+        raise TrailError(
+            f"The {what} {verdict.origin} is {verdict.level.name}.{why}",
+            next_step=f"Run `rlhf-audit verify --json` for every reason; do not rely on this {what}.",
+            code=verdict.level.name.lower(),
+        )
+    return verdict
 
 
 def _plain_or_shown(result: Any, options: Any) -> Any:

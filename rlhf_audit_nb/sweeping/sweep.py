@@ -159,7 +159,7 @@ def run_sweep(
         RecordError: the notebook, or a parameter; nothing was run.
         BudgetExceededError: the runs do not fit into the budget together; nothing was run, nothing reserved.
     """
-    from rlhf_audit_nb.records.engine import kernel_named
+    from rlhf_audit_nb.records.kernels import kernel_named
 
     for name, value, least in (("workers", workers, 1), ("retries", retries, 0)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
