@@ -210,7 +210,13 @@ def _save(trail: Trail, model: Path, story: Story) -> ev.WeightsSaved:
 
 
 def make_record(
-    folder: Path, story: Story | None = None, *, name: str = "record.ipynb", model: str = "model", keep: bool = False
+    folder: Path,
+    story: Story | None = None,
+    *,
+    name: str = "record.ipynb",
+    model: str = "model",
+    keep: bool = False,
+    before: Story | None = None,
 ) -> Place:
     """A model, trained as the story tells, and its record; everything in ``folder``."""
     story = story or Story()
@@ -222,6 +228,8 @@ def make_record(
     session = RecordSession.begin(notebook, KERNEL, folder / "audit", keep=keep)
     try:
         with Trail.open(folder / "audit") as trail:
+            if before is not None:
+                tell(trail, before, place, session.record)
             saved = tell(trail, story, place, session.record)
         for i, (cell, status) in enumerate(zip(notebook["cells"], story.cells, strict=True)):
             cell["outputs"] = [nbformat.v4.new_output("stream", text="done\n")]

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["REFUSED", "Decision", "Finding", "Judgement", "Looked"]
 
-REFUSED = 3
-"""The process status where the record holds and the policy refuses."""
+REFUSED, DIVERGED, INVALID = 3, 30, 40
+"""Process statuses: the record holds and the policy refuses, or a verdict's own."""
 
 _TOLD = 12
 
@@ -110,9 +110,11 @@ class Judgement:
         """0, 3, or 30 and 40 where something was changed."""
         if self.met:
             return 0
-        if self.verdict.level.name == "DIVERGED" or any(one.id == "trail.history" for one in self.unmet):
-            return 30
-        return 40 if self.verdict.level.name == "INVALID" or any(one.tampering for one in self.unmet) else REFUSED
+        changed = [one for one in self.unmet if one.tampering]
+        if not changed:
+            return REFUSED
+        # Another history is told apart from a change; where both are shown, the change says more.
+        return DIVERGED if all(one.id == "trail.history" for one in changed) else INVALID
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -167,7 +169,7 @@ class Decision:
         if self.passed:
             return 0
         codes = [one.exit_code for one in self.records if not one.met]
-        codes += [40 for one in self.findings if one.tampering]
+        codes += [INVALID for one in self.findings if one.tampering]
         return max([REFUSED, *codes])
 
     @property

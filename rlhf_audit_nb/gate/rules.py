@@ -108,13 +108,18 @@ class Subject:
 
     @cached_property
     def trainings(self) -> tuple[Training, ...]:
-        """The training that left the model; where a record alone is judged, all of its trainings."""
-        if self.saved is not None:
-            found = self.descent.at(self.saved.entry)
-            # A folder without a step is one of which nobody knows whose weights are in it.
-            return () if found is None or self.saved.step is None else (found,)
+        """The record's trainings that left the model's files; where a record alone is judged, all of them."""
         own = {run.run for run in self.runs}
-        return tuple(training for training in self.descent.trainings if training.run in own)
+        of_record = (training for training in self.descent.trainings if training.run in own)
+        if self.saved is None:
+            return tuple(of_record)
+        # A folder without a step is one of which nobody knows whose weights are in it.
+        digest = self.saved.digest
+        return tuple(
+            training
+            for training in of_record
+            if any(event.digest == digest and event.step is not None for _, event in training.saved)
+        )
 
     def run_of(self, training: Training) -> RunFacts:
         """The run that a training belongs to."""

@@ -315,6 +315,13 @@ def test_a_record_that_only_saved_the_model_again_vouches_for_nothing(tmp_path):
     assert "privacy" in found["record.ipynb"]
 
 
+def test_a_training_without_privacy_in_the_same_record_that_saved_the_same_files_is_seen(tmp_path):
+    before = Story(run="e" * 32, private=False, threshold=None, accuracy=None)
+    made = make_record(tmp_path, Story(), before=before)
+    decision = gate(made.model, write_policy(tmp_path, PRIVACY))
+    assert (decision.exit_code, ids(decision)) == (3, ["privacy"])
+
+
 # --- the trail -------------------------------------------------------------------------------------------------------
 
 
@@ -362,6 +369,10 @@ def test_another_trail_or_an_older_state_of_it_is_told_apart_from_a_rewritten_on
     (made / "trust.policy").write_text(both)
     decision = gate(made / "model", made / "policy.yaml", trail=other.trail)
     assert (decision.exit_code, ids(decision)) == (3, ["trail"])
+    fork = made / "fork"
+    shutil.copytree(place.trail, fork)
+    before = ids(gate(made / "model", made / "policy.yaml", trail=fork))
+    assert before == []
     shutil.copytree(place.trail, folder / "broken")
     (folder / "broken" / "trail.sqlite").write_bytes((place.trail / "trail.sqlite").read_bytes()[:-5000])
     from rlhf_audit_nb.errors import AuditError
@@ -371,6 +382,24 @@ def test_another_trail_or_an_older_state_of_it_is_told_apart_from_a_rewritten_on
     except AuditError as error:
         code = error.exit_code
     assert code != 0
+
+
+def test_a_trail_of_another_history_under_the_same_key_ends_with_the_code_of_diverged(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_AUDIT_HOME", str(tmp_path / "home"))
+    with Trail.open(tmp_path / "one" / "audit"):
+        pass
+    for name in ("one/audit", "home"):
+        shutil.copytree(tmp_path / name, tmp_path / name.replace("one", "two").replace("home", "other-home"))
+    made = make_record(tmp_path / "one", Story())
+    monkeypatch.setenv("RLHF_AUDIT_HOME", str(tmp_path / "other-home"))
+    fork = make_record(tmp_path / "two", Story(run="e" * 32))
+    append(fork, ev.GateDecided(decision="passed", policy="", resolved=""))
+    monkeypatch.setenv("RLHF_AUDIT_HOME", str(tmp_path / "nobody"))
+    policy = write_policy(made.folder, "git: clean")
+    assert gate(made.model, policy, trail=made.trail).passed
+    for home in ("first", "second"):
+        decision = gate(made.model, policy, trail=fork.trail, home=tmp_path / home)
+        assert (decision.exit_code, ids(decision)) == (30, ["trail.history"])
 
 
 def test_a_key_that_was_revoked_since_is_seen_in_the_trail(tmp_path, monkeypatch):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+import time
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -10,7 +12,12 @@ from gate_support import EPSILON, WHOLE, Story, audited, changed, make_record, w
 
 from rlhf_audit_nb import events as ev
 from rlhf_audit_nb.gate import gate, judge_record
+from rlhf_audit_nb.records.anchoring import anchor_record
 from rlhf_audit_nb.records.session import Outcome
+from rlhf_audit_nb.trail import TrustPolicy
+from rlhf_audit_nb.trail.anchoring import anchor_trail
+from rlhf_audit_nb.trail.witness import Witness
+from rlhf_audit_nb.trail.witness_server import WitnessServer
 
 DAY = 86_400
 
@@ -172,6 +179,30 @@ def test_a_quorum_in_the_trust_policy_is_asked_for_without_a_level(place):
     assert judge_record(place.record, path).passed
 
 
+def test_a_record_that_others_vouch_for_reaches_its_level_and_is_as_fresh_as_their_word(tmp_path):
+    made = make_record(tmp_path, Story())
+    witness = Witness.create(tmp_path / "witness", "witness.example/alice")
+    witness.add_log(made.trust.log_keys[0])
+    lines = f"log {made.trust.log_keys[0]}\nwitness alice {witness.vkeys[0]}{{}}\nquorum alice\n"
+    (tmp_path / "trust.policy").write_text(lines.format(""))
+    policy = asked(tmp_path, level="COSIGNED", fresh="{witnessed: 2 days}")
+    assert set(unmet(judge_record(made.record, policy))) == {"level", "fresh.witnessed"}
+    server = WitnessServer(witness)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        anchor_trail(made.trail, policy=TrustPolicy.parse(lines.format(f" {server.url}")))
+    finally:
+        server.stop()
+        thread.join(20)
+    trust = TrustPolicy.parse(lines.format(""))
+    anchor_record(made.record, trail=made.trail, policy=trust)
+    assert judge_record(made.record, policy).passed
+    later = judge_record(made.record, policy, now=time.time() + 3 * DAY)
+    assert set(unmet(later)) == {"fresh.witnessed"}
+    assert judge_record(made.record, asked(tmp_path, git="clean")).passed  # the quorum of the trust policy
+
+
 def test_a_training_that_descends_from_one_without_a_bound_is_refused_where_the_trail_shows_it(tmp_path):
     """The record alone cannot know what its base model had learnt; the trail can."""
     first = make_record(tmp_path, Story(private=False, run="e" * 32, threshold=None, accuracy=None), name="sft.ipynb")
@@ -219,8 +250,6 @@ STRICTER = {
 
 def test_every_value_that_is_made_stricter_refuses_the_same_model(place, policy):
     """The other keys have one value each; `CHANGED` shows what each of those refuses."""
-    import time
-
     from gate_support import person
 
     later = time.time() + 3600
