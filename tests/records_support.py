@@ -133,3 +133,57 @@ def hand_files(
 def stub_source(scale: float, packages: dict[str, str]) -> str:
     """The source of the package ``stub``."""
     return f"SCALE = {scale!r}\nPACKAGES = {packages!r}\n"
+
+
+# A public training, and two private ones of which the second goes on from a checkpoint of the first.
+PRIVATELY = [
+    ('rows = "votes.jsonl"\nrate = 1e-3', {"tags": ["parameters"]}),
+    f"""
+import json, sys, warnings
+from pathlib import Path
+
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+warnings.simplefilter("ignore")
+from support.tiny import dpo_trainer, sft_trainer
+from support.trails import without_cross_checks
+
+from rlhf_audit_nb import AuditableRLHF, PrivacyConfig
+from rlhf_audit_nb.config import AuditConfig
+
+quick = without_cross_checks()
+quick.__enter__()
+votes = [json.loads(line) for line in Path(rows).read_text().splitlines()]
+every = AuditConfig(weights_every=1)
+auditor = AuditableRLHF(
+    privacy_config=PrivacyConfig(epsilon=50.0, delta=1e-3, sampling_rate=0.5), audit_config=every
+)
+settings = dict(max_steps=3, save_strategy="steps", save_steps=2, learning_rate=rate)
+""".strip(),
+    """
+with AuditableRLHF(audit_config=every).track_training("public"):
+    done = sft_trainer(votes[:4], Path("sft"), max_steps=2).train()
+done.training_loss
+""".strip(),
+    """
+with auditor.track_training("first"):
+    dpo_trainer(votes, Path("out"), **settings).train()
+""".strip(),
+    """
+with auditor.track_training("resumed"):
+    dpo_trainer(votes, Path("out"), **settings).train(resume_from_checkpoint="out/checkpoint-2")
+""".strip(),
+]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A record of `PRIVATELY`, made elsewhere, with the openings of its seeds."""
+
+    folder: Path
+    record: Path
+    policy: TrustPolicy
+    openings: tuple[Path, ...]
+
+    @property
+    def votes(self) -> Path:
+        return self.folder / "votes.jsonl"

@@ -42,6 +42,7 @@ from rlhf_audit_nb.privacy.labels import (
     row_tags,
 )
 from rlhf_audit_nb.privacy.randomised_response import label_epsilon
+from rlhf_audit_nb.privacy.replay import refuse_release
 from rlhf_audit_nb.privacy.reservation import RACES, read_ledger
 from rlhf_audit_nb.privacy.sampling import SealedRandom
 
@@ -119,10 +120,11 @@ def release_labels(
 
     Raises:
         BudgetExceededError: it would cost a label more than the budget; nothing was drawn and nothing appended.
-        PrivacyError: an epsilon that cannot be used, or a trail that counts another unit.
+        PrivacyError: an epsilon that cannot be used, a trail that counts another unit, or one of a replay.
         StoreError: the append failed.
     """
     epsilon = check_request(epsilon, config)
+    refuse_release(trail.reader())
     _check_alone(read_ledger(trail.reader()), epsilon, config)
     release, check_key, randomness = uuid.uuid4().hex, new_key(), SealedRandom.from_system()
     for _ in range(RACES):

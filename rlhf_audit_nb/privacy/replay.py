@@ -43,6 +43,7 @@ __all__ = [
     "check_replaying",
     "given_seeds",
     "plan_replay",
+    "refuse_release",
     "start_replay",
     "write_seeds",
 ]
@@ -202,6 +203,21 @@ def check_replaying(reader: TrailReader, seeds: ReplaySeeds | None = None) -> No
             f"{ENV_REPLAY} is set, and this trail is not that of the replay: nothing is trained on it with seeds that "
             "somebody knows.",
             next_step=f"Unset {ENV_REPLAY} for ordinary runs.",
+            code="replay",
+        )
+
+
+def refuse_release(reader: TrailReader) -> None:
+    """Refuse to release labels where a run is repeated: the flips would be others, and would cost anew.
+
+    Raises:
+        PrivacyError: the trail is that of a replay.
+    """
+    if any(entry.type == ReplayStarted.TYPE for entry in reader.entries(1, 2)):
+        raise PrivacyError(
+            "A run is being repeated here, and a release of labels cannot be: its flips would be others, and each "
+            "label would pay for them anew.",
+            next_step="Release labels outside of the notebook, and let it read the released file.",
             code="replay",
         )
 

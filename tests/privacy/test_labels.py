@@ -38,6 +38,7 @@ from rlhf_audit_nb.privacy.labels import (
     read_labels,
     row_tags,
 )
+from rlhf_audit_nb.privacy.replay import ReplaySeeds, start_replay
 from rlhf_audit_nb.privacy.reservation import read_ledger, set_budget
 from rlhf_audit_nb.privacy.sampling import SealedRandom
 from rlhf_audit_nb.trail import Trail
@@ -237,6 +238,15 @@ def test_the_heaviest_label_is_the_one_that_brute_force_finds():
                     total += epsilon
             best = max(best, total)
         assert math.isclose(sum(heaviest_label(releases)), best)
+
+
+def test_labels_are_not_released_anew_where_a_run_is_repeated(tmp_path):
+    config = PrivacyConfig(epsilon=2.0, unit="label")
+    with Trail.open(tmp_path / "scratch", home=tmp_path / "home") as scratch:
+        start_replay(scratch, ReplaySeeds("o", []))
+        with pytest.raises(PrivacyError, match="each label would pay for them anew"):
+            release_labels(scratch, pairs(0, 5), 1.0, config=config)
+        assert scratch.reader().size == 2
 
 
 def test_the_same_labels_again_add_up_and_other_ones_do_not(trail):

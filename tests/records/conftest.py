@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import nbformat
 import pytest
-from records_support import TRAINING, Made, policy_of, write_notebook
+from records_support import PRIVATELY, TRAINING, Made, Trained, policy_of, write_notebook
+from support.tiny import synthetic_pairs
 
+from rlhf_audit_nb.events import PrivacyReserved
 from rlhf_audit_nb.records import run_notebook
+from rlhf_audit_nb.trail import Trail
+from rlhf_audit_nb.trail.disclosure import disclose
 
 DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
@@ -58,3 +64,21 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
             source, folder / "record.ipynb", {"epsilon": 2.5, "name": 'é "quoted"', "steps": 3}, trail=folder / "audit"
         )
     return Made(folder / "record.ipynb", folder / "home", policy_of(folder / "audit"), result)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A record of a public and two private trainings with the openings of its seeds; treat it as read-only."""
+    folder = tmp_path_factory.mktemp("trained")
+    lines = [json.dumps(row) for row in synthetic_pairs(10)]
+    (folder / "votes.jsonl").write_text("\n".join(lines) + "\n")
+    source = write_notebook(folder / "train.ipynb", PRIVATELY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLHF_AUDIT_HOME", str(folder / "home"))
+        run_notebook(source, folder / "record.ipynb", {"rate": 2e-3}, trail=folder / "audit", cwd=folder)
+        with Trail.open(folder / "audit") as trail:
+            entries = [entry.index for entry in trail.reader().entries(type=PrivacyReserved.TYPE)]
+            for index in entries:
+                (folder / f"entry-{index}.opening").write_bytes(disclose(trail, index).encode())
+    openings = tuple(folder / f"entry-{index}.opening" for index in entries)
+    return Trained(folder, folder / "record.ipynb", policy_of(folder / "audit"), openings)

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from records_support import policy_of, write_notebook
-from support.tiny import synthetic_pairs
+from records_support import Trained, write_notebook
 
 from rlhf_audit_nb import cli
 from rlhf_audit_nb.errors import VaultError
@@ -21,40 +20,6 @@ from rlhf_audit_nb.records.replay import ReplayFailedError, ReplayRefusedError, 
 from rlhf_audit_nb.trail import Trail, TrailReader, TrustPolicy
 from rlhf_audit_nb.trail.disclosure import disclose
 from rlhf_audit_nb.trail.erasure import erase
-
-PARAMETERS = ('rows = "votes.jsonl"\nrate = 1e-3', {"tags": ["parameters"]})
-
-SETUP = f"""
-import json, sys, warnings
-from pathlib import Path
-
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-warnings.simplefilter("ignore")
-from support.tiny import dpo_trainer
-from support.trails import without_cross_checks
-
-from rlhf_audit_nb import AuditableRLHF, PrivacyConfig
-from rlhf_audit_nb.config import AuditConfig
-
-quick = without_cross_checks()
-quick.__enter__()
-votes = [json.loads(line) for line in Path(rows).read_text().splitlines()]
-auditor = AuditableRLHF(
-    privacy_config=PrivacyConfig(epsilon=50.0, delta=1e-3, sampling_rate=0.5),
-    audit_config=AuditConfig(weights_every=1),
-)
-settings = dict(max_steps=3, save_strategy="steps", save_steps=2, learning_rate=rate)
-""".strip()
-
-TRAINED = """
-with auditor.track_training("first"):
-    dpo_trainer(votes, Path("out"), **settings).train()
-""".strip()
-
-RESUMED = """
-with auditor.track_training("resumed"):
-    dpo_trainer(votes, Path("out"), **settings).train(resume_from_checkpoint="out/checkpoint-2")
-""".strip()
 
 
 @dataclass(frozen=True)
@@ -75,21 +40,9 @@ class Recorded:
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+def recorded(trained: Trained) -> Recorded:
     """A record of two private trainings, the second from the checkpoint of the first, made elsewhere."""
-    folder = tmp_path_factory.mktemp("recorded")
-    lines = [json.dumps(row) for row in synthetic_pairs(10)]
-    (folder / "votes.jsonl").write_text("\n".join(lines) + "\n")
-    source = write_notebook(folder / "train.ipynb", [PARAMETERS, SETUP, TRAINED, RESUMED])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RLHF_AUDIT_HOME", str(folder / "home"))
-        run_notebook(source, folder / "record.ipynb", {"rate": 2e-3}, trail=folder / "audit", cwd=folder)
-        with Trail.open(folder / "audit") as trail:
-            entries = [entry.index for entry in trail.reader().entries(type=PrivacyReserved.TYPE)]
-            for index in entries:
-                (folder / f"entry-{index}.opening").write_bytes(disclose(trail, index).encode())
-    openings = tuple(folder / f"entry-{index}.opening" for index in entries)
-    return Recorded(folder, folder / "record.ipynb", policy_of(folder / "audit"), openings)
+    return Recorded(trained.folder, trained.record, trained.policy, trained.openings)
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +78,7 @@ def test_a_record_comes_out_the_same_bit_for_bit_and_nothing_is_left_behind(reco
     assert not (tmp_path / "home" / "keys").exists()
     assert list((tmp_path / "tmp").glob("rlhf-audit-*")) == []
     assert list((tmp_path / "cwd").iterdir()) == []
-    assert told[-1][:2] == (4, 5)
+    assert told[-1][:2] == (5, 6)
     seeds = [_seed(path) for path in recorded.openings]
     assert not any(seed in (tmp_path / "replayed.ipynb").read_text() for seed in seeds)
 
