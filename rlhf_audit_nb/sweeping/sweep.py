@@ -22,18 +22,18 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_audit_nb.config import ENV_HOME, AuditConfig
-from rlhf_audit_nb.errors import BudgetExceededError, ConfigError
+from rlhf_audit_nb.errors import BudgetExceededError, ConfigError, RecordError
 from rlhf_audit_nb.events import Event, SweepFinished, SweepStarted, decode_body, encode_body
 from rlhf_audit_nb.privacy.reservation import read_ledger, release_slots, reserve_slots
 from rlhf_audit_nb.records.normal_form import source_digest
 from rlhf_audit_nb.records.places import load_notebook
 from rlhf_audit_nb.records.record import open_record
-from rlhf_audit_nb.records.run import Terminated, run_notebook
+from rlhf_audit_nb.records.run import Terminated
 from rlhf_audit_nb.records.session import refuse_secrets
 from rlhf_audit_nb.sweeping.grid import Grid, Point, read_grid
 from rlhf_audit_nb.sweeping.pool import LocalPool, Pool
@@ -322,7 +322,7 @@ class _Sweep:
         self._todo: deque[tuple[float, Point]] = deque()
         self._running: dict[str, Task] = {}
         self._held: float | None = None
-        self._said = 0.0
+        self._said, self._told = 0.0, 0
 
     # -- before anything runs
 
@@ -341,7 +341,7 @@ class _Sweep:
             elif why:
                 kept = set_aside(self.folder, point.id)
                 self._say(f"{point.id}.ipynb does not count and is kept as {ATTEMPTS}/{kept.name}: {why}")
-        self._before = len(self._found)
+        self._before = self._told = len(self._found)
         if self._found:
             self._say(f"{self._before} of {len(self._points)} runs are done already; their records verify")
         return self._result("finished", self.folder / _SUMMARY) if not self.missing and self._is_whole() else None
@@ -424,14 +424,16 @@ class _Sweep:
             self._append(
                 SweepFinished(sweep=self._sweep, status=status, outcomes=self._counts(), records=self._records())
             )
-        return self._ended(status)
+        return self._ended(status, pool)
 
     def _dispatched(self, pool: Pool) -> str:
         try:
             while self._todo or self._running:
                 self._begin(pool)
+                self._tell()
                 for task, said in pool.finished(0.2):
                     self._take(task, said)
+            self._tell()
         except (KeyboardInterrupt, Terminated):
             self._say(f"interrupted: {len(self._running)} runs are sealed as they stand; again to leave them to it")
             self._stop(pool)
@@ -467,7 +469,11 @@ class _Sweep:
 
     def _start(self, pool: Pool, point: Point) -> None:
         self._attempts[point.id] = self._attempts.get(point.id, 0) + 1
-        task = Task(
+        task = self._running[point.id] = self._task(point, slot=self._slots.get(point.id))
+        pool.start(task)
+
+    def _task(self, point: Point, *, slot: str | None) -> Task:
+        return Task(
             point=point.id,
             attempt=claimed(self.folder, point.id) + 1,
             sweep=self._sweep,
@@ -477,11 +483,9 @@ class _Sweep:
             cwd=str(Path.cwd()),
             parameters=point.parameters,
             kernel=self._kernel,
-            slot=self._slots.get(point.id),
+            slot=slot,
             home=os.environ.get(ENV_HOME),
         )
-        self._running[point.id] = task
-        pool.start(task)
 
     def _take(self, task: Task, said: dict[str, Any], *, last: bool = False) -> None:
         """What became of an attempt; a record counts once it verifies here."""
@@ -505,15 +509,14 @@ class _Sweep:
                 self._todo.append((time.monotonic() + wait, point))
             elif not (last and outcome in {"interrupted", "stopped"}):
                 self._outcomes[point.id] = outcome
-        self._tell()
 
     def _tell(self) -> None:
         now = time.monotonic()
         done = len(self._found) + len(self._outcomes)
         here, left = done - self._before, len(self._points) - done
-        if not here or (left and now - self._said < _EVERY):
+        if done == self._told or (left and now - self._said < _EVERY):
             return
-        self._said = now
+        self._said, self._told = now, done
         bad = len(self._points) - left - sum(one.outcome == "completed" for one in self._found.values())
         minutes = (now - self._began) / here * left / 60
         rest = "" if not left else f", about {minutes:.0f} min left" if minutes >= 1 else ", less than a minute left"
@@ -534,7 +537,7 @@ class _Sweep:
         outcomes = [row["outcome"] for row in self._rows()]
         return {name: outcomes.count(name) for name in sorted(set(outcomes))}
 
-    def _ended(self, status: str) -> SweepResult:
+    def _ended(self, status: str, pool: Pool) -> SweepResult:
         whole = {
             "sweep": self._sweep,
             "status": status,
@@ -546,10 +549,26 @@ class _Sweep:
         write_tables(self.folder, self._rows(), whole)
         if status != "finished":
             return self._result(status, None)
+        return self._result(status, self._summarised(pool))
+
+    def _summarised(self, pool: Pool) -> Path:
+        """The summary, executed like any run."""
+        name = Path(_SUMMARY).stem
         source = write_notebook(self.folder / ATTEMPTS / f"source-of-{_SUMMARY}")
-        made = self.folder / ATTEMPTS / _SUMMARY
-        run_notebook(source, made, {"sweep": self._sweep}, trail=self._trail.location, cwd=self.folder)
-        return self._result(status, made.replace(self.folder / _SUMMARY))
+        task = replace(
+            self._task(Point(name, {"sweep": self._sweep}), slot=None), notebook=str(source), cwd=str(self.folder)
+        )
+        pool.start(task)
+        while not (ended := pool.finished(0.2)):
+            pass
+        said = ended[0][1]
+        if said["outcome"] != "completed":
+            raise RecordError(
+                f"The summary of the sweep could not be made: {said.get('message') or said['outcome']}",
+                next_step="The records themselves are sealed; run the same command again to make it.",
+                code="sweep-summary",
+            )
+        return self.folder / _SUMMARY
 
     def _result(self, status: str, summary: Path | None) -> SweepResult:
         return SweepResult(

@@ -81,9 +81,9 @@ def test_three_workers_carry_out_a_sweep_and_what_one_had_that_is_killed_is_run_
 ) -> None:
     address, workers = cluster
     waits, trail = tmp_path / "waits", tmp_path / "audit"
-    runs = "".join(f"  - {{x: {x}}}\n" for x in (4, 5, 6, 7, 8))
+    runs = "".join(f"  - {{x: {x}}}\n" for x in (4, 5, 6))
     path = grid(tmp_path, f"runs:\n  - {{x: 1, wait: {waits}}}\n{runs}")
-    monkeypatch.setattr(sweep_module, "run_notebook", lambda _source, made, *_, **__: made.write_text("left out"))
+    monkeypatch.setattr(sweep_module._Sweep, "_summarised", lambda self, _pool: self.folder / "left out")
     ends = time.monotonic() + PATIENCE
 
     def kill_who_waits() -> None:
@@ -102,12 +102,12 @@ def test_three_workers_carry_out_a_sweep_and_what_one_had_that_is_killed_is_run_
     result = run_sweep(source, path, tmp_path / "out", trail=trail, cluster=address, retries=2)
     killer.join(PATIENCE)
     assert time.monotonic() - while_waiting < PATIENCE
-    assert result.outcomes == {"completed": 6}
+    assert result.outcomes == {"completed": 4}
     assert sorted(worker.poll() is None for worker in workers) == [False, True, True]
     (started,) = [decode_body(e.type, e.body) for e in TrailReader.open(trail).entries(type=SweepStarted.TYPE)]
     assert (started.where, started.workers) == ("cluster", 3)
     begun = [decode_body(e.type, e.body) for e in TrailReader.open(trail).entries(type=RecordStarted.TYPE)]
-    assert len(begun) == 7, "each once, and the one that was killed once more"
+    assert len(begun) == 5, "each once, and the one that was killed once more"
     for row in result.rows:
         assert open_record(tmp_path / "out" / f"{row['point']}.ipynb").verdict.level == Level.UNANCHORED
     assert not list((tmp_path / "out" / "attempts").glob("probe*"))
@@ -165,7 +165,7 @@ def test_without_the_extra_or_a_scheduler_one_sentence_says_so(
 
 
 def test_nothing_of_dask_is_imported_where_no_cluster_is_asked_for() -> None:
-    imported = "rlhf_audit_nb.sweeping.sweep, rlhf_audit_nb.sweeping.cluster"
+    imported = "rlhf_audit_nb.sweeping, rlhf_audit_nb.sweeping.pool, rlhf_audit_nb.sweeping.cluster"
     code = f"import sys, {imported}; print({{'dask', 'distributed'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
