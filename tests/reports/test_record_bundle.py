@@ -290,7 +290,8 @@ def test_one_changed_byte_of_any_file_is_found(good, tmp_path, plain_path):
 def test_with_new_sums_one_changed_byte_is_found_in_all_files_but_those_that_the_page_lists(good, tmp_path, plain_path):
     """What is left is what a signature does not cover, and VERIFY.md says of each that it does not."""
     missed = set()
-    for name in names(good):
+    kinds = {re.sub("[0-9]+", "N", name): name for name in names(good)}
+    for name in set(kinds.values()) - {SUMS}:  # the sums are written anew; the test above changes them alone
         folder = tmp_path / "bundle"
         shutil.copytree(good, folder)
         shutil.copy(good.parent / "trust.policy", tmp_path)
@@ -301,8 +302,7 @@ def test_with_new_sums_one_changed_byte_is_found_in_all_files_but_those_that_the
         shutil.rmtree(folder)
     listed = (good / "VERIFY.md").read_text().split("no evidence by themselves:")[1].split("\n\nInside")[0]
     assert set(re.findall(r"^- `([^`]+)`:", listed, re.MULTILINE)) == set(UNCOVERED)
-    # The sums are written anew here, so a change of theirs is none; the other test changes them alone.
-    assert missed == set(UNCOVERED)
+    assert missed == set(UNCOVERED) - {SUMS}
 
 
 def leaves(value, keys=()):
