@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.records.reproduce_environment import FreshEnvironment
     from rlhf_audit_nb.records.signatures import Attestation
     from rlhf_audit_nb.reports.budget import Budget, BudgetLeft
+    from rlhf_audit_nb.reports.diff import DiffView
     from rlhf_audit_nb.trail import TrustPolicy
 
 __all__ = ["Checking"]
@@ -157,6 +158,32 @@ class Checking(AuditorBase):
         entered = enter_attestations(self.trail, opened, policy=policy)
         carry_to_copy(mine, opened, policy=policy)
         return next(one for one in attestations_of(opened, entered) if one.index == item.index)
+
+    def diff(
+        self,
+        left: Path | str,
+        right: Path | str,
+        *,
+        outputs: bool = False,
+        claimed: bool = False,
+        policy: TrustPolicy | None = None,
+    ) -> DiffView:
+        """What differs between two records, both verified first; ``save("diff.html")`` writes a page.
+
+        Args:
+            left: an executed notebook that was sealed.
+            right: another.
+            outputs: also what the cells gave out.
+            claimed: compare also what does not verify, as what it claims.
+            policy: whom to trust; ``None`` trusts the user's own keys.
+
+        Raises:
+            RecordError: a file cannot be read, or is no notebook; or it does not verify and ``claimed`` is not set.
+        """
+        from rlhf_audit_nb.records.diff import diff_records
+        from rlhf_audit_nb.reports.diff import DiffView
+
+        return DiffView(diff_records(left, right, policy=policy, outputs=outputs, claimed=claimed))
 
     def doctor(
         self, *, full: bool = False, policy: Path | str | None = None, published: str | None = None

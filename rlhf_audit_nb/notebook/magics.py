@@ -57,8 +57,8 @@ argument: Any = _arguments.argument
 CELL = "audit_train"
 LINE = "audit"
 _SHOWN = ("status", "verify", "report", "card", "budget", "lineage", "evaluations", "compute")
-COMMANDS = (*_SHOWN, "run", "attest", "gate", "privacy-check", "doctor", "overhead")
-_TARGETED = ("run", "attest", "gate")
+COMMANDS = (*_SHOWN, "run", "attest", "diff", "gate", "privacy-check", "doctor", "overhead")
+_TARGETED = ("run", "attest", "diff", "gate")
 _MATCHER = "rlhf_audit_nb"
 _VERDICT = ("rlhf_audit_nb.trail.verdict", "Verdict")
 
@@ -168,8 +168,12 @@ class AuditMagics(Magics):
     @magic_arguments()
     @argument("command", nargs="?", metavar="COMMAND", help=f"{', '.join(COMMANDS)} (default status)")
     @argument(
-        "target", nargs="?", metavar="NOTEBOOK|MODEL", help="run: what to execute; attest: what to sign; gate: MODEL"
+        "target",
+        nargs="?",
+        metavar="FILE|MODEL",
+        help="run: what to execute; attest: what to sign; gate: MODEL; diff: a record",
     )
+    @argument("other", nargs="?", metavar="RECORD", help="diff: another record")
     @argument("--trail", metavar="FOLDER", help="another trail than the one used last")
     @argument("--format", metavar="FORMAT", help="report: html or pdf; card: eu_standard or huggingface")
     @argument("--out", "-o", metavar="FILE", help="save the report, card, lineage or budget (.svg, .png or .json)")
@@ -197,7 +201,8 @@ class AuditMagics(Magics):
     @line_magic
     def audit(self, line: str) -> Any:
         """Look at the trail: ``%audit status``, ``verify``, ``report``, ``card``, ``budget``, ``lineage``,
-        ``evaluations``, ``compute``, ``run``, ``attest``, ``gate``, ``privacy-check``, ``doctor`` or ``overhead``.
+        ``evaluations``, ``compute``, ``run``, ``attest``, ``diff``, ``gate``, ``privacy-check``, ``doctor`` or
+        ``overhead``.
 
         ``%audit report --format html --out report.html`` writes the compliance report; without ``--out`` it is shown.
         ``%audit budget --noise-multiplier 2 --sampling-rate 0.1`` tells how many steps are left.
@@ -214,6 +219,8 @@ class AuditMagics(Magics):
             )
         if options.target is not None and command not in _TARGETED:
             _wrong(AuditMagics.audit, f"{command} takes no {options.target!r}")
+        if options.other is not None and command != "diff":
+            _wrong(AuditMagics.audit, f"{command} takes no {options.other!r}")
         auditor = self._auditor_for(options)
         action: Callable[[AuditableRLHF, Any], Any] = getattr(self, f"_{command.replace('-', '_')}")
         return action(auditor, options)
@@ -297,6 +304,11 @@ class AuditMagics(Magics):
                 next_step=f"`rlhf-audit gate --json` gives every reason ({len(found.unmet)}).",
             )
         return found
+
+    def _diff(self, auditor: AuditableRLHF, options: Any) -> Any:
+        if options.target is None or options.other is None:
+            _wrong(AuditMagics.audit, "diff takes two records")
+        return _saved(_plain_or_shown(auditor.diff(options.target, options.other), options), options.out)
 
     def _privacy_check(self, auditor: AuditableRLHF, options: Any) -> Any:
         found = auditor.privacy_check(record=options.record)

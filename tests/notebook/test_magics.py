@@ -543,6 +543,26 @@ def test_a_cell_trains_on_released_labels_and_shows_what_it_inherits(shell, trai
     assert "auditor.release_labels" in str(error)
 
 
+def test_two_records_are_compared_in_a_notebook(shell, tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_AUDIT_HOME", str(tmp_path / "home"))
+    with Trail.open(tmp_path / "audit", origin="example.org/magics"):
+        pass
+    for name in ("one", "two"):
+        seal_text(tmp_path / "audit", tmp_path / f"{name}.ipynb", f"text of {name}")
+    view = shell.run_line_magic("audit", "diff one.ipynb two.ipynb")
+    assert {row.section for row in view.diff.differences} == {"code"}
+    assert "+ text of two" in repr(view)
+    assert shell.run_line_magic("audit", "diff one.ipynb two.ipynb --json")["differs"]
+    assert shell.run_line_magic("audit", "diff one.ipynb two.ipynb -o diff.html") is None
+    assert (tmp_path / "diff.html").is_file()
+    for rest, words in (
+        ("diff one.ipynb", "takes two records"),
+        ("attest one.ipynb two.ipynb", "takes no 'two.ipynb'"),
+    ):
+        with pytest.raises(AuditError, match=words):
+            shell.run_line_magic("audit", rest)
+
+
 def test_a_record_is_signed_from_a_notebook_and_the_passphrase_is_asked_for(shell, tmp_path, monkeypatch):
     monkeypatch.setenv("RLHF_AUDIT_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("RLHF_AUDIT_PERSON_PASSPHRASE", raising=False)
