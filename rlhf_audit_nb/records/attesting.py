@@ -50,6 +50,8 @@ from rlhf_audit_nb.records.signatures import (
 )
 from rlhf_audit_nb.records.statement import event_of
 from rlhf_audit_nb.trail import Level, Reason, TrailReader, TrustPolicy
+from rlhf_audit_nb.trail.checkpoint import checkpoint_of
+from rlhf_audit_nb.trail.heads import Heads
 from rlhf_audit_nb.trail.home import home_folder
 from rlhf_audit_nb.trail.keys import local_policy
 from rlhf_audit_nb.trail.merkle import Frontier, leaf_hash
@@ -435,8 +437,8 @@ def known_attestations(
 
     All entries are read and the tree over them is built anew, so that none can be left out unseen: it must be what the
     newest checkpoint signs, and at the record's size what the record's checkpoint signs. That checkpoint's signature is
-    held to the same policy. A trail that was cut back to an older state of its own is whole: last-seen heads and
-    witnesses (``rlhf-audit verify TRAIL``) tell of that.
+    held to the same policy. A trail that was cut back to an older state of its own is whole; where a later one was seen
+    on this machine it is refused, and elsewhere only witnesses tell of that (``rlhf-audit verify TRAIL``).
 
     Args:
         location: the trail's folder.
@@ -445,7 +447,8 @@ def known_attestations(
         home: the folder of keys.
 
     Raises:
-        RecordError: it is not the record's trail, is older than the record, or contradicts it (``other-trail``).
+        RecordError: it is not the record's trail, is older than the record or than one that was seen on this machine,
+            or contradicts the record (``other-trail``).
         FormatError: an entry is malformed, or the checkpoint does not hold.
         KeyFileError: nothing says whom to trust.
         StoreError: there is no trail, or it cannot be read.
@@ -454,6 +457,10 @@ def known_attestations(
     verdict, home = opened.verdict, home_folder(home)
     if reader.origin != verdict.origin or reader.size < verdict.size or opened.sealed is None:
         what = f"is {reader.origin}" if reader.origin != verdict.origin else "ends before the record was sealed"
+        raise _other_trail(location, what)
+    seen = Heads(home).note(verdict.origin)
+    if seen is not None and checkpoint_of(seen).size > reader.size:
+        what = f"has {reader.size:,} entries, and one of {checkpoint_of(seen).size:,} was seen on this machine"
         raise _other_trail(location, what)
     keys = KeySuccession(verdict.origin, known_limits(home, verdict.origin))
     tree, found = Frontier(), []

@@ -41,7 +41,7 @@ from rlhf_audit_nb.records.kept import kept_record
 from rlhf_audit_nb.records.normal_form import canonical_json
 from rlhf_audit_nb.records.session import RecordSession
 from rlhf_audit_nb.records.signatures import Person, Requirement, count_attestations
-from rlhf_audit_nb.trail import Level, Trail, TrailReader
+from rlhf_audit_nb.trail import Level, Trail, TrailReader, verify_trail
 from rlhf_audit_nb.trail.keys import load_keys
 from rlhf_audit_nb.trail.people import create_person_key, load_person_key
 from rlhf_audit_nb.trail.rotation import rotate_key
@@ -524,6 +524,17 @@ def test_a_trail_that_cannot_be_asked_is_a_note_unless_it_was_named(place, key, 
     assert note.where == str(place.trail)
     with pytest.raises(FormatError):
         ask_trail(opened, place.record, trail=place.trail, home=place.home)
+
+
+def test_a_trail_that_was_cut_back_is_not_asked(place, key, tmp_path):
+    place.attest(key, meaning="rejected")
+    shutil.copytree(place.trail, tmp_path / "before")
+    place.enter()
+    verify_trail(place.trail, home=place.home)
+    with pytest.raises(RecordError, match="was seen on this machine") as refused:
+        known_attestations(tmp_path / "before", place.opened(), home=place.home)
+    assert refused.value.reason == "other-trail"
+    assert len(place.known()) == 1
 
 
 def test_what_does_not_hold_is_not_entered(place, key):
