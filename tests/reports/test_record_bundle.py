@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from records_support import FIXTURES
 from support.tsa import Authority, serve
 
+from rlhf_audit_nb.auditor import AuditableRLHF
 from rlhf_audit_nb.errors import RecordError, ReportError
 from rlhf_audit_nb.records import add_to_record, open_record
 from rlhf_audit_nb.records.additions import ATTESTATION
@@ -541,6 +542,16 @@ def test_the_zip_opens_in_one_folder_without_links_and_unzips_with_other_tools(w
     assert_good(follow(tmp_path / made.name, plain_path))
 
 
+def test_the_auditor_writes_the_same_bundle(world, tmp_path):
+    roots = world.place / "verifier" / "tsa"
+    roots.mkdir(exist_ok=True)
+    shutil.copy(world.authority, roots / "ca.pem")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLHF_AUDIT_HOME", str(world.place / "verifier"))
+        path = AuditableRLHF("model").bundle(world.record, tmp_path / "b.zip", policy=world.policy)
+    assert path.read_bytes() == world.made().zipped()
+
+
 def test_the_trail_that_is_named_must_be_the_records(world, tmp_path, monkeypatch):
     monkeypatch.setenv("RLHF_AUDIT_HOME", str(tmp_path / "home"))
     with Trail.open(tmp_path / "other", origin="example.org/other"):
@@ -636,6 +647,14 @@ def test_a_zip_that_leads_out_of_its_folder_is_not_opened(world, good, tmp_path,
     items = [(f"r/{path}", (good / path).read_bytes(), 0o100644) for path in names(good)]
     path = rezipped(tmp_path / "evil.zip", [*items, (name, b"/etc/passwd", mode)])
     with pytest.raises(RecordError, match="cannot be read"):
+        verified(world, path, tmp_path)
+
+
+def test_a_zip_with_a_file_twice_is_not_opened(world, good, tmp_path):
+    items = [(f"r/{path}", (good / path).read_bytes(), 0o100644) for path in names(good)]
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        path = rezipped(tmp_path / "twice.zip", [*items, ("r/record.ipynb", b"{}", 0o100644)])
+    with pytest.raises(RecordError, match="stands twice"):
         verified(world, path, tmp_path)
 
 
