@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 
@@ -178,6 +179,47 @@ def test_old_signatures_and_those_that_no_trail_bears_out():
     entry = TrailAttestation(7, 0, f"{0:064x}", "approved", "compliance officer", OFFICER.keys[0])
     assert holds([signed()], borne_out)[0] is False
     assert holds([signed(entry=entry)], borne_out)[0] is True
+
+
+def by_walking(items, asked):
+    """The rules again, told as a walk: whose last word on this use approves, and whether anybody's refuses."""
+    words = {}
+    for item in items:
+        person = next((one for one in PEOPLE if item.key_id in one.keys), None)
+        if person is None or item.purpose not in (None, asked.purpose):
+            continue
+        valid = item.role in person.roles and not item.doubts
+        if valid or item.meaning == "rejected":
+            words[person.name] = (item, valid, person)
+    fit = [
+        person.name
+        for item, valid, person in words.values()
+        if valid and item.meaning == "approved" and "trainer" not in person.roles and item.role == asked.role
+    ]
+    return len(fit) >= asked.count, all(item.meaning != "rejected" for item, _, _ in words.values())
+
+
+def test_counting_agrees_with_a_walk_over_random_signatures():
+    chance = random.Random(7)
+    seen = set()
+    for _ in range(3000):
+        asked = Requirement(role="compliance officer", purpose="deployment", count=chance.choice((1, 2)))
+        items = [
+            signed(
+                i,
+                person := chance.choice(PEOPLE),
+                key_id=chance.choice((*person.keys, *person.keys, "ab" * 32)),
+                role=chance.choice((*person.roles, "compliance officer", "janitor")),
+                meaning=chance.choice(("approved", "approved", "rejected", "withdrawn", "reviewed")),
+                purpose=chance.choice((None, "deployment", "tests")),
+                doubts=chance.choice(((), (), ("backdated",))),
+            )
+            for i in range(chance.randrange(6))
+        ]
+        expected = by_walking(items, asked)
+        assert tuple(holds(items, asked)) == expected, items
+        seen.add(expected)
+    assert len(seen) == 4
 
 
 def test_what_the_trail_knows_and_a_copy_lacks_is_a_finding():
