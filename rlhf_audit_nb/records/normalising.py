@@ -69,15 +69,20 @@ TOOL_RULES: dict[str, str] = {
 }
 """The rules that come with the tool, by name, in the order in which they apply."""
 
-_REGULAR: dict[str, tuple[tuple[re.Pattern[str], str], ...]] = {
-    "memory addresses": ((re.compile(r"\b0x[0-9a-fA-F]{7,16}\b"), "0x…"),),
-    "cell files": ((re.compile(r"[^\s\"'<>]*ipykernel_\d+/\d+\.py"), "<cell>"),),
+# Each with a text without which it cannot match: to look for that is a hundred times faster than to match in vain.
+_REGULAR: dict[str, tuple[tuple[str, re.Pattern[str], str], ...]] = {
+    "memory addresses": (("0x", re.compile(r"0x[0-9a-fA-F]{7,16}\b"), "0x…"),),
+    "cell files": (("ipykernel_", re.compile(r"[^\s\"'<>]*ipykernel_\d+/\d+\.py"), "<cell>"),),
     "progress bars": (
-        (re.compile(rf"\[{_TIME}<(?:{_TIME}|\?), [^\]\n]*\]"), "[…]"),
-        (re.compile(rf"(?<=\d) {_TIME}(?: < {_TIME}, [\d.]+ it/s)?(?=, Epoch|\])"), " …"),
+        (", ", re.compile(rf"\[{_TIME}<(?:{_TIME}|\?), [^\]\n]*\]"), "[…]"),
+        (", Epoch", re.compile(rf"(?<=\d) {_TIME}(?: < {_TIME}, [\d.]+ it/s)?(?=, Epoch)"), " …"),
     ),
     "trainer times": (
-        (re.compile(r"('(?:\w+_)?(?:runtime|(?:samples|steps|tokens)_per_second)'): '?[-+\d.e]+'?"), r"\1: …"),
+        (
+            "': ",
+            re.compile(r"('(?:\w+_)?(?:runtime|(?:samples|steps|tokens)_per_second)'): '?[-+\d.e]+'?"),
+            r"\1: …",
+        ),
     ),
 }
 _OF_TRAIL = (
@@ -270,10 +275,11 @@ class _Side:
             self.count(rule.name, times, rule.origin)
         text = self._without_names(text, of_trail=of_trail)
         for name, patterns in _REGULAR.items():
-            for pattern, instead in patterns:
-                text, times = pattern.subn(instead, text)
-                self.count(name, times)
-        return _WIDGET.sub(self._numbered, text)
+            for needed, pattern, instead in patterns:
+                if needed in text:
+                    text, times = pattern.subn(instead, text)
+                    self.count(name, times)
+        return _WIDGET.sub(self._numbered, text) if "IPY_MODEL_" in text or '"model_id"' in text else text
 
     def _without_names(self, text: str, *, of_trail: bool) -> str:
         for name, instead in self.identity.names():

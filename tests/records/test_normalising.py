@@ -77,6 +77,13 @@ def test_a_rule_evens_out_what_it_names_and_counts_it_and_nothing_else(rule: str
     assert len(compared([stream(then)], [stream(other)]).differences) == 1
 
 
+def test_a_trainers_bar_is_evened_out_too() -> None:
+    result = compared([stream("[5/5 00:01 < 00:00, 4.1 it/s, Epoch 1/1]")], [stream("[5/5 00:09, Epoch 1/1]")])
+    assert result.differences == ()
+    assert times(result, "progress bars") == 2
+    assert compared([stream("[5/5 00:01, Epoch 1/1]")], [stream("[5/5 00:01, Epoch 1/2]")]).differences
+
+
 def test_every_rule_is_listed_whether_it_applied_or_not() -> None:
     result = compared([stream("a")], [stream("a")])
     assert [item.rule for item, _ in result.rules] == list(TOOL_RULES)
