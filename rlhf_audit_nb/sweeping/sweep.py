@@ -203,9 +203,14 @@ def release_sweep(out: Path | str, trail: Path | str | None = None) -> tuple[str
         return release_slots(opened, sweep)
 
 
+def _cores() -> int:
+    """How many this process may use; not every system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _pool(one: _Sweep, location: Path, workers: int | None, cluster: str | None) -> Pool:
     if cluster is None:
-        return LocalPool(min(workers or len(os.sched_getaffinity(0)), one.missing))
+        return LocalPool(max(min(workers or _cores(), one.missing), 1))
     from rlhf_audit_nb.sweeping.cluster import ClusterPool, Probe
 
     asked = Probe(one.folder, location, os.environ.get(ENV_HOME))

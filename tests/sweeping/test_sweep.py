@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from rlhf_audit_nb.cli import main
+from rlhf_audit_nb.config import PrivacyConfig
 from rlhf_audit_nb.errors import BudgetExceededError, ConfigError, RecordError
 from rlhf_audit_nb.events import (
     PrivacyReserved,
@@ -24,14 +25,13 @@ from rlhf_audit_nb.events import (
     decode_body,
 )
 from rlhf_audit_nb.privacy.accountant import Mechanism, composed_epsilon
-from rlhf_audit_nb.privacy.reservation import read_ledger
+from rlhf_audit_nb.privacy.reservation import read_ledger, reserve_slots
 from rlhf_audit_nb.records import open_record
 from rlhf_audit_nb.sweeping import SweepResult, run_sweep
 from rlhf_audit_nb.sweeping import sweep as sweep_module
 from rlhf_audit_nb.sweeping.summary import Summary
-from rlhf_audit_nb.sweeping.sweep import release_sweep
 from rlhf_audit_nb.sweeping.task import working
-from rlhf_audit_nb.trail import Level, TrailReader
+from rlhf_audit_nb.trail import Level, Trail, TrailReader
 
 ONE = Mechanism(2.0, 0.2, 3)
 PATIENCE = 120.0
@@ -284,7 +284,21 @@ def test_what_runs_that_died_had_reserved_counts_and_a_run_that_asks_for_more_th
     assert not ledger.slots
     assert ledger.spent(1e-5)[1] == composed_epsilon(ran, 1e-5) <= budget
     assert result.rows[0]["epsilon"] == pytest.approx(composed_epsilon([ONE], 1e-5))
-    assert release_sweep(tmp_path / "out", trail) == ()
+
+
+def test_what_a_sweep_that_was_killed_still_holds_is_given_back_on_request(
+    private: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out" / "attempts").mkdir(parents=True)
+    (tmp_path / "out" / "attempts" / "sweep.id").write_text("b" * 32)
+    settings = PrivacyConfig(epsilon=priced(3), unit="pair")
+    with Trail.open(tmp_path / "audit") as trail:
+        for sweep, names in (("b" * 32, ("1" * 16, "2" * 16)), ("c" * 32, ("3" * 16,))):
+            reserve_slots(trail, sweep, [(name, ONE) for name in names], settings)
+    words = ["sweep", private, "--grid", tmp_path / "grid.yaml", "-o", tmp_path / "out", "--trail", tmp_path / "audit"]
+    assert main([*map(str, words), "--release", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"released": 2}
+    assert [slot.id for slot in read_ledger(TrailReader.open(tmp_path / "audit")).slots] == ["3" * 16]
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------
