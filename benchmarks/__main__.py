@@ -19,7 +19,7 @@ QUIET = 0.02
 
 
 def _figures(folder: Path, only: str | None, *, quick: bool) -> list[Figure]:
-    from benchmarks import annotations, capture, hashing, labels, planning, startup, trails, training, verifying
+    from benchmarks import annotations, capture, engine, hashing, labels, planning, startup, trails, training, verifying
 
     rooms: dict[str, Callable[[], Iterable[Figure]]] = {
         "startup": startup.measure,
@@ -28,6 +28,7 @@ def _figures(folder: Path, only: str | None, *, quick: bool) -> list[Figure]:
         "hashing": lambda: hashing.measure(folder / "hashing", quick=quick),
         "annotations": lambda: annotations.measure(folder, quick=quick),
         "planning": lambda: planning.measure(quick=quick),
+        "engine": lambda: engine.measure(folder / "engine", quick=quick),
         "capture": lambda: capture.measure(folder / "capture", quick=quick),
         "training": lambda: training.measure(folder / "training", quick=quick),
         "labels": lambda: labels.measure(folder / "labels", quick=quick),
@@ -68,6 +69,7 @@ def main() -> int:
             "hashing",
             "annotations",
             "planning",
+            "engine",
             "capture",
             "training",
             "labels",
