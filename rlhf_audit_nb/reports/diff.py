@@ -38,7 +38,7 @@ _WIDTH = 100
 _MOST_LINES = 40
 _MOST_FIGURES = 8
 _MOST_POINTS = 320
-_PAPER = 260
+_FIGURE = 320
 _FIRST = ("epsilon", "loss", "private_loss")
 _SIGNS = {"changed": "~", "added": "+", "removed": "-", "moved": "↕", "sealed": "?", "expected": "·", "same": "="}
 _STATES = {"changed": "live", "added": "ok", "removed": "bad", "moved": "attest", "sealed": "na", "expected": "na",
@@ -110,7 +110,7 @@ class _Shown:
 
 
 def _shown(row: Row, *, runs: bool) -> _Shown:
-    left, right = pair_text(row.left, row.right)
+    left, right = pair_text(*(_without_range(row, value) for value in (row.left, row.right)))
     if row.kind == "sealed":
         left, right = (SEALED if value is None else text for value, text in ((row.left, left), (row.right, right)))
     else:
@@ -120,6 +120,13 @@ def _shown(row: Row, *, runs: bool) -> _Shown:
         left = right = ""
     place = f"{row.run}: {row.place}" if runs and row.run and row.place != "run" else row.place
     return _Shown(words.visible(place), row.kind, left, right, words.visible(row.note), row.lines)
+
+
+def _without_range(row: Row, value: Any) -> Any:
+    """An ε is shown in full, or not at all: its last value is its largest, and a range is rounded."""
+    if row.place != "epsilon" or not isinstance(value, dict):
+        return value
+    return {name: item for name, item in value.items() if name not in ("lowest", "highest")}
 
 
 def _has_runs(diff: RecordDiff) -> bool:
@@ -424,7 +431,7 @@ def _figure(pair: SeriesPair, key: str, *, runs: bool) -> Figure:
         lines.append(base.mark_line(color=colour, strokeDash=dash, strokeWidth=1.8))
         end = alt.Chart(alt.Data(values=points[-1:])).mark_text(align="left", dx=5, color=colour)
         lines.append(end.encode(x="step:Q", y="value:Q", text="side:N"))
-    chart = alt.layer(*lines).properties(width=2 * _PAPER, height=150)
+    chart = alt.layer(*lines).properties(width=_FIGURE, height=140)
     title = f"{pair.run}: {name}" if runs else name
     ends = [points[-1]["value"] for points in drawn]
     said = (

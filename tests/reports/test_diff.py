@@ -89,6 +89,15 @@ def test_values_are_words() -> None:
     assert value_text("two\nlines") == "two lines"
 
 
+def test_an_epsilon_is_never_rounded() -> None:
+    series = {"last": 7.99799644, "step": 2, "values": 2, "lowest": 5.29632269, "highest": 7.99799644}
+    text = "\n".join(
+        diff_words(diff(row("metrics", "epsilon", "added", right=series), row("metrics", "x", "added", right=series)))
+    )
+    assert re.search(r"\+ epsilon +7.99799644 at step 2$", text, re.MULTILINE)
+    assert "x                                   7.99799644 at step 2 (from 5.2963 to 7.998)" in text
+
+
 # -- a terminal -------------------------------------------------------------------------------------------------------
 
 
