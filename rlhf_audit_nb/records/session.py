@@ -178,6 +178,7 @@ class RecordSession:
         self.record = record
         self._keep = keep
         self._coarse = False
+        self._looked = 0
 
     @classmethod
     def begin(cls, notebook: dict[str, Any], kernel: dict[str, str], location: Path, *, keep: bool = True) -> Self:
@@ -231,9 +232,10 @@ class RecordSession:
     def _is_coarse(self) -> bool:
         """Whether the record holds a run under differential privacy: how long a cell took then depends on its data."""
         if not self._coarse:
-            started = self._trail.reader().entries(type=RunStarted.TYPE)
-            runs = (event_of(entry, RunStarted) for entry in started)
+            reader = self._trail.reader()
+            runs = (event_of(entry, RunStarted) for entry in reader.entries(self._looked, type=RunStarted.TYPE))
             self._coarse = any(run.record == self.record and run.privacy is not None for run in runs)
+            self._looked = reader.size  # asked before each entry, of a trail that may hold thousands of runs
         return self._coarse
 
     def environment(self) -> dict[str, str]:
