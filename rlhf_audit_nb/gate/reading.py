@@ -20,6 +20,7 @@ from rlhf_audit_nb.errors import ConfigError
 __all__ = ["Value", "is_mapping_text", "read_yaml"]
 
 MOST = 1 << 20
+MOST_DEEP = 12
 _TRUST_WORDS = ("log", "witness", "group", "quorum")
 _NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?|\.[0-9]+([eE][+-]?[0-9]+)?")
 _DURATION = re.compile(r"([0-9]+) *(minute|hour|day|week)s?")
@@ -177,8 +178,15 @@ def read_yaml(data: bytes, file: str) -> Value:
         text = data.decode("utf-8-sig")
         if len(data) > MOST:
             raise ConfigError(f"{file} is over {MOST:,} bytes.", next_step="Name a policy.", code="gate-policy")
-        documents = 0
+        documents = depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MOST_DEEP:
+                raise ConfigError(
+                    f"{file}, line {_line(event)}: it is nested over {MOST_DEEP} deep, which no policy is.",
+                    next_step="`rlhf-audit gate --example` prints a policy to begin with.",
+                    code="gate-policy",
+                )
             documents += isinstance(event, yaml.DocumentStartEvent)
             alias = isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None
             if alias or getattr(event, "tag", None) is not None or documents > 1:

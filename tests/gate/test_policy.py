@@ -165,7 +165,7 @@ def test_what_is_wrong_is_told_with_its_place(folder, line, said):
         (b"version: 1\ntrust:\n", "line 2, trust: it is not the name of a trust policy's file"),
         (b"version: 1\ntrust: officer.pub\n", "officer.pub is not a trust policy. Line 1 of the policy"),
         (b"\xff\xfe", "it is not YAML"),
-        (b"version: 1\ntrust: " + b"[" * 5000, "it is not YAML"),
+        (b"version: 1\ntrust: " + b"[" * 5000, "line 2: it is nested over 12 deep"),
         (b"#" * (1 << 21), "is over 1,048,576 bytes"),
     ],
 )
