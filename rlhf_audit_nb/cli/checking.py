@@ -188,16 +188,16 @@ def _tell_changes(
 
 
 def _refuse_all_but_records(args: argparse.Namespace) -> None:
-    """A policy for records says nothing of a trail, a proof or a disclosure; of a bundle it is the record's."""
+    """A policy for records says nothing of a trail, a proof or a disclosure; a bundle's record is one."""
     from rlhf_audit_nb.trail.disclosure import is_disclosure
     from rlhf_audit_nb.trail.published import is_published
 
     target = args.target
     published = is_published(target) and not is_record_address(target)
-    of_record = (
-        not published
-        and not is_bundle(target)
-        and (is_record_address(target) or (is_record(target) and not _is_proof(target) and not is_disclosure(target)))
+    of_record = not published and (
+        is_record_address(target)
+        or is_bundle(target)
+        or (is_record(target) and not _is_proof(target) and not is_disclosure(target))
     )
     if not of_record:
         raise ConfigError(

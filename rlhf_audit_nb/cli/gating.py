@@ -7,13 +7,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_audit_nb.cli.shared import Command, Parser, finish, is_gate_policy, note, say, wrapped
+from rlhf_audit_nb.cli.shared import Command, Parser, finish, is_bundle, is_gate_policy, note, say, wrapped
 from rlhf_audit_nb.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from rlhf_audit_nb.gate import Decision, GatePolicy
+    from rlhf_audit_nb.records import OpenedRecord
 
 __all__ = ["COMMANDS", "names_gate_policy", "verify_by_policy"]
 
@@ -34,12 +35,12 @@ def names_gate_policy(args: argparse.Namespace) -> bool:
 
 def verify_by_policy(args: argparse.Namespace) -> int:
     """The verdict on a record, and whether it meets the policy."""
-    from rlhf_audit_nb.gate import judge_record, load_policy
+    from rlhf_audit_nb.gate import judge_opened, load_policy
     from rlhf_audit_nb.trail import Level
 
     policy = load_policy(args.policy)
     trail = args.trail or _usual_trail(args.target, policy)
-    decision = judge_record(args.target, policy, trail=trail, tsa_roots=_roots(args))
+    decision = judge_opened(_opened(args.target, policy, _roots(args)), args.target, policy, trail=trail)
     verdict = decision.records[0].verdict
     require = Level[args.require] if args.require else None
     code = decision.exit_code or verdict.exit_code(require)
@@ -47,6 +48,17 @@ def verify_by_policy(args: argparse.Namespace) -> int:
     if require is not None and not decision.exit_code and code:
         words.append(f"  Required was {require.name}: refused.")
     return finish(args, {**verdict.to_dict(), "policy": decision.to_dict()}, words, code)
+
+
+def _opened(target: str, policy: GatePolicy, roots: Sequence[bytes] | None) -> OpenedRecord:
+    """The record that was named, or the one in the bundle."""
+    if is_bundle(target):
+        from rlhf_audit_nb.reports.bundle_reading import verify_bundle
+
+        return verify_bundle(target, policy=policy.trust, tsa_roots=roots)
+    from rlhf_audit_nb.records import open_record
+
+    return open_record(target, policy=policy.trust, tsa_roots=roots)
 
 
 def _do_gate(args: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from rlhf_audit_nb.gate.deciding import append_decision, example_policy, record_decision
 from rlhf_audit_nb.gate.finding import Decision, Finding, Judgement
-from rlhf_audit_nb.gate.judging import gate, judge_record, trail_beside
+from rlhf_audit_nb.gate.judging import gate, judge_opened, judge_record, trail_beside
 from rlhf_audit_nb.gate.policy import GatePolicy, load_policy, parse_policy
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "append_decision",
     "example_policy",
     "gate",
+    "judge_opened",
     "judge_record",
     "load_policy",
     "parse_policy",

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from rlhf_audit_nb.compliance.weights import SavedWeights
     from rlhf_audit_nb.records import OpenedRecord
 
-__all__ = ["gate", "judge_record", "trail_beside"]
+__all__ = ["gate", "judge_opened", "judge_record", "trail_beside"]
 
 _MOST_REASONS = 20
 
@@ -65,9 +65,23 @@ def judge_record(
         AuditError: the record or the trail cannot be read.
     """
     asked = policy if isinstance(policy, GatePolicy) else load_policy(policy)
-    judging = _Judging(asked, None, _trail_evidence(trail, asked, home), home, tsa_roots, now)
-    done = judging.judge(path, str(path))
-    return Decision(str(path).rsplit("/", 1)[-1], asked.digest, asked.resolved, None, (done,), (), asked.not_asked)
+    opened = open_record(path, policy=asked.trust, home=home, tsa_roots=tsa_roots)
+    return judge_opened(opened, path, asked, trail=trail, home=home, now=now)
+
+
+def judge_opened(
+    opened: OpenedRecord,
+    path: Path | str,
+    policy: GatePolicy,
+    *,
+    trail: Path | str | None = None,
+    home: Path | None = None,
+    now: float | None = None,
+) -> Decision:
+    """`judge_record` for a record that was opened, under the policy's own trust, from a file or a bundle."""
+    judging = _Judging(policy, None, _trail_evidence(trail, policy, home), home, None, now)
+    done = judging.judged(opened, str(path))
+    return Decision(str(path).rsplit("/", 1)[-1], policy.digest, policy.resolved, None, (done,), (), policy.not_asked)
 
 
 def gate(
@@ -184,11 +198,7 @@ class _Judging:
             # Of a record that does not hold nothing is known but that the digest stands in it: it is told of.
             if self.model.knows(saved) or not level_words(found.verdict.level.name).trusted:
                 opened.append((path, found))
-        return [self._judged(found, str(path)) for path, found in _newest(opened)], left
-
-    def judge(self, path: Path | str, source: str) -> Judgement:
-        """One record."""
-        return self._judged(self._open(path), source)
+        return [self.judged(found, str(path)) for path, found in _newest(opened)], left
 
     def _open(self, path: Path | str) -> OpenedRecord:
         return open_record(path, policy=self.policy.trust, home=self.home, tsa_roots=self.tsa_roots)
@@ -203,7 +213,8 @@ class _Judging:
                 said = f"Record {short(one.record)} ({name}) of the same files speaks against it: {finding.reason}"
                 yield Finding("model.other_record", False, said, finding.entries)
 
-    def _judged(self, opened: OpenedRecord, source: str) -> Judgement:
+    def judged(self, opened: OpenedRecord, source: str) -> Judgement:
+        """One record that was opened."""
         record = opened.sealed.record if opened.sealed is not None else ""
         if not level_words(opened.verdict.level.name).trusted:
             return Judgement(record, source, opened.verdict, tuple(_broken(opened)))
