@@ -6,15 +6,18 @@ import copy
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
+from signing_support import seal_text
 
 from rlhf_audit_nb import cli
 from rlhf_audit_nb.records import open_record
 from rlhf_audit_nb.records.original import SinceSealed, since_sealed
 from rlhf_audit_nb.reports.original import since_sealed_words
-from rlhf_audit_nb.trail import Level
+from rlhf_audit_nb.trail import Level, Trail
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -156,19 +159,35 @@ def test_a_copy_that_does_not_verify_or_is_another_record_is_not_used(
     assert (found.cells, found.outputs, found.parameters) == ((), (), ())
 
 
-def test_a_record_that_calls_itself_another_is_not_held_against_that_ones_copy(
-    told: Any, made: Made, tmp_path: Path
-) -> None:
-    trail, other = tmp_path / "audit", "f" * 32
-    (trail / "records").mkdir(parents=True)
-    shutil.copy(made.path, trail / "records" / f"{other}.ipynb")
+def test_only_the_very_record_is_held_against_the_changed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLHF_AUDIT_HOME", str(tmp_path / "home"))
+    trail = tmp_path / "audit"
+    with Trail.open(trail, origin="example.org/original"):
+        pass
+    for name in ("one", "two"):
+        seal_text(trail, tmp_path / f"{name}.ipynb", f"text of {name}")
+    one, two = (json.loads((tmp_path / f"{name}.ipynb").read_bytes()) for name in ("one", "two"))
+    place = trail / "records" / f"{one['metadata']['rlhf_audit']['record']}.ipynb"
+    place.parent.mkdir(exist_ok=True)
+    one["cells"][0]["source"] = "changed"
+    (tmp_path / "changed.ipynb").write_text(json.dumps(one))
+    changed = open_record(tmp_path / "changed.ipynb")
 
-    def change(notebook: dict[str, Any]) -> None:
-        notebook["metadata"]["rlhf_audit"]["record"] = other
-        cell(notebook, "cell-9").update(source="x")
+    place.write_text(json.dumps(two))
+    found = since_sealed(changed, [trail])
+    assert found is not None
+    assert (found.copy, "it is another record" in found.why) == (None, True)
 
-    found = told(change, trail)
-    assert found is None or (found.copy is None and "another record" in found.why)
+    shutil.copy(tmp_path / "one.ipynb", place)
+    found = since_sealed(changed, [trail])
+    assert found is not None
+    assert found.copy == place
+
+    assert changed.sealed is not None
+    elsewhere = replace(changed, sealed=msgspec.structs.replace(changed.sealed, digest="0" * 64))
+    found = since_sealed(elsewhere, [trail])
+    assert found is not None
+    assert (found.copy, "its digest is not the one that was sealed" in found.why) == (None, True)
 
 
 def test_verify_shows_it(
