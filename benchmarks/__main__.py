@@ -19,7 +19,19 @@ QUIET = 0.02
 
 
 def _figures(folder: Path, only: str | None, *, quick: bool) -> list[Figure]:
-    from benchmarks import annotations, capture, engine, hashing, labels, planning, startup, trails, training, verifying
+    from benchmarks import (
+        annotations,
+        capture,
+        engine,
+        hashing,
+        labels,
+        planning,
+        records,
+        startup,
+        trails,
+        training,
+        verifying,
+    )
 
     rooms: dict[str, Callable[[], Iterable[Figure]]] = {
         "startup": startup.measure,
@@ -32,6 +44,7 @@ def _figures(folder: Path, only: str | None, *, quick: bool) -> list[Figure]:
         "capture": lambda: capture.measure(folder / "capture", quick=quick),
         "training": lambda: training.measure(folder / "training", quick=quick),
         "labels": lambda: labels.measure(folder / "labels", quick=quick),
+        "records": lambda: records.measure(folder / "records", quick=quick),
     }
     found = []
     for name, measure in rooms.items():
@@ -73,6 +86,7 @@ def main() -> int:
             "capture",
             "training",
             "labels",
+            "records",
         ),
     )
     args = parser.parse_args()

@@ -231,7 +231,12 @@ def _carry_out(text: str) -> str:
 
 
 def _joined(text: Any) -> Any:
-    return "".join(text) if isinstance(text, list) and all(isinstance(part, str) for part in text) else text
+    if not isinstance(text, list):
+        return text
+    try:
+        return "".join(text)
+    except TypeError:
+        return text
 
 
 def _frozen_streams(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from rlhf_audit_nb.records import checks
 from rlhf_audit_nb.records.additions import Addition, check_additions
 from rlhf_audit_nb.records.anchors import AnchorCheck
 from rlhf_audit_nb.records.checks import SEAL
-from rlhf_audit_nb.records.normal_form import SEAL_KEY, NormalFormError, parse_json
+from rlhf_audit_nb.records.normal_form import SEAL_KEY, NormalFormError, manifest_of, parse_json
 from rlhf_audit_nb.records.related import EVALUATION_TYPES
 from rlhf_audit_nb.records.seal import Seal, SealError, parse_seal
 from rlhf_audit_nb.records.statement import event_of, only
@@ -323,11 +323,12 @@ class _Verification:
         ]
 
     def _check_notebook(self, started: RecordStarted, sealed: RecordSealed) -> None:
-        changed = checks.check_notebook(self._notebook, self._seal, sealed)
+        present = manifest_of(self._notebook)
+        changed = checks.check_notebook(self._notebook, self._seal, sealed, present)
         changed += checks.check_parameters(self._notebook, started)
         reasons, notes = checks.check_kernel(self._notebook, started)
         if not changed:
-            more, updated = checks.check_cells(self._notebook, self._entries, started)
+            more, updated = checks.check_cells(self._notebook, self._entries, started, present)
             reasons, notes = [*reasons, *more], [*notes, *updated]
         self._reasons += [*changed, *reasons]
         self._notes += notes
