@@ -11,7 +11,7 @@ import sys
 import threading
 import zipfile
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nbformat
@@ -27,7 +27,8 @@ from rlhf_audit_nb.records import add_to_record, open_record
 from rlhf_audit_nb.records.additions import ATTESTATION
 from rlhf_audit_nb.records.anchoring import anchor_record
 from rlhf_audit_nb.records.session import Outcome, RecordSession
-from rlhf_audit_nb.reports.bundle_pages import UNCOVERED, plain
+from rlhf_audit_nb.reports.bundle_evidence import evidence_files
+from rlhf_audit_nb.reports.bundle_pages import UNCOVERED, BundleFacts, plain, verify_page
 from rlhf_audit_nb.reports.bundle_reading import verify_bundle
 from rlhf_audit_nb.reports.record_bundle import SUMS, RecordBundle, RefusedRecordError, bundle_record
 from rlhf_audit_nb.trail import Level, Trail, TrustPolicy
@@ -212,6 +213,21 @@ def test_the_timestamp_is_checked_where_its_authority_is_known(world, tmp_path, 
     flip(folder / "anchors" / "1.1.tsr", -20)
     resummed(folder)
     assert "BAD   the timestamp 1.1" in follow(folder, plain_path).stdout
+
+
+def test_a_later_checkpoint_by_a_later_key_of_the_log_is_left_open(world, tmp_path, plain_path):
+    folder = world.bundle(tmp_path / "bundle")
+    opened = open_record(world.record, policy=world.policy, home=tmp_path)
+    found = evidence_files(world.record.read_bytes(), opened)
+    others = tuple(tuple(key for key in keys if key.file != "log") for keys in found.anchor_signers)
+    page = verify_page(BundleFacts(opened, replace(found, anchor_signers=others), tiles=True, sizes={}))
+    (folder / "VERIFY.md").write_text(page)
+    resummed(folder)
+    done = follow(folder, plain_path)
+    assert_good(done)
+    later = "OPEN  anchor 1 is signed by a later key of the log: the tool follows that, these commands do not"
+    assert later in told(done, "OPEN")
+    assert told(done, "RESULT")[0].endswith("What is marked OPEN was not checked.")
 
 
 @pytest.mark.parametrize("record", SEEDED, ids=lambda path: path.stem)
