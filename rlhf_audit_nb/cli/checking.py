@@ -79,10 +79,9 @@ def _record(target: str, policy: TrustPolicy | None, roots: Sequence[bytes] | No
 
 
 def _checked_record(opened: OpenedRecord) -> _Checked:
-    from rlhf_audit_nb.records.reproductions import reproduction_notes
 
     canaries = _canary_notes(opened.verdict, opened.entries)
-    notes = (*opened.notes, *canaries, *reproduction_notes(opened))
+    notes = (*opened.notes, *canaries)
     return _Checked(opened.verdict, notes, record=opened)
 
 

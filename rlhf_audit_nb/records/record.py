@@ -29,6 +29,7 @@ from rlhf_audit_nb.records.anchors import AnchorCheck
 from rlhf_audit_nb.records.checks import SEAL
 from rlhf_audit_nb.records.normal_form import SEAL_KEY, NormalFormError, manifest_of, parse_json
 from rlhf_audit_nb.records.related import EVALUATION_TYPES
+from rlhf_audit_nb.records.reproductions import reproduction_notes
 from rlhf_audit_nb.records.seal import Seal, SealError, parse_seal
 from rlhf_audit_nb.records.statement import event_of, only
 from rlhf_audit_nb.trail import Level, Reason, TrailReader, TrustPolicy, Verdict, check_entries
@@ -233,6 +234,8 @@ class _Verification:
             reasons=tuple(self._reasons),
             anchors=self._anchors,
         )
+        if level not in (Level.INVALID, Level.DIVERGED):
+            self._notes += reproduction_notes(self._additions, self._sealed)
         return OpenedRecord(
             verdict,
             entries=self._entries if proven and checked else (),

@@ -13,9 +13,10 @@ import msgspec
 
 from rlhf_audit_nb.events import RecordReproduced
 from rlhf_audit_nb.records.additions import REPRODUCTION
-from rlhf_audit_nb.trail import Level, Reason
+from rlhf_audit_nb.trail import Reason
 
 if TYPE_CHECKING:
+    from rlhf_audit_nb.events import RecordSealed
     from rlhf_audit_nb.records.additions import Addition
     from rlhf_audit_nb.records.record import OpenedRecord
 
@@ -73,19 +74,20 @@ class Reproduced:
 
 def reproductions_of(opened: OpenedRecord) -> list[Reproduced]:
     """What a verified record's additions say of reproductions, in their order."""
-    sealed = opened.sealed
-    own = tuple(sealed.keys or ()) if sealed is not None else ()
-    return [_said(item, own) for item in opened.additions if item.predicate_type == REPRODUCTION]
+    return _all(opened.additions, opened.sealed)
 
 
-def reproduction_notes(opened: OpenedRecord) -> list[Reason]:
-    """The same as what is worth knowing beside a verdict; nothing where the record does not hold."""
-    if opened.verdict.level in (Level.INVALID, Level.DIVERGED):
-        return []
+def reproduction_notes(additions: Sequence[Addition], sealed: RecordSealed | None) -> list[Reason]:
+    """The same as what is worth knowing beside a verdict."""
     return [
         Reason("reproduced", f"metadata.rlhf_audit.additions[{said.index}]", f"{said}.")
-        for said in reproductions_of(opened)
+        for said in _all(additions, sealed)
     ]
+
+
+def _all(additions: Sequence[Addition], sealed: RecordSealed | None) -> list[Reproduced]:
+    own = tuple(sealed.keys or ()) if sealed is not None else ()
+    return [_said(item, own) for item in additions if item.predicate_type == REPRODUCTION]
 
 
 def _said(addition: Addition, own: Sequence[str]) -> Reproduced:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,13 +20,10 @@ def evidence_of(target: Path | str, policy: TrustPolicy | None = None) -> Eviden
         AuditError: there is nothing of that kind there, or no key to verify it with.
     """
     from rlhf_audit_nb.records import open_record
-    from rlhf_audit_nb.records.reproductions import reproduction_notes
     from rlhf_audit_nb.trail.published import is_published
 
     if is_published(target):
         return Evidence.from_published(target, policy=policy)
     if Path(target).is_file() and Path(target).suffix != ".sqlite":
-        opened = open_record(Path(target), policy=policy)
-        evidence = Evidence.from_record(opened)
-        return replace(evidence, notes=(*evidence.notes, *reproduction_notes(opened)))
+        return Evidence.from_record(open_record(Path(target), policy=policy))
     return Evidence.from_trail(Path(target), policy=policy)

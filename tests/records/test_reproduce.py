@@ -25,7 +25,7 @@ from rlhf_audit_nb.records.reproduce import (
 )
 from rlhf_audit_nb.records.reproduce_keeping import keep_reproduction, place_of_trail
 from rlhf_audit_nb.records.reproduce_runs import Tolerance
-from rlhf_audit_nb.records.reproductions import reproduction_notes, reproductions_of
+from rlhf_audit_nb.records.reproductions import reproductions_of
 from rlhf_audit_nb.records.rerun import ReplayFailedError, ReplayRefusedError
 from rlhf_audit_nb.records.run import NotebookFailedError
 from rlhf_audit_nb.trail import Level, Trail, TrailReader, TrustPolicy, verify_trail
@@ -166,7 +166,7 @@ def test_the_result_is_an_entry_of_ones_own_trail_and_an_addition_by_its_key(
     assert opened.additions[0].key_id == kept[0].key_id
     subject = json.loads(opened.additions[0].payload)["subject"]
     assert [item["digest"]["sha256"] for item in subject] == [event.digest, event.statement]
-    notes = [note.message for note in reproduction_notes(opened)]
+    notes = [note.message for note in opened.notes if note.code == "reproduced"]
     assert notes[0].startswith(f"reproduced: identical, by key {kept[0].key_id[:16] if kept[0].key_id else ''}, 20")
     assert "different, first in run 1 (ffffffff): data.bound: digest" in notes[1]
     after = json.loads(record.read_text())
