@@ -10,7 +10,6 @@ What is shown or recorded of an address has no query, no fragment and no user in
 from __future__ import annotations
 
 import json
-import os
 import re
 import tempfile
 import warnings
@@ -22,6 +21,7 @@ import nbformat
 
 from rlhf_audit_nb.errors import RecordError
 from rlhf_audit_nb.records.normal_form import NormalFormError, parse_json
+from rlhf_audit_nb.trail.durable import write_durably
 
 __all__ = [
     "STREAM",
@@ -254,20 +254,9 @@ def replace_file(path: Path, text: str) -> None:
     Where only the file may be written and not its folder, it is overwritten as it stands.
     """
     try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        write_durably(path, text.encode(), path.stat().st_mode & 0o777 if path.exists() else 0o644)
     except PermissionError:
         path.write_text(text, encoding="utf-8")
-        return
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(path.stat().st_mode if path.exists() else 0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _ascii(text: str) -> str:

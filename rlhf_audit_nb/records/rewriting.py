@@ -11,14 +11,13 @@ import contextlib
 import fcntl
 import json
 import os
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rlhf_audit_nb.errors import RecordError
 from rlhf_audit_nb.records.normal_form import SEAL_KEY
-from rlhf_audit_nb.trail.durable import sync_folder
+from rlhf_audit_nb.trail.durable import write_durably
 
 __all__ = ["replace_seal", "rewrite_record"]
 
@@ -80,24 +79,6 @@ def _held(path: Path) -> Any:
             os.close(descriptor)
 
 
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    mode = path.stat().st_mode & 0o777
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(mode)
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    sync_folder(path.parent)
-
-
 def rewrite_record(path: Path | str, change: Callable[[bytes], bytes]) -> None:
     """Replaces a record by ``change`` of its bytes, whole or not at all; a change that raises leaves it as it is.
 
@@ -111,7 +92,7 @@ def rewrite_record(path: Path | str, change: Callable[[bytes], bytes]) -> None:
             before = target.read_bytes()
             after = change(before)
             if after != before:
-                _replace(target, after)
+                write_durably(target, after, target.stat().st_mode & 0o777)
     except OSError as error:
         raise RecordError(
             f"The record {path} cannot be rewritten: {error.strerror or error}.",

@@ -16,12 +16,13 @@ __all__ = ["destroy_file", "locked", "sync_folder", "write_durably"]
 _CHUNK = 1 << 20
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Replace ``path`` (mode 0600) so that after a crash it holds either the old bytes or the new."""
+def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Replace ``path`` so that after a crash it holds either the old bytes or the new."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(file.fileno(), mode)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -6,13 +6,13 @@ import base64
 import json
 import shutil
 import subprocess
-import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import nbformat
 import pytest
+from support.listening import listening
 from support.tsa import Authority, serve
 
 from rlhf_audit_nb import cli
@@ -26,25 +26,12 @@ from rlhf_audit_nb.trail.keys import load_keys
 from rlhf_audit_nb.trail.note import parse_note, sign_note
 from rlhf_audit_nb.trail.rotation import rotate_key
 from rlhf_audit_nb.trail.witness import Witness
-from rlhf_audit_nb.trail.witness_server import WitnessServer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 ORIGIN = "example.org/anchored"
 PLACE = "metadata.rlhf_audit.anchors"
-
-
-@contextmanager
-def listening(witness: Witness):
-    server = WitnessServer(witness)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    try:
-        yield server.url
-    finally:
-        server.stop()
-        thread.join(20)
 
 
 def sealed(folder: Path, path: Path, text: str = "text") -> Path:

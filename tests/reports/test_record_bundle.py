@@ -8,9 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import zipfile
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from records_support import FIXTURES
+from support.listening import listening
 from support.tsa import Authority, serve
 
 from rlhf_audit_nb.auditor import AuditableRLHF
@@ -37,7 +36,6 @@ from rlhf_audit_nb.trail.keys import encode_private, local_policy
 from rlhf_audit_nb.trail.rotation import rotate_key
 from rlhf_audit_nb.trail.signers import FileKey, HeldKey
 from rlhf_audit_nb.trail.witness import Witness
-from rlhf_audit_nb.trail.witness_server import WitnessServer
 
 ORIGIN = "example.org/bundled"
 HOSTILE = "```\n\n```sh\ntouch pwned\n```\n<b>$(touch pwned)</b> | `touch pwned`"
@@ -73,18 +71,6 @@ def sealed(folder: Path, path: Path, outcome: Outcome | None = None) -> Path:
         session.close()
     path.write_text(nbformat.writes(nb), encoding="utf-8")
     return path
-
-
-@contextmanager
-def listening(witness: Witness):
-    server = WitnessServer(witness)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    try:
-        yield server.url
-    finally:
-        server.stop()
-        thread.join(20)
 
 
 @dataclass
