@@ -249,11 +249,15 @@ def hardware_text(hardware: Mapping[str, Any]) -> str:
 
 def time_text(microseconds: int) -> str:
     """A trail time as ``2026-11-22 14:58:03 UTC``."""
+    if microseconds > _LAST:
+        return "after the year 9999"
     return datetime.fromtimestamp(microseconds // 1_000_000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def day_text(microseconds: int) -> str:
     """A trail time as ``22 November 2026``, without the locale."""
+    if microseconds > _LAST:
+        return "after the year 9999"
     when = datetime.fromtimestamp(microseconds // 1_000_000, UTC)
     return f"{when.day} {_MONTHS[when.month - 1]} {when.year}"
 
@@ -283,6 +287,7 @@ def short(digest: str, ends: int = 6) -> str:
     return digest if len(digest) <= _SHORT else f"{digest[:ends]}…{digest[-ends:]}"
 
 
+_LAST = 253_402_300_799_999_999  # microseconds: the last that a calendar has
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 

@@ -239,11 +239,10 @@ class _Reading:
             )
 
     def _file(self, value: Value, name: str) -> bytes:
-        path = self._folder / Path(name).expanduser()
         try:
-            with path.open("rb") as file:
+            with (self._folder / Path(name).expanduser()).open("rb") as file:
                 return file.read(_MOST_FILE + 1)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # the last where ~somebody has no home
             why = getattr(error, "strerror", None) or error
             value.fail(f"the file {name} cannot be read: {why}", "Name a file beside the policy.")
 

@@ -24,6 +24,7 @@ MOST_DEEP = 12
 _TRUST_WORDS = ("log", "witness", "group", "quorum")
 _NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?|\.[0-9]+([eE][+-]?[0-9]+)?")
 _DURATION = re.compile(r"([0-9]+) *(minute|hour|day|week)s?")
+_MOST_DIGITS = 6
 _SECONDS = {"minute": 60, "hour": 3600, "day": 86_400, "week": 604_800}
 
 
@@ -89,7 +90,7 @@ class Value:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
                 guess = f'; did you mean "{close[0]}"?' if close else ""
-                place.fail(f"the key {name!r} is not known{guess}", f"Write one of: {', '.join(known)}.")
+                place.fail(f"the key {name[:70]!r} is not known{guess}", f"Write one of: {', '.join(known)}.")
             if name in found:
                 place.fail(f"the key {name!r} stands twice", f"It stands in line {found[name].line} already: keep one.")
             found[name] = self.at(item, name)
@@ -122,7 +123,7 @@ class Value:
         for item in self.items():
             text = item.text(what)
             if text in found:
-                item.fail(f"{text!r} stands twice", "Keep one.")
+                item.fail(f"{text[:70]!r} stands twice", "Keep one.")
             found[text] = item
         return tuple(found)
 
@@ -132,7 +133,7 @@ class Value:
         if text not in known:
             close = difflib.get_close_matches(text, known, n=1)
             guess = f'; did you mean "{close[0]}"?' if close else ""
-            self.fail(f"{text!r} is not known{guess}", f"Write {' or '.join(known)}.")
+            self.fail(f"{text[:70]!r} is not known{guess}", f"Write {' or '.join(known)}.")
         return text
 
     def number(self, *, above: float, most: float = float("inf")) -> float:
@@ -141,22 +142,23 @@ class Value:
         value = float(text) if _NUMBER.fullmatch(text) else float("nan")
         if not above < value <= most or value == float("inf"):
             top = f" and at most {most:g}" if most != float("inf") else ""
-            self.fail(f"{text!r} is not a number above {above:g}{top}", "Write such a number.")
+            self.fail(f"{text[:70]!r} is not a number above {above:g}{top}", "Write such a number.")
         return value
 
     def count(self) -> int:
         """A whole number from 1."""
         text = self.text("a number").strip()
         if not re.fullmatch("[1-9][0-9]{0,5}", text):
-            self.fail(f"{text!r} is not a whole number from 1", "Write such a number.")
+            self.fail(f"{text[:70]!r} is not a whole number from 1", "Write such a number.")
         return int(text)
 
     def seconds(self) -> int:
         """A time such as ``30 days``, in seconds."""
         text = self.text("a time").strip()
         found = _DURATION.fullmatch(text)
-        if found is None or not int(found[1]):
-            self.fail(f"{text!r} is not a time", "Write a number and minutes, hours, days or weeks, such as 30 days.")
+        if found is None or len(found[1]) > _MOST_DIGITS or not int(found[1]):
+            said = f"{text[:70]!r} is not a time"
+            self.fail(said, "Write a number and minutes, hours, days or weeks, such as 30 days.")
         return int(found[1]) * _SECONDS[found[2]]
 
     def flag(self) -> bool:

@@ -464,8 +464,11 @@ def _assignments(source: str) -> dict[str, Any]:
     return values
 
 
-def _same(one: Any, other: Any) -> bool:
-    return canonical_json(one) == canonical_json(other)
+def _same(sealed: Any, found: Any) -> bool:
+    try:
+        return canonical_json(sealed) == canonical_json(found)
+    except NormalFormError:
+        return False  # a set, bytes, an infinite number: somebody wrote into the cell what no parameter can be
 
 
 def _compare_parameters(sealed: dict[str, Any], found: dict[str, Any], where: str, of: str) -> list[Reason]:
@@ -507,8 +510,9 @@ def _check_injected(notebook: dict[str, Any], started: RecordStarted) -> list[Re
         try:
             text = "".join(source) if isinstance(source, list) else str(source)
             return _compare_parameters(started.parameters, _assignments(text), where, f"cell {i + 1}")
-        except (SyntaxError, ValueError, TypeError) as error:
-            message = f"The injected parameters in cell {i + 1} cannot be read: {error}."
+        except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+            # The last two are what Python's own parser says of a text that nests too deeply.
+            message = f"The injected parameters in cell {i + 1} cannot be read: {error or 'they nest too deeply'}."
             return [Reason("parameter-changed", where, message)]
     return [Reason("parameter-changed", "cells", "The cell with the injected parameters is gone.")]
 

@@ -29,10 +29,10 @@ holds the commitment, and its annotations say so. A digest of an entry is its RF
 from __future__ import annotations
 
 import hashlib
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rlhf_audit_nb.errors import RecordError
+from rlhf_audit_nb.errors import FormatError, RecordError
 from rlhf_audit_nb.events import (
     CellExecuted,
     EvaluationRecorded,
@@ -79,6 +79,8 @@ BUILDER_ID = "urn:rlhf-audit:papermill-engine-audit:v1"
 
 _OF_RECORDS = (RecordStarted, CellExecuted, RecordSealed, ThresholdSealed, EvaluationRecorded)
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
 EventT = TypeVar("EventT", bound=Event)
 
 
@@ -112,7 +114,10 @@ def entries_digest(entries: Iterable[Entry]) -> str:
 
 
 def _when(microseconds: int) -> str:
-    moment = datetime.fromtimestamp(microseconds // 1_000_000, UTC)
+    try:
+        moment = _EPOCH + timedelta(seconds=microseconds // 1_000_000)
+    except OverflowError as error:
+        raise FormatError(f"An entry's time is after the year 9999 ({microseconds}).", code="time") from error
     return f"{moment:%Y-%m-%dT%H:%M:%S}.{microseconds % 1_000_000:06d}Z"
 
 

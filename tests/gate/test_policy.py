@@ -202,3 +202,20 @@ def test_every_key_changes_what_is_asked(folder):
     for line in lines:
         if not line.startswith("people"):
             assert read(folder, *(one for one in lines if one != line)).resolved != whole.resolved, line
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["fresh: {record: " + "9" * 5_000 + " days}", "level: " + "9" * 5_000, "9" * 5_000 + ": 1"],
+    ids=["a-time", "a-word", "a-key"],
+)
+def test_a_number_without_end_is_refused_in_a_sentence(folder, line):
+    with pytest.raises(ConfigError) as refused:
+        read(folder, line)
+    assert refused.value.reason == "gate-policy"
+    assert len(str(refused.value)) < 1_000
+
+
+def test_the_home_of_nobody_is_a_file_that_cannot_be_read(folder):
+    with pytest.raises(ConfigError, match="~nobody-of-this-name/x cannot be read"):
+        parse_policy(b"version: 1\ntrust: ~nobody-of-this-name/x\n", folder)

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import base64
 import json
+import time
+from types import SimpleNamespace
 
 import nbformat
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from papermill.translators import PythonTranslator
-from records_support import policy_of
+from records_support import policy_of, sealed_record
 
+from rlhf_audit_nb.compliance.words import day_text, time_text
 from rlhf_audit_nb.events import DataBound, DataPrivate, RecordStarted, RunStarted, encode_body, encode_private
 from rlhf_audit_nb.records import read_record
 from rlhf_audit_nb.records.checks import check_parameters
 from rlhf_audit_nb.records.session import Outcome, RecordSession
 from rlhf_audit_nb.trail import Level, Trail
 from rlhf_audit_nb.trail.merkle import leaf_hash
+
+TOO_DEEP = ("a = " + "-" * 5_000 + "1", "a = " + "not " * 50_000 + "1", "a = a" + ".a" * 100_000)
+NO_PARAMETER = ("b'x'", "{1, 2}", "1e999", "1+2j", "...", "{1: 2}", "'\\ud800'")
 
 NAMES = st.from_regex("[a-z]{1,5}", fullmatch=True).filter(
     lambda name: name not in {"if", "in", "is", "as", "or", "and"}
@@ -60,6 +67,32 @@ def test_a_parameter_in_the_metadata_alone_is_named():
     assert [(reason.where, reason.code) for reason in reasons] == [
         ("metadata.papermill.parameters.c", "parameter-changed")
     ]
+
+
+@pytest.mark.parametrize("source", [*TOO_DEEP, *(f"a = {value}" for value in NO_PARAMETER)], ids=range(10))
+def test_whatever_is_written_into_the_injected_cell_is_named_and_stops_nobody(source):
+    changed = injected({"a": 1})
+    changed["cells"][0]["source"] = source
+    (reason,) = check_parameters(changed, started({"a": 1}))
+    assert (reason.code, reason.where) == ("parameter-changed", "cells[0].source")
+    assert reason.message.endswith(".")
+
+
+def test_a_record_of_the_year_10000_is_invalid_and_no_error(tmp_path, monkeypatch):
+    late = 253_402_300_800_000_000
+    clock = SimpleNamespace(**{**vars(time), "time_ns": lambda: late * 1000})
+    monkeypatch.setattr("rlhf_audit_nb.trail.trail.time", clock)
+    monkeypatch.setattr("rlhf_audit_nb.trail.writer.time", clock)
+    with monkeypatch.context() as forging:
+        forging.setattr("rlhf_audit_nb.records.statement._when", str)
+        made = sealed_record(tmp_path / "audit")
+    verdict = read_record(json.dumps(made).encode(), policy=policy_of(tmp_path / "audit")).verdict
+    assert verdict.level is Level.INVALID
+    assert [(reason.code, reason.message) for reason in verdict.reasons] == [
+        ("time", f"An entry's time is after the year 9999 ({late}).")
+    ]
+    assert time_text(late) == day_text(late) == "after the year 9999"
+    assert time_text(late - 1) == "9999-12-31 23:59:59 UTC"
 
 
 def test_an_injected_cell_that_is_gone_or_computes_is_named():
