@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from rlhf_audit_nb.compliance.evidence import Evidence
 from rlhf_audit_nb.compliance.words import level_words, plural, short
 from rlhf_audit_nb.errors import AuditError, ConfigError, FormatError
-from rlhf_audit_nb.events import RecordSealed, WeightsSaved
+from rlhf_audit_nb.events import RecordAttested, RecordSealed, RunStarted, WeightsSaved
 from rlhf_audit_nb.gate.finding import Decision, Finding, Judgement, Looked
 from rlhf_audit_nb.gate.model import Model, model_findings, near_tensors, open_model
 from rlhf_audit_nb.gate.policy import GatePolicy, load_policy
@@ -25,6 +25,7 @@ from rlhf_audit_nb.gate.rules import SPEAKS_AGAINST, Subject, check
 from rlhf_audit_nb.gate.search import find_records
 from rlhf_audit_nb.records import open_record
 from rlhf_audit_nb.records.kept import FOLDER as KEPT
+from rlhf_audit_nb.records.signatures import REJECTED
 from rlhf_audit_nb.records.statement import entries_digest
 from rlhf_audit_nb.trail import Level, TrailReader
 from rlhf_audit_nb.trail.home import home_folder
@@ -212,6 +213,24 @@ class _Judging:
                 name = one.source.rsplit("/", 1)[-1]
                 said = f"Record {short(one.record)} ({name}) of the same files speaks against it: {finding.reason}"
                 yield Finding("model.other_record", False, said, finding.entries)
+        yield from self._rejected_in_trail(done)
+
+    def _rejected_in_trail(self, done: Sequence[Judgement]) -> Iterator[Finding]:
+        """Rejections of other records of the files that only the trail tells of: their records are not here, or cut."""
+        if self.trail is None or self.model is None or not self.trail.trusted:
+            return
+        runs = {item.run for item, event in self.trail.of(WeightsSaved) if self.model.knows([event])}
+        records = {event.record for item, event in self.trail.of(RunStarted) if item.run in runs}
+        known = {one.record for one in done if not any(_leaves_open(finding) for finding in one.unmet)}
+        people = {key: person.name for person in self.policy.people for key in person.keys}
+        last: dict[tuple[str, str], tuple[int, str]] = {}
+        for item, event in self.trail.of(RecordAttested):
+            if event.record in records - known and event.key in people:
+                last[event.record, people[event.key]] = (item.index, event.meaning)
+        for (record, name), (index, meaning) in last.items():
+            if meaning == REJECTED:
+                said = f"The trail says that {name} has rejected record {short(record)} of the same files."
+                yield Finding("model.other_record", False, said, (index,))
 
     def judged(self, opened: OpenedRecord, source: str) -> Judgement:
         """One record that was opened."""
@@ -258,6 +277,11 @@ class _Judging:
         if not self._weights:
             self._weights.append(self.model.weights_digest())
         return self._weights[0]
+
+
+def _leaves_open(finding: Finding) -> bool:
+    """Whether a record of which this is found may not say all that the trail knows was said of it."""
+    return finding.tampering or finding.id == "attestations.missing" or finding.id.startswith("trail")
 
 
 def _broken(opened: OpenedRecord) -> Iterator[Finding]:

@@ -10,6 +10,7 @@ A zip is read in memory, and only where its names stay inside one folder and not
 
 from __future__ import annotations
 
+import lzma
 import re
 import stat
 import zipfile
@@ -42,6 +43,9 @@ RECORD = "record.ipynb"
 MOST_BYTES = 2 << 30
 MOST_FILES = 1_000_000
 
+# What a zip whose bytes are anything raises, each from another of the library's decoders.
+_BROKEN = (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError,
+           ValueError)  # fmt: skip
 _OURS = ("entries/", "keys/", "tile/", "additions/", "anchors/")
 _WITNESS = re.compile(r"keys/witness-[0-9]+\.(vkey|pem)")
 _WIDTH = 256
@@ -92,6 +96,8 @@ def _read_folder(folder: Path) -> dict[str, bytes]:
             name = path.relative_to(folder).as_posix()
             if path.is_symlink():
                 raise _unreadable(folder, f"{name} is a link")
+            if not name.isprintable():
+                raise _unreadable(folder, f"the name {name!r} is none that can be shown")
             if path.is_file():
                 files[name] = path.read_bytes()
     except OSError as error:
@@ -105,7 +111,7 @@ def _read_zip(path: Path) -> dict[str, bytes]:
             items = [item for item in archive.infolist() if not item.is_dir()]
             _check_items(path, items)
             files = {item.filename: archive.read(item) for item in items}
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except _BROKEN as error:
         raise _unreadable(path, f"it is not a whole zip ({error})") from error
     tops = {PurePosixPath(name).parts[0] for name in files}
     if f"{next(iter(tops), '')}/{RECORD}" in files and len(tops) == 1:
@@ -119,6 +125,8 @@ def _check_items(path: Path, items: list[zipfile.ZipInfo]) -> None:
     for item in items:
         name, mode = item.filename, item.external_attr >> 16
         parts = name.split("/")
+        if not name.isprintable():
+            raise _unreadable(path, f"the name {name!r} is none that can be shown")
         if name.startswith("/") or "\\" in name or ":" in name or not set(parts).isdisjoint({"", ".", ".."}):
             raise _unreadable(path, f"the name {name!r} leads out of it")
         if stat.S_IFMT(mode) not in (0, stat.S_IFREG):

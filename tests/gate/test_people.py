@@ -138,6 +138,39 @@ def test_a_rejection_in_another_copy_of_the_record_counts(place, keys):
     assert gate(place / "model", policy).passed
 
 
+def test_a_rejection_of_another_record_of_the_files_is_known_to_the_trail_where_that_record_is_cut_or_gone(
+    tmp_path, keys, monkeypatch
+):
+    monkeypatch.setenv("RLHF_AUDIT_HOME", str(tmp_path / "home"))
+    first = make_record(tmp_path, Story())
+    make_record(tmp_path, Story(run="e" * 32), name="second.ipynb")
+    (tmp_path / "model" / "model.sig").unlink()  # each of the two has signed the same files
+    policy, second = asked(tmp_path, keys, "git: clean"), tmp_path / "second.ipynb"
+    bare = second.read_bytes()
+    attest_record(second, keys["officer"], name=OFFICER, role="compliance officer", statement="No.", meaning="rejected",
+                  policy=first.trust)  # fmt: skip
+    with Trail.open(first.trail) as trail:
+        enter_attestations(trail, open_record(second, policy=first.trust), policy=first.trust)
+    second.write_bytes(bare)
+    cut = gate(first.model, policy, trail=first.trail)
+    second.unlink()
+    gone = gate(first.model, policy, trail=first.trail)
+    second.write_bytes(bare.replace(b"done", b"dome"))
+    changed = gate(first.model, policy, trail=first.trail)
+    for decision, code in ((cut, 3), (gone, 3), (changed, 40)):
+        assert (decision.exit_code, [one.id for one in decision.findings]) == (code, ["model.other_record"])
+    # What the record itself is there to answer, its own additions do.
+    second.write_bytes(bare)
+    for meaning in ("rejected", "approved"):
+        attest_record(second, keys["officer"], name=OFFICER, role="compliance officer", statement="So.",
+                      meaning=meaning, policy=first.trust)  # fmt: skip
+    assert not gate(first.model, policy, trail=first.trail).passed  # the first rejection is not among them
+    with Trail.open(first.trail) as trail:
+        enter_attestations(trail, open_record(second, policy=first.trust), policy=first.trust)
+    second.unlink()
+    assert gate(first.model, policy, trail=first.trail).passed  # the trail's own last word is the approval
+
+
 def test_a_rejection_that_was_taken_out_of_every_copy_is_known_to_the_trail(place, keys):
     policy = asked(place, keys)
     sign(place, keys["officer"])

@@ -652,6 +652,36 @@ def test_a_zip_that_leads_out_of_its_folder_is_not_opened(world, good, tmp_path,
         verified(world, path, tmp_path)
 
 
+def test_a_zip_whose_decoder_or_name_is_broken_is_one_clear_sentence(world, tmp_path):
+    path = tmp_path / "packed.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("r/record.ipynb", bytes(range(256)) * 16)
+    packed = bytearray(path.read_bytes())
+    packed[60:70] = b"\xff" * 10
+    path.write_bytes(packed)
+    with pytest.raises(RecordError, match="not a whole zip"):
+        verified(world, path, tmp_path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("r/\u00e9", b"")
+    path.write_bytes(path.read_bytes().replace("\u00e9".encode(), b"\xc3("))
+    with pytest.raises(RecordError, match="not a whole zip"):
+        verified(world, path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["a\nINVALID", "a\x1b[2J", "\u202etxt.a", "\udcff"], ids=["line", "terminal", "turn", "bytes"]
+)
+def test_a_bundle_with_a_name_that_cannot_be_shown_is_not_opened(world, good, tmp_path, name):
+    shutil.copytree(good, tmp_path / "bundle")
+    (tmp_path / "bundle" / name).write_bytes(b"")
+    with pytest.raises(RecordError, match="can be shown"):
+        verified(world, tmp_path / "bundle", tmp_path)
+    if name != "\udcff":  # which no zip can hold
+        path = rezipped(tmp_path / "evil.zip", [("r/record.ipynb", b"", 0o100644), (f"r/{name}", b"", 0o100644)])
+        with pytest.raises(RecordError, match="can be shown"):
+            verified(world, path, tmp_path)
+
+
 def test_a_zip_with_a_file_twice_is_not_opened(world, good, tmp_path):
     items = [(f"r/{path}", (good / path).read_bytes(), 0o100644) for path in names(good)]
     with pytest.warns(UserWarning, match="Duplicate name"):
