@@ -37,6 +37,8 @@ def _do_attest(args: argparse.Namespace) -> int:
     from rlhf_audit_nb.records import open_record
     from rlhf_audit_nb.records.attesting import attest_record, meaning_of
 
+    # Before a passphrase is asked for.
+    open_record(args.record, policy=policy)
     name, key = _signer(args)
     item = attest_record(
         args.record,

@@ -150,7 +150,10 @@ def _do_verify(args: argparse.Namespace) -> int:
         more, signed = _signatures(args, checked.record, policy)
         notes = (*notes, *more)
     require = Level[args.require] if args.require else None
-    words, result = verdict_words(verdict, notes), verdict.to_dict()
+    words, result = verdict_words(verdict, notes, _outcome_words(checked.record)), verdict.to_dict()
+    if checked.record is not None and checked.record.sealed is not None:
+        sealed = checked.record.sealed
+        result["record"] = {"id": sealed.record, "status": sealed.status, "cell": sealed.cell, "reason": sealed.reason}
     if checked.record is not None:
         words += _tell_changes(args, checked.record, policy, result)
     if signed:
@@ -364,8 +367,22 @@ def _roots(args: argparse.Namespace) -> Sequence[bytes] | None:
 # What a person reads.
 
 
-def verdict_words(verdict: Verdict, notes: Notes) -> list[str]:
-    """The verdict for a person."""
+def _outcome_words(record: OpenedRecord | None) -> list[str]:
+    """How the notebook ended, by the seal: a record of a failure verifies as well as any other."""
+    if record is None or record.sealed is None:
+        return []
+    from rlhf_audit_nb.compliance.words import short, visible
+
+    sealed = record.sealed
+    cells = (record.content or {}).get("cells", [])
+    found = (number for number, cell in enumerate(cells, 1) if cell.get("id") == sealed.cell)
+    where = f" in cell {next(found, '?')} (id {sealed.cell})" if sealed.cell else ""
+    why = f": {sealed.reason}" if sealed.reason else ""
+    return [f"  record {short(sealed.record)}: the notebook {visible(_one_line(sealed.status + where + why))}"]
+
+
+def verdict_words(verdict: Verdict, notes: Notes, about: Sequence[str] = ()) -> list[str]:
+    """The verdict for a person, with lines about what was verified."""
     from rlhf_audit_nb.compliance.words import level_words, short
 
     words = level_words(verdict.level.name)
@@ -378,6 +395,7 @@ def verdict_words(verdict: Verdict, notes: Notes) -> list[str]:
         signers = verdict.signed_by or "nobody that is trusted here"
         lines.append(f"  {verdict.origin}: {verdict.size:,} entries, root {short(verdict.root)}")
         lines.append(f"  signed by {signers}")
+    lines += about
     lines += _anchor_words(verdict)
     lines += _opening_words(verdict)
     if len(verdict.runs) > MOST_RUNS:
@@ -456,10 +474,10 @@ def _payload_words(payload: bytes) -> list[str]:
 _OPENINGS = (("openings", "in the vault"), ("erased", "erased"), ("missing", "missing"))
 
 
-def add_target(parser: Parser) -> None:
-    """What is checked or told of, and whom to trust."""
+def add_target(parser: Parser, *, also: str = "") -> None:
+    """What is checked or told of, and whom to trust; ``also`` as in `add_policy`."""
     parser.add_argument("target", metavar="RECORD.ipynb|TRAIL", help="a record, or a trail's folder")
-    add_policy(parser)
+    add_policy(parser, also=also)
 
 
 def _add_verify(parser: Parser) -> None:
@@ -470,7 +488,7 @@ def _add_verify(parser: Parser) -> None:
         help="a record, a bundle of one (folder or zip), a trail's folder, a published trail (folder or address), a "
         "proof, a disclosure, or a folder of weights",
     )
-    add_policy(parser)
+    add_policy(parser, also="or what has to hold of a record, as for gate (YAML)")
     parser.add_argument("--require", choices=LEVELS, type=str.upper, help="a lower level is a failure")
     parser.add_argument("--openings", action="store_true", help="decrypt every private half too, and compare it")
     parser.add_argument(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["COMMANDS"]
 
 REFUSED = 3
+ALSO = "or a gate's policy (YAML): whom it trusts, and who its people are"
 
 
 def _evidence(args: argparse.Namespace) -> Evidence:
@@ -116,7 +117,7 @@ def _finish_saying(args: argparse.Namespace, result: dict[str, Any], words: Sequ
 
 def _add_report(parser: Parser) -> None:
     parser.set_defaults(do=_do_report)
-    add_target(parser)
+    add_target(parser, also=ALSO)
     parser.add_argument("--format", choices=("html", "pdf", "json"), default="html")
     parser.add_argument("--mode", default="eu_ai_act", metavar="FRAMEWORK", help="what it assesses against (eu_ai_act)")
     parser.add_argument("-o", "--out", metavar="FILE", help="where it goes (beside the target)")
@@ -124,7 +125,7 @@ def _add_report(parser: Parser) -> None:
 
 def _add_card(parser: Parser) -> None:
     parser.set_defaults(do=_do_card)
-    add_target(parser)
+    add_target(parser, also=ALSO)
     parser.add_argument(
         "--format", default="eu_standard", metavar="FORMAT", help="eu_standard, huggingface or json (eu_standard)"
     )
@@ -133,13 +134,13 @@ def _add_card(parser: Parser) -> None:
 
 def _add_lineage(parser: Parser) -> None:
     parser.set_defaults(do=_do_lineage)
-    add_target(parser)
+    add_target(parser, also=ALSO)
     parser.add_argument("-o", "--out", metavar="FILE", help="a picture (.svg) or W3C PROV-JSON (.json); else sentences")
 
 
 def _add_evaluations(parser: Parser) -> None:
     parser.set_defaults(do=_do_evaluations)
-    add_target(parser)
+    add_target(parser, also=ALSO)
     parser.add_argument(
         "--require-passed", action="store_true", help="exit with 3 unless each threshold was set before and reached"
     )

@@ -268,9 +268,10 @@ def output(args: argparse.Namespace, default: Path) -> Path:
     return path
 
 
-def add_policy(parser: argparse.ArgumentParser) -> None:
-    """The option that says whom to trust."""
-    parser.add_argument("--policy", metavar="FILE", help="whom to trust (default: the user's own keys)")
+def add_policy(parser: argparse.ArgumentParser, *, also: str = "") -> None:
+    """The option that says whom to trust; ``also`` is what else a file there may say."""
+    more = f"; {also}" if also else ""
+    parser.add_argument("--policy", metavar="FILE", help=f"whom to trust (default: the user's own keys){more}")
 
 
 def add_trail(parser: argparse.ArgumentParser) -> None:

@@ -82,7 +82,9 @@ class Value:
             ConfigError: it is none, or a key is not known, stands twice or is missing.
         """
         if not isinstance(self.node, yaml.MappingNode):
-            self.fail("it is not a mapping", f"Write keys below it, each with its value: {', '.join(known)}.")
+            below = f"Write keys below it, each with its value: {', '.join(known)}."
+            whole = "`rlhf-audit gate --example` prints such a policy; a trust policy is named in it, after trust:."
+            self.fail("it is not a mapping", below if self.path else whole)
         found: dict[str, Value] = {}
         for key, item in self.node.value:
             name = key.value if isinstance(key, yaml.ScalarNode) else ""

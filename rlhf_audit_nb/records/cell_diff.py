@@ -11,6 +11,7 @@ import base64
 import binascii
 import difflib
 import hashlib
+import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +37,8 @@ MOST_LINES = 400
 """Lines of one comparison that are kept."""
 MOST_CHARACTERS = 400
 """Characters of one line that are kept."""
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+"""A terminal's colours, in which IPython writes tracebacks."""
 _MOST_MATCHED = 4_000
 _MOST_PAIRS = 40_000
 """Lines, and pairs of equal ones, up to which texts are matched line by line: no text may keep a reader waiting."""
@@ -359,11 +362,17 @@ def compare_outputs(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[O
         elif one is not None and other is None:
             found.append(OutputChange(number=number, kind="removed", left=_described(one), right=""))
         elif one is not None and other is not None and _plain(one) != _plain(other):
-            lines = compare_text(_shown_text(one) or "", _shown_text(other) or "")
+            lines = _compare_shown(_shown_text(one) or "", _shown_text(other) or "")
             found.append(
                 OutputChange(number=number, kind="changed", left=_described(one), right=_described(other), lines=lines)
             )
     return found
+
+
+def _compare_shown(before: str, after: str) -> tuple[Line, ...]:
+    """Lines of two outputs without the colours of a terminal, unless these are all that differs."""
+    plain, other = _COLOUR.sub("", before), _COLOUR.sub("", after)
+    return compare_text(before, after) if plain == other else compare_text(plain, other)
 
 
 def _outputs(cell: Mapping[str, Any]) -> list[Mapping[str, Any]]:

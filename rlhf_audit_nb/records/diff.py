@@ -60,6 +60,11 @@ _OF_THE_PLAN = frozenset({"epsilon", "learning_rate"})
 _ELSEWHERE = {"weights_digest": "weights", "batch_digest": "data"}
 _ADDITIONS = {ATTESTATION: "attestation", REPRODUCTION: "reproduction"}
 _OF_THE_ADDITION = frozenset({"key", "time", "previous"})
+# What a reproduction repeats of the record, and how it came to its verdict: `verify --json` and the record have it all.
+_OF_THE_REPRODUCTION = frozenset(
+    {"record", "statement", "digest", "entry", "origin", "seeds", "normalisation", "not_compared", "times_left_out"}
+    | {"tool", "fresh"}
+)
 _PUBLIC_NAMES = frozenset({"learning_rate", "epsilon", "gradient_norm", "update_norm", "weights_digest"})
 
 
@@ -358,8 +363,9 @@ def _tell_verification(opened: OpenedRecord, told: RecordFacts) -> None:
         kind = _ADDITIONS.get(addition.predicate_type, addition.predicate_type)
         start = f"addition {addition.index + 1} ({kind})."
         found[f"{start}signed by"] = addition.key_id
-        said = {name: value for name, value in addition.predicate.items() if name not in _OF_THE_ADDITION}
-        found |= {start + name: value for name, value in said.items()}
+        left_out = _OF_THE_ADDITION | (_OF_THE_REPRODUCTION if addition.predicate_type == REPRODUCTION else frozenset())
+        said = {name: value for name, value in addition.predicate.items() if name not in left_out}
+        found |= {start + name: value for name, value in said.items() if value not in (None, [], {})}
     for place, value in found.items():
         told.facts["verification", "", place] = Fact(value=value)
 

@@ -151,7 +151,10 @@ def _read(path: Path) -> dict[str, Any]:
             code="grid",
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        _wrong(f"{path} is not YAML: {' '.join(str(error).split())}")
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        _wrong(f"{path} is not YAML{place}: {problem}")
     if not isinstance(said, dict):
         _wrong(f"{path} is no grid: its top level is {_kind(said)}")
     return said

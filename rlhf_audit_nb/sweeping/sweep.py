@@ -124,6 +124,8 @@ class SweepResult:
             if row["outcome"] != "completed":
                 why = self.messages.get(row["point"]) or row.get("reason") or ""
                 lines.append(f"  {row['point']}  {row['outcome']}{': ' * bool(why)}{why}")
+        if self.outcomes.get("missing"):
+            lines.append("go on    with the same command: it does what is missing")
         return lines
 
 

@@ -94,6 +94,11 @@ def test_a_key_is_asked_for_its_passphrase_and_never_made_without(run, ask, monk
     assert not ask("keys", "person", "--name", "Name of Another", "--no-passphrase")["encrypted"]
 
 
+def test_a_record_that_is_not_there_is_told_before_a_passphrase_is_asked_for(refused, officer, monkeypatch):
+    monkeypatch.delenv("RLHF_AUDIT_PERSON_PASSPHRASE")
+    assert "The record gone.ipynb cannot be read" in refused("attest", "gone.ipynb", *SAYS)[1]
+
+
 def test_signing_is_told_verified_and_entered(run, ask, officer):
     said = ask("attest", "record.ipynb", *SAYS, "--for", "deployment")
     assert (said["name"], said["meaning"], said["purpose"]) == (NAME, "approved", "deployment")

@@ -29,6 +29,17 @@ def test_differences_are_shown_and_no_failure_unless_that_is_asked_for(diff):
     assert "No difference" in diff(PLAIN, PLAIN)[1]
 
 
+def test_verify_says_how_the_notebook_of_a_record_ended(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("RLHF_AUDIT_HOME", str(tmp_path / "home"))
+    policy = ("--policy", FIXTURES / "trust.policy")
+    code, out, _ = run("verify", FAILED, *policy)
+    said = json.loads(run("verify", FAILED, *policy, "--json")[1])["record"]
+    assert (code, said["status"]) == (0, "failed")
+    ids = [cell["id"] for cell in json.loads(FAILED.read_bytes())["cells"]]
+    assert f"the notebook failed in cell {ids.index(said['cell']) + 1} (id {said['cell']}): {said['reason']}" in " ".join(out.split())
+    assert "the notebook completed" in run("verify", PLAIN, *policy)[1]
+
+
 def test_with_json_stdout_holds_one_object(diff):
     code, out, _ = diff(PLAIN, PRIVATE, "--json")
     said = json.loads(out)

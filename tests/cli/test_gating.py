@@ -81,7 +81,7 @@ def test_the_example_is_printed_and_can_be_used(run, place):
     [
         (["model"], "A gate needs a policy"),
         (["model", "--policy", "nowhere.yaml"], "The policy nowhere.yaml cannot be read"),
-        (["model", "--policy", "trust.policy"], "trust.policy, line 1: it is not a mapping"),
+        (["model", "--policy", "trust.policy"], "a trust policy is named in it, after trust:"),
         (["nowhere", "--policy", "good.yaml"], "nowhere is not a folder with weights"),
         (["model", "--policy", "good.yaml", "--records", "gone"], "There are no records at gone"),
         (["model", "--policy", "good.yaml", "--record"], "does not take '--record'. Did you mean '--records'"),

@@ -207,3 +207,13 @@ def test_outputs_that_were_added_and_removed_are_told_as_such() -> None:
     assert (added.kind, added.number, added.left, added.right) == ("added", 1, "", "error ValueError")
     (removed,) = compare_outputs(code("a", outputs=[stream]), code("a"))
     assert (removed.kind, removed.left) == ("removed", "stderr, 1 character")
+
+
+def test_tracebacks_are_shown_without_colours_unless_these_alone_differ() -> None:
+    def raised(text: str) -> dict[str, Any]:
+        return {"outputs": [{"output_type": "error", "ename": "E", "evalue": "", "traceback": [text]}]}
+
+    (changed,) = compare_outputs(raised("\x1b[31mE\x1b[39m: one"), raised("\x1b[31mE\x1b[39m: two"))
+    assert [(line.sign, line.text) for line in changed.lines] == [("-", "E: one"), ("+", "E: two")]
+    (changed,) = compare_outputs(raised("\x1b[31mE\x1b[39m: one"), raised("\x1b[32mE\x1b[39m: one"))
+    assert [line.text for line in changed.lines] == ["\x1b[31mE\x1b[39m: one", "\x1b[32mE\x1b[39m: one"]

@@ -471,6 +471,13 @@ def test_level_trail_signers_anchors_and_what_others_said_are_compared() -> None
         ("verification", "addition 1 (attestation).signed by", "added"),
         ("verification", "addition 1 (attestation).role", "added"),
     ]
+    again = Addition(
+        0, "urn:rlhf-audit:reproduction:v1", {"verdict": "identical", "seeds": 16, "first": None}, "k", b""
+    )
+    assert found(compared(one, replace(one, additions=(again,)))) == [
+        ("verification", "addition 1 (reproduction).signed by", "added"),
+        ("verification", "addition 1 (reproduction).verdict", "added"),
+    ]
     later = replace(two, verdict=replace(other_verdict, size=200, root="s", anchors=(anchor,)))
     assert not compared(two, later).differs
 

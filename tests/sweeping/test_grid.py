@@ -51,7 +51,7 @@ def test_a_product_has_every_combination_in_its_order_and_ids_that_follow_from_t
     [
         ("", "its top level is nothing"),
         ("- 1", "its top level is a list"),
-        ("parameters: [", "is not YAML"),
+        ("parameters:\n  x: [", "is not YAML at line 2: "),
         ("parameters:\n  x: [1]\n  x: [2]", "'x' stands twice"),
         ("parameter:\n  x: [1]", "has a key 'parameter'"),
         ("parameters:\n  x: 1", "has a number in the place of a list"),

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -330,3 +331,20 @@ def test_runs_of_a_changed_notebook_do_not_go_into_the_same_folder(
     changed.write_text(source.read_text().replace("print(x * lr)", "print(x + lr)"))
     with pytest.raises(ConfigError, match="record of another notebook"):
         run_sweep(changed, swept.folder.parent / "grid.yaml", swept.folder, trail=swept.trail)
+
+
+def test_what_was_left_is_told_with_how_to_go_on(tmp_path: Path) -> None:
+    rows = ({"point": "a", "outcome": "completed"}, {"point": "b", "outcome": "missing"})
+    cut = SweepResult(
+        folder=tmp_path,
+        sweep="s",
+        status="interrupted",
+        runs=2,
+        outcomes={"completed": 1, "missing": 1},
+        rows=rows,
+        found=0,
+        seconds=1.0,
+        trail=tmp_path,
+    )
+    assert cut.words()[-2:] == ["  b  missing", "go on    with the same command: it does what is missing"]
+    assert "go on" not in "\n".join(replace(cut, outcomes={"completed": 2}, rows=rows[:1]).words())
