@@ -36,7 +36,8 @@ def test_verify_says_how_the_notebook_of_a_record_ended(run, monkeypatch, tmp_pa
     said = json.loads(run("verify", FAILED, *policy, "--json")[1])["record"]
     assert (code, said["status"]) == (0, "failed")
     ids = [cell["id"] for cell in json.loads(FAILED.read_bytes())["cells"]]
-    assert f"the notebook failed in cell {ids.index(said['cell']) + 1} (id {said['cell']}): {said['reason']}" in " ".join(out.split())
+    place = f"cell {ids.index(said['cell']) + 1} (id {said['cell']})"
+    assert f"the notebook failed in {place}: {said['reason']}" in " ".join(out.split())
     assert "the notebook completed" in run("verify", PLAIN, *policy)[1]
 
 
