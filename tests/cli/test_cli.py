@@ -40,7 +40,7 @@ def test_each_command_has_help_and_json(run, command):
     [
         (["verfy", "x.ipynb"], "Did you mean 'verify'?"),
         (["run", "x.ipynb", "--kernl", "y"], "Did you mean '--kernel'?"),
-        (["verify"], "RECORD.ipynb|TRAIL"),
+        (["verify"], "RECORD.ipynb|BUNDLE|TRAIL"),
         (["compute", "--trail", "audit"], "takes the trail's folder without '--trail'"),
         (["budget"], "plan|show|left|check|set"),
         (["budget", "plan", "--sampling-rate", "0.1"], "--steps"),
