@@ -33,7 +33,8 @@ from rlhf_audit_nb.records.dsse import check_signature, key_id, sign_envelope
 from rlhf_audit_nb.records.normal_form import SEAL_KEY, NormalFormError, canonical_json, parse_json
 from rlhf_audit_nb.records.rewriting import replace_seal, rewrite_record
 from rlhf_audit_nb.records.seal import MOST_ADDITIONS, with_addition
-from rlhf_audit_nb.trail import Level, Reason
+from rlhf_audit_nb.records.unsound import refuse_unsound
+from rlhf_audit_nb.trail import Reason
 from rlhf_audit_nb.trail.encoding import decode_base64
 from rlhf_audit_nb.trail.signers import PublicKey, load_public, read_public, spki_of
 
@@ -213,11 +214,9 @@ def check_additions(seal: Seal, notebook_digest: str) -> tuple[tuple[Addition, .
 
 
 def _refuse(opened: OpenedRecord, path: Path | str) -> None:
-    if opened.verdict.level not in (Level.INVALID, Level.DIVERGED):
-        return
-    first = opened.verdict.reasons[0]
-    raise RecordError(
-        f"Nothing is added to {path}, which is {opened.verdict.level.name}: {first.where}: {first.message}",
+    refuse_unsound(
+        opened.verdict,
+        f"Nothing is added to {path}, which is {opened.verdict.level.name}",
         next_step="`rlhf-audit verify` says all that is wrong with it.",
         code="not-valid",
     )
@@ -267,8 +266,9 @@ def add_to_record(
         home: the folder of keys and last-seen heads, likewise.
 
     Raises:
-        RecordError: the record is INVALID or DIVERGED (``not-valid``), the file cannot be read or written, the
-            predicate cannot stand in JSON or names what is not its own, or is too large (``addition``).
+        InvalidRecordError, DivergedRecordError: the record does not hold (``not-valid``); nothing was changed.
+        RecordError: the file cannot be read or written, or the predicate cannot stand in JSON, names what is not its
+            own, or is too large (``addition``).
         KeyFileError: there is no policy and no key of the user's own for this trail, or the signer cannot sign.
     """
     from rlhf_audit_nb.records.record import read_record

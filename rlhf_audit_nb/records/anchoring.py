@@ -20,6 +20,7 @@ from rlhf_audit_nb.records.kept import FOLDER as KEPT
 from rlhf_audit_nb.records.record import OpenedRecord, read_record
 from rlhf_audit_nb.records.rewriting import replace_seal, rewrite_record
 from rlhf_audit_nb.records.seal import MOST_ANCHORS, ProvenEntry, SealedAnchor, parse_seal, with_anchors
+from rlhf_audit_nb.records.unsound import refuse_unsound
 from rlhf_audit_nb.trail import Level, TrailReader
 from rlhf_audit_nb.trail.anchoring import Anchoring, anchor_trail
 from rlhf_audit_nb.trail.anchors import TIMESTAMP_ANCHOR, AnchorFolder, quorum_reached, read_anchors
@@ -174,13 +175,12 @@ def _merged(there: Sequence[SealedAnchor], new: Sequence[SealedAnchor]) -> list[
 
 
 def _refuse(opened: OpenedRecord, path: Path) -> None:
-    if opened.verdict.level in (Level.INVALID, Level.DIVERGED):
-        first = opened.verdict.reasons[0]
-        raise RecordError(
-            f"{path} is {opened.verdict.level.name} and is not anchored: {first.where}: {first.message}",
-            next_step="`rlhf-audit verify` says all that is wrong with it.",
-            code="not-valid",
-        )
+    refuse_unsound(
+        opened.verdict,
+        f"{path} is {opened.verdict.level.name} and is not anchored",
+        next_step="`rlhf-audit verify` says all that is wrong with it.",
+        code="not-valid",
+    )
 
 
 def _enough(policy: TrustPolicy, opened: OpenedRecord, said: Sequence[Anchor]) -> bool:

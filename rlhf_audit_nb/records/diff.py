@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_audit_nb.errors import RecordError
 from rlhf_audit_nb.records.additions import ATTESTATION, REPRODUCTION
@@ -25,6 +25,7 @@ from rlhf_audit_nb.records.comparison import is_timing
 from rlhf_audit_nb.records.diff_facts import SECTIONS, Fact, Key, RecordFacts, Series, facts_of
 from rlhf_audit_nb.records.normal_form import canonical_json
 from rlhf_audit_nb.records.seal import SealError, parse_seal
+from rlhf_audit_nb.records.unsound import DivergedRecordError, InvalidRecordError
 from rlhf_audit_nb.trail import Level
 
 if TYPE_CHECKING:
@@ -66,20 +67,6 @@ _OF_THE_REPRODUCTION = frozenset(
     | {"tool", "fresh"}
 )
 _PUBLIC_NAMES = frozenset({"learning_rate", "epsilon", "gradient_norm", "update_norm", "weights_digest"})
-
-
-class InvalidRecordError(RecordError):
-    """A record that was to be compared does not verify."""
-
-    code: ClassVar[str] = "invalid-record"
-    exit_code: ClassVar[int] = Level.INVALID.exit_code
-
-
-class DivergedRecordError(RecordError):
-    """A record that was to be compared contradicts a history that was seen here."""
-
-    code: ClassVar[str] = "diverged-record"
-    exit_code: ClassVar[int] = Level.DIVERGED.exit_code
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,8 @@ from rlhf_audit_nb.config import ENV_HOME, ENV_REPLAY, ENV_TRAIL
 from rlhf_audit_nb.errors import AuditError, RecordError
 from rlhf_audit_nb.events import EnvironmentCaptured, decode_body
 from rlhf_audit_nb.privacy.replay import ReplaySeeds, start_replay, write_seeds
-from rlhf_audit_nb.trail import Level, Trail, TrailReader
+from rlhf_audit_nb.records.unsound import refuse_unsound
+from rlhf_audit_nb.trail import Trail, TrailReader
 
 if TYPE_CHECKING:
     from rlhf_audit_nb.records.record import OpenedRecord
@@ -90,17 +91,18 @@ def open_sound_record(path: Path | str, *, policy: TrustPolicy | None, home: Pat
 
     Raises:
         RecordError: it cannot be read.
-        ReplayRefusedError: it does not verify, so it is not run.
+        InvalidRecordError, DivergedRecordError: it does not verify, so it is not run.
     """
     from rlhf_audit_nb.records.record import open_record
 
     opened = open_record(path, policy=policy, home=home)
-    if opened.verdict.level in (Level.INVALID, Level.DIVERGED) or opened.notebook is None:
-        why = opened.verdict.reasons[0].message if opened.verdict.reasons else "It holds no notebook."
-        raise ReplayRefusedError(
-            f"The record {path} does not verify, so it is not run: {why}",
-            next_step=f"See rlhf-audit verify {path}.",
-        )
+    refuse_unsound(
+        opened.verdict,
+        f"The record {path} does not verify, so it is not run",
+        next_step=f"See rlhf-audit verify {path}.",
+    )
+    if opened.notebook is None:
+        raise ReplayRefusedError(f"The record {path} holds no notebook that can be run.")
     return opened
 
 

@@ -340,7 +340,7 @@ def test_nothing_is_added_to_an_invalid_record_and_the_file_stays_as_it_is(made,
     before = path.read_bytes()
     with pytest.raises(RecordError, match=r"INVALID: cells\[0\].source") as caught:
         add_to_record(path, ATTESTATION, SAID, signers["Ed25519"], policy=made.policy, home=tmp_path)
-    assert caught.value.reason == "not-valid"
+    assert (caught.value.reason, caught.value.exit_code) == ("not-valid", 40)
     assert path.read_bytes() == before
 
 

@@ -17,6 +17,7 @@ from rlhf_audit_nb.errors import VaultError
 from rlhf_audit_nb.events import PrivacyReserved, RunResumed, decode_body
 from rlhf_audit_nb.records import open_record, run_notebook
 from rlhf_audit_nb.records.replay import ReplayFailedError, ReplayRefusedError, replay_record
+from rlhf_audit_nb.records.unsound import InvalidRecordError
 from rlhf_audit_nb.trail import Trail, TrailReader, TrustPolicy
 from rlhf_audit_nb.trail.disclosure import disclose
 from rlhf_audit_nb.trail.erasure import erase
@@ -187,7 +188,7 @@ def test_a_record_that_was_changed_is_not_run(recorded: Recorded, tmp_path: Path
     text = recorded.record.read_text()
     assert "max_steps=3" in text
     changed.write_text(text.replace("max_steps=3", "max_steps=4"))
-    with pytest.raises(ReplayRefusedError, match="does not verify, so it is not run"):
+    with pytest.raises(InvalidRecordError, match="does not verify, so it is not run"):
         replay_record(changed, recorded.openings, policy=recorded.policy)
 
 

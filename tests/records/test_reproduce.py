@@ -262,7 +262,7 @@ def test_a_record_that_does_not_hold_is_not_run_and_makes_no_trail(
     record.write_text(record.read_text().replace("rate * stub", "rate + stub"))
     policy = tmp_path / "trust.policy"
     policy.write_text(public.policy.format())
-    assert cli.main(["reproduce", str(record), "--policy", str(policy)]) == 3
+    assert cli.main(["reproduce", str(record), "--policy", str(policy)]) == 40
     assert "does not verify, so it is not run" in capsys.readouterr().err
     assert not (tmp_path / "own").exists()
     with pytest.raises(ConfigError, match="states no tolerance"):
