@@ -59,6 +59,13 @@ LINE = "audit"
 _SHOWN = ("status", "verify", "report", "card", "budget", "lineage", "evaluations", "compute")
 COMMANDS = (*_SHOWN, "run", "attest", "diff", "gate", "privacy-check", "doctor", "overhead")
 _TARGETED = ("run", "attest", "diff", "gate")
+_OF_FILES = ("verify", "report", "card", "lineage", "evaluations", "compute")
+"""Commands that are of this notebook's trail here, and of any record or trail at the command line."""
+SHELL_COMMANDS = (
+    *("anchor", "annotations", "bundle", "demo", "disclose", "erase", "keys", "labels", "publish", "replay"),
+    *("reproduce", "sweep", "trail", "witness"),
+)
+"""Commands that the command line has and ``%audit`` has not."""
 _MATCHER = "rlhf_audit_nb"
 _VERDICT = ("rlhf_audit_nb.trail.verdict", "Verdict")
 
@@ -209,6 +216,7 @@ class AuditMagics(Magics):
         ``%audit run other.ipynb -p epsilon 2`` executes another notebook into a signed record.
         """
         __tracebackhide__ = True
+        _refuse_shell_commands(line)
         options = _parse(AuditMagics.audit, line, self.shell)
         command = options.command or "status"
         if command not in COMMANDS:
@@ -218,6 +226,12 @@ class AuditMagics(Magics):
                 code="usage",
             )
         if options.target is not None and command not in _TARGETED:
+            if command in _OF_FILES:
+                raise ConfigError(
+                    f"%audit: {command} takes no {options.target!r}: it is about this notebook's own trail.",
+                    next_step=f"For a file write !rlhf-audit {command} {options.target}.",
+                    code="usage",
+                )
             _wrong(AuditMagics.audit, f"{command} takes no {options.target!r}")
         if options.other is not None and command != "diff":
             _wrong(AuditMagics.audit, f"{command} takes no {options.other!r}")
@@ -496,6 +510,17 @@ def _refuse_unknown(magic: Any, words: Sequence[str]) -> None:
                 next_step=f"{_name(magic)}? lists the options.",
                 code="unknown-option",
             )
+
+
+def _refuse_shell_commands(line: str) -> None:
+    """Lead to the command line who asks for what it alone has, before its options are found to be unknown."""
+    words = line.split()
+    if words and words[0] in SHELL_COMMANDS:
+        raise ConfigError(
+            f"%audit has no command {words[0]!r}; the command line has it.",
+            next_step=f"Write !rlhf-audit {' '.join(words)}.",
+            code="usage",
+        )
 
 
 def _wrong(magic: Any, message: str) -> NoReturn:

@@ -14,6 +14,7 @@ from signing_support import seal_text
 from support.tiny import dpo_trainer, synthetic_pairs
 from support.trails import events, without_cross_checks
 
+from rlhf_audit_nb import cli
 from rlhf_audit_nb.auditor import AuditableRLHF
 from rlhf_audit_nb.config import AuditConfig, PrivacyConfig
 from rlhf_audit_nb.errors import AuditError, ConfigError, TrailError
@@ -27,6 +28,7 @@ from rlhf_audit_nb.events import (
     RunStarted,
     Step,
 )
+from rlhf_audit_nb.notebook.magics import COMMANDS, SHELL_COMMANDS
 from rlhf_audit_nb.trail import Trail, TrailReader
 from rlhf_audit_nb.trail.people import create_person_key
 
@@ -588,7 +590,13 @@ def test_a_record_is_signed_from_a_notebook_and_the_passphrase_is_asked_for(shel
         (line.split(" ", 1)[1], "is encrypted"),
         ("attest record.ipynb --role x", "attest takes a record, --role and --statement"),
         ("status record.ipynb", "status takes no 'record.ipynb'"),
+        ("verify record.ipynb", "For a file write !rlhf-audit verify record.ipynb"),
+        ("sweep n.ipynb --grid g.yaml", "has no command 'sweep'; .* Write !rlhf-audit sweep n.ipynb --grid g.yaml"),
     ):
         with pytest.raises(AuditError, match=words):
             shell.run_line_magic("audit", rest)
     AuditableRLHF().trail.close()
+
+
+def test_what_only_the_command_line_has_is_known_here():
+    assert {command.name for command in cli.COMMANDS} - set(COMMANDS) == set(SHELL_COMMANDS)
