@@ -36,9 +36,16 @@ def _do_attest(args: argparse.Namespace) -> int:
             )
     from rlhf_audit_nb.records import open_record
     from rlhf_audit_nb.records.attesting import attest_record, meaning_of
+    from rlhf_audit_nb.trail.verify import store_path
 
     # Before a passphrase is asked for.
     open_record(args.record, policy=policy)
+    if args.trail and not store_path(args.trail).is_file():
+        raise ConfigError(
+            f"There is no trail in {args.trail}; nothing was signed.",
+            next_step="Name the record's trail, or leave --trail out and have its keeper enter the signature.",
+            code="trail",
+        )
     name, key = _signer(args)
     item = attest_record(
         args.record,

@@ -195,7 +195,8 @@ def _refuse_all_but_records(args: argparse.Namespace) -> None:
     from rlhf_audit_nb.trail.published import is_published
 
     target = args.target
-    published = is_published(target) and not is_record_address(target)
+    # A bundle's folder has a checkpoint and tiles as a published trail has.
+    published = not is_bundle(target) and is_published(target) and not is_record_address(target)
     of_record = not published and (
         is_record_address(target)
         or is_bundle(target)

@@ -81,7 +81,7 @@ __all__ = [
     "trail_of",
 ]
 
-UNKNOWN = "no policy was given, and whose key this is, no file proves"
+UNKNOWN = "no policy that names people was given, and whose key this is, no file proves"
 NAMED = "the policy names this key and this role"
 
 MOST_UNASKED = 200_000

@@ -97,6 +97,7 @@ def test_a_key_is_asked_for_its_passphrase_and_never_made_without(run, ask, monk
 def test_a_record_that_is_not_there_is_told_before_a_passphrase_is_asked_for(refused, officer, monkeypatch):
     monkeypatch.delenv("RLHF_AUDIT_PERSON_PASSPHRASE")
     assert "The record gone.ipynb cannot be read" in refused("attest", "gone.ipynb", *SAYS)[1]
+    assert "There is no trail in gone" in refused("attest", "record.ipynb", *SAYS, "--trail", "gone")[1]
 
 
 def test_signing_is_told_verified_and_entered(run, ask, officer):
@@ -210,7 +211,7 @@ def test_a_report_says_whose_keys_the_policy_names(run, ask, officer, place):
     people = f"people:\n  - name: {NAME}\n    roles: [compliance officer]\n    keys: [officer.pub]\n"
     (place / "policy.yaml").write_text(f"version: 1\ntrust: trust.policy\n{people}", encoding="utf-8")
     ask("attest", "record.ipynb", *SAYS)
-    for policy, said in (("policy.yaml", "the policy names this key"), ("trust.policy", "no policy was given")):
+    for policy, said in (("policy.yaml", "the policy names this key"), ("trust.policy", "no policy that names people")):
         assert run("report", "record.ipynb", "--policy", policy, "-o", "report.html")[0] == 0
         assert said in (place / "report.html").read_text()
         assert said in run("card", "record.ipynb", "--policy", policy)[1]

@@ -128,10 +128,12 @@ def test_a_record_is_verified_by_a_policy_of_either_kind(run, place):
     assert "Required was COSIGNED: refused." in out
 
 
-def test_a_bundle_is_held_to_a_policy_like_its_record(run, place, tmp_path):
-    bundle = tmp_path / "record.bundle.zip"
-    code, _, err = run("bundle", place.record, "--policy", place.folder / "trust.policy", "-o", bundle)
+@pytest.mark.parametrize("name", ["record.bundle.zip", "a folder"])
+def test_a_bundle_is_held_to_a_policy_like_its_record(run, place, tmp_path, name):
+    bundle = tmp_path / name
+    code, out, err = run("bundle", place.record, "--policy", place.folder / "trust.policy", "-o", bundle)
     assert code == 0, err
+    assert "with the log's tiles" in out
     assert run("verify", bundle, "--policy", place.folder / "good.yaml")[0] == 0
     code, out, _ = run("verify", bundle, "--policy", place.folder / "strict.yaml")
     assert code == 3
