@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rlhf_audit_nb.capture.secrets import scrub_values
-from rlhf_audit_nb.config import ENV_HOME, ENV_REPLAY, ENV_TRAIL
+from rlhf_audit_nb.config import ENV_HOME, ENV_PASSPHRASE, ENV_PERSON_PASSPHRASE, ENV_REPLAY, ENV_SLOT, ENV_TRAIL
 from rlhf_audit_nb.errors import AuditError, RecordError
 from rlhf_audit_nb.events import EnvironmentCaptured, decode_body
 from rlhf_audit_nb.privacy.replay import ReplaySeeds, start_replay, write_seeds
@@ -46,7 +46,8 @@ __all__ = [
 
 Progress = Callable[[int, int, str], None]
 
-_RECORD = "RLHF_AUDIT_RECORD"
+# What whoever runs somebody else's notebook does not hand over: their passphrases, and what a sweep of theirs holds.
+_NOT_THEIRS = ("RLHF_AUDIT_RECORD", ENV_PASSPHRASE, ENV_PERSON_PASSPHRASE, "RLHF_AUDIT_NEW_PASSPHRASE", ENV_SLOT)
 _FLAGS = ("PYTHONHASHSEED", "CUBLAS_WORKSPACE_CONFIG")
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _OWN_INTERPRETER = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
@@ -111,7 +112,8 @@ def scratch_trail(seeds: ReplaySeeds) -> Iterator[tuple[Path, Path]]:
     """A new trail that is marked as the replay of these seeds, and its home; both are gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="rlhf-audit-replay-") as folder:  # mode 0700
         location, home = Path(folder) / "audit", Path(folder) / "home"
-        with Trail.open(location, home=home) as trail:
+        # No passphrase: the notebook gets none, and all of this is gone with the folder, which is this user's alone.
+        with Trail.open(location, home=home, passphrase="") as trail:
             start_replay(trail, seeds)
         yield location, home
 
@@ -155,7 +157,7 @@ def rerun_notebook(
         work = Path(cwd) if cwd is not None else _working_folder(location.parent, files)
         handed = location.parent / "seeds"
         write_seeds(handed, seeds)
-        away = {_RECORD, *(_OWN_INTERPRETER if python is not None else ())}
+        away = {*_NOT_THEIRS, *(_OWN_INTERPRETER if python is not None else ())}
         environment = {
             **{name: value for name, value in os.environ.items() if name not in away},
             **_determined(opened.entries, threads),

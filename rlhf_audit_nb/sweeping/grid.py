@@ -61,6 +61,7 @@ _PRIVACY = ("epsilon", "delta", "unit", "column", "each")
 _PROMISE = ("epsilon", "delta")
 _MECHANISM = ("noise_multiplier", "sampling_rate", "steps", "loss_noise", "pairs")
 _UNITS = ("annotator", "pair")
+_ENDLESS = 10**300
 
 
 @dataclass(frozen=True)
@@ -150,14 +151,33 @@ def _read(path: Path) -> dict[str, Any]:
             next_step="Name a YAML file that exists with --grid.",
             code="grid",
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        # What is no date, number or text under a tag that calls it so ends the library in any of these.
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
         _wrong(f"{path} is not YAML{place}: {problem}")
     if not isinstance(said, dict):
         _wrong(f"{path} is no grid: its top level is {_kind(said)}")
+    _check_plain(path, said)
     return said
+
+
+def _check_plain(path: Path, said: dict[Any, Any]) -> None:
+    """Refuse keys that are no names, and numbers that nothing can be reckoned with."""
+    left: list[Any] = [said]
+    seen: set[int] = set()
+    while left:
+        value = left.pop()
+        if isinstance(value, int) and abs(value) >= _ENDLESS:
+            _wrong(f"{path} holds a whole number of over 300 digits")
+        if not isinstance(value, dict | list) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        for key in value if isinstance(value, dict) else ():
+            if not isinstance(key, str):
+                _wrong(f"{path} has {_kind(key)} in the place of a name", "Write names as text, in quotes if need be.")
+        left.extend(value.values() if isinstance(value, dict) else value)
 
 
 def _wrong(what: str, next_step: str = "See docs/records/sweeps.md for what a grid looks like.") -> NoReturn:

@@ -81,6 +81,8 @@ def look(folder: Path, point: Point, notebook_digest: str, sealed: dict[str, str
     Raises:
         ConfigError: it is the record of another notebook, or of an earlier version of this one: code ``sweep-folder``.
     """
+    from rlhf_audit_nb.sweeping.grid import point_id  # here: the kernel of a summary starts sooner without it
+
     path = record_path(folder, point.id)
     if not path.exists():
         return None, ""
@@ -100,7 +102,7 @@ def look(folder: Path, point: Point, notebook_digest: str, sealed: dict[str, str
         )
     if sealed.get(opened.sealed.record) != opened.sealed.digest:
         return None, "It was sealed in another trail."
-    if opened.started.parameters != point.parameters:
+    if point_id(opened.started.parameters) != point.id:  # which tells 1 from true, as == does not
         return None, "Its parameters are another point's."
     if opened.sealed.status == "aborted":
         return None, "It was cut short."

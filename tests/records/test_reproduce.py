@@ -246,6 +246,26 @@ def test_an_auditor_object_does_the_same_on_its_own_trail(public: Recorded, tmp_
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
+def test_somebody_elses_notebook_gets_no_passphrase_and_no_budget_of_whoever_runs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("RLHF_AUDIT_PASSPHRASE", "RLHF_AUDIT_PERSON_PASSPHRASE", "RLHF_AUDIT_NEW_PASSPHRASE", "RLHF_AUDIT_SLOT")
+    look = (
+        "import os\nfrom rlhf_audit_nb.trail import Trail\n"
+        "Trail.open(os.environ['RLHF_AUDIT_TRAIL']).close()\n"
+        f"[name for name in {names!r} if name in os.environ]"
+    )
+    source = write_notebook(tmp_path / "look.ipynb", [look])
+    run_notebook(source, tmp_path / "record.ipynb", trail=tmp_path / "audit")
+    for name in names:
+        monkeypatch.setenv(name, "five random words")
+    policy = policy_of(tmp_path / "audit")
+    again = reproduce_record(tmp_path / "record.ipynb", policy=policy, output=tmp_path / "again.ipynb")
+    assert again.verdict == "identical"
+    (cell,) = json.loads((tmp_path / "again.ipynb").read_text())["cells"]
+    assert cell["outputs"][0]["data"]["text/plain"] == ["[]"]
+
+
 @pytest.fixture
 def never_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*_: Any, **__: Any) -> None:
