@@ -131,7 +131,8 @@ def _check_items(path: Path, items: list[zipfile.ZipInfo]) -> None:
             raise _unreadable(path, f"the name {name!r} leads out of it")
         if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
             raise _unreadable(path, f"{name!r} is a link or no plain file")
-    if len(set(names)) != len(names):
+    # Many file systems take names for one that differ in case alone: what is unpacked last would stand there.
+    if len({name.casefold() for name in names}) != len(names):
         raise _unreadable(path, "a file stands twice in it")
     if len(names) > MOST_FILES or sum(item.file_size for item in items) > MOST_BYTES:
         raise _unreadable(path, f"it holds more than {MOST_FILES:,} files or {MOST_BYTES:,} bytes")

@@ -688,6 +688,9 @@ def test_a_zip_with_a_file_twice_is_not_opened(world, good, tmp_path):
         path = rezipped(tmp_path / "twice.zip", [*items, ("r/record.ipynb", b"{}", 0o100644)])
     with pytest.raises(RecordError, match="stands twice"):
         verified(world, path, tmp_path)
+    path = rezipped(tmp_path / "case.zip", [*items, ("r/RECORD.ipynb", b"{}", 0o100644)])
+    with pytest.raises(RecordError, match="stands twice"):
+        verified(world, path, tmp_path)
 
 
 def test_a_zip_that_is_cut_or_none_is_one_clear_sentence(world, good, tmp_path):
