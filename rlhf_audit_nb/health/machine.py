@@ -80,7 +80,7 @@ def _writes(place: Place, found: Findings) -> str:
     """Whether the trail's folder and files can be written, and how long a sync takes; leaves nothing there."""
     folder = _existing(place.folder)
     stuck = [name for name in ("trail.sqlite", "vault.sqlite") if _locked(place.folder / name)]
-    step = "Make the folder and its files writable, or name another folder with trail=."
+    step = "Make the folder and its files writable, or name another folder with --trail or trail=."
     try:
         seconds = sync_seconds(folder)
     except OSError as error:

@@ -38,7 +38,7 @@ _NOTHING: Mapping[str, Any] = {}
 _IMMUTABLE = "mode=ro&immutable=1"
 
 _FREE = "Free some space, then open the trail again."
-_ALLOW = "Make the file and its folder writable, or name another folder with trail=."
+_ALLOW = "Make the file and its folder writable, or name another folder with --trail or trail=."
 _RESTORE = "Restore it from a copy; `rlhf-audit verify` tells what holds."
 # What SQLite says, the machine-readable reason, what that means, and what to do.
 _ADVICE = (

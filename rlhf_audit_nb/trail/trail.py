@@ -284,7 +284,7 @@ class Trail:
         except OSError as error:
             raise StoreError(
                 f"The trail's folder {folder} cannot be used: {error.strerror or error}.",
-                next_step="Make it writable, free some space, or name another folder with trail=.",
+                next_step="Make it writable, free some space, or name another folder with --trail or trail=.",
                 code="read-only",
             ) from error
 

@@ -176,7 +176,7 @@ class Vault:
         except OSError as error:
             raise VaultError(
                 f"The vault {self.path} cannot be written: {error.strerror or error}.",
-                next_step="Make the file and its folder writable, or name another folder with trail=.",
+                next_step="Make the file and its folder writable, or name another folder with --trail or trail=.",
                 code="read-only",
             ) from error
 

@@ -561,7 +561,7 @@ class Writer:
             except OSError as error:
                 raise StoreError(
                     f"The folder {self._folder} cannot be written: {error.strerror or error}.",
-                    next_step="Make it writable, or name another folder with trail=.",
+                    next_step="Make it writable, or name another folder with --trail or trail=.",
                     code="read-only",
                 ) from error
 
