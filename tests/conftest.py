@@ -43,6 +43,13 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
+def pytest_runtest_logreport(report):
+    """Say at once what failed: a run that is cut off by its machine prints no summary any more."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        why = getattr(getattr(report.longrepr, "reprcrash", None), "message", str(report.longrepr))
+        print(f"\nFAILED at once: {report.nodeid} ({report.when}): {why[:400]}", file=sys.__stderr__, flush=True)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
     """The same for a whole file that skips itself."""

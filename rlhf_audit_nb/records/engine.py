@@ -70,6 +70,18 @@ _INJECTED_PATHS = frozenset({"PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH"})
 _PAPERMILL_HINT = "For papermill -r NAME VALUE gives text, and -y YAML any other type."
 
 
+class _EndAskedError(Exception):
+    """Carries a wish to end out of a coroutine.
+
+    An interrupt or exit that is raised within one ends the loop that runs it. Where that loop has a thread of its own,
+    as in a notebook, whoever waits for its answer would wait for ever.
+    """
+
+    def __init__(self, wish: BaseException) -> None:
+        super().__init__(wish)
+        self.wish = wish
+
+
 class _Watch:
     """What happened to the cells: which one runs, and in which one it stopped."""
 
@@ -101,12 +113,14 @@ class _Watch:
     def execute(self, cell: dict[str, Any], cell_index: int) -> None:
         """Hook: the cell is about to be sent to the kernel."""
         self._running = (cell, cell_index)
-        self._tell(cell_index, "running")
+        with _carried():
+            self._tell(cell_index, "running")
 
     def executed(self, cell: dict[str, Any], cell_index: int, execute_reply: dict[str, Any] | None) -> None:
         """Hook: the kernel has answered and all outputs are there (no answer: it was interrupted by a time-out)."""
         answer = execute_reply["content"]["status"] if execute_reply else "aborted"
-        self._ended(cell, cell_index, {"ok": "ok", "aborted": "aborted"}.get(answer, "error"))
+        with _carried():
+            self._ended(cell, cell_index, {"ok": "ok", "aborted": "aborted"}.get(answer, "error"))
 
     def stopped(self, cell: dict[str, Any], position: int, error: CellExecutionError) -> None:
         """The execution ends here: the cell raised, and nothing in it allows that."""
@@ -120,6 +134,14 @@ class _Watch:
         cell, position = self._running
         self._ended(cell, position, "aborted")
         return Outcome("aborted", reason=name, cell=cell["id"], position=position)
+
+
+@contextmanager
+def _carried() -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as wish:
+        raise _EndAskedError(wish) from wish
 
 
 def _scrubbed(outputs: list[Any]) -> list[Any]:
@@ -189,6 +211,8 @@ class AuditedClient(PapermillNotebookClient):
         except CellExecutionError as error:
             self._watch.stopped(cell, cell_index, error)
             raise
+        except _EndAskedError as asked:
+            raise asked.wish from None
 
 
 class _Keeper(NotebookExecutionManager):

@@ -1,4 +1,4 @@
-"""The benchmark of large records seals and verifies one that is as large as it says."""
+"""The benchmark of large records works on one that is as large as it says."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from benchmarks import records
 
 
 @pytest.mark.slow
-def test_sealing_and_verifying_a_large_record_are_measured(tmp_path, monkeypatch):
+def test_what_a_large_record_costs_is_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("RLHF_AUDIT_HOME", str(tmp_path / "home"))
-    sealing, verifying = records.measure(tmp_path / "records", quick=True)
-    assert 0 < sealing.value < 20
-    assert 0 < verifying.value < 20
-    assert (sealing.target, verifying.target) == (1.0, 1.0)
-    assert float(sealing.how.split(" cells, ")[1].split(" MB")[0]) >= 20
+    figures = list(records.measure(tmp_path / "records", quick=True))
+    assert [figure.target for figure in figures] == [1.0, 1.0, 2.0, 1.0]
+    for figure in figures:
+        assert 0 < figure.value < 20
+        assert float(figure.how.split(" cells, ")[1].split(" MB")[0]) >= 20

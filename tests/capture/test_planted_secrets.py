@@ -190,7 +190,8 @@ def test_without_the_scrubber_a_planted_secret_is_found(tmp_path, monkeypatch):
 def test_a_notebook_that_holds_a_secret_is_not_run_at_all(tmp_path, monkeypatch, cell, parameters, words):
     monkeypatch.chdir(tmp_path)
     tagged = nbformat.v4.new_code_cell(cell, metadata={"tags": ["parameters"]})
-    nbformat.write(nbformat.v4.new_notebook(cells=[tagged]), tmp_path / "in.ipynb")
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=[tagged], metadata=kernel), tmp_path / "in.ipynb")
     with pytest.raises(RecordError) as refused:
         run_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb", parameters)
     assert words in refused.value.message

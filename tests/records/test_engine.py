@@ -16,6 +16,7 @@ import pytest
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from records_support import TRAINING, policy_of, write_notebook
+from support.loops import run_loop
 
 from rlhf_audit_nb.errors import RecordError, StoreError
 from rlhf_audit_nb.records import open_record, run_notebook
@@ -289,6 +290,27 @@ def test_an_interrupted_process_seals_what_there_is(folder, sent, raised, interr
     opened = open_record("out.ipynb")
     assert opened.verdict.level is Level.UNANCHORED
     assert (opened.sealed.status, opened.sealed.reason, opened.sealed.cell) == ("aborted", raised.__name__, "cell-1")
+
+
+@pytest.mark.parametrize("at", ["running", "ok"])
+@pytest.mark.parametrize("wish", [KeyboardInterrupt, SystemExit])
+def test_who_follows_the_progress_may_end_it_also_beside_a_loop_that_runs(folder, at, wish):
+    """As in a notebook, where nbclient's loop has a thread of its own, which such an error would end."""
+    write_notebook(folder / "in.ipynb", ["1", "2", "3"])
+
+    def told(position, _cells, state):
+        if (position, state) == (1, at):
+            raise wish
+
+    async def cell():
+        with pytest.raises(wish):
+            run_notebook("in.ipynb", "out.ipynb", progress=told)
+
+    run_loop(cell())
+    opened = open_record("out.ipynb")
+    assert opened.verdict.level is Level.UNANCHORED
+    assert (opened.sealed.status, opened.sealed.reason) == ("aborted", wish.__name__)
+    assert opened.sealed.cell == ("cell-1" if at == "running" else None)
 
 
 def test_the_engine_can_be_imported_before_papermill_is():
