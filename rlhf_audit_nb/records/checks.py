@@ -159,7 +159,8 @@ def check_shape(notebook: Any) -> list[Reason]:
         first = ids.setdefault(cell["id"], i)
         if first != i:
             message = f"Cells {first + 1} and {i + 1} have the same id {cell['id']!r}."
-            found.append(Reason("duplicate-cell-id", f"cells[{i}].id", message))
+            # Either of them may be the one that was changed.
+            found += [Reason("duplicate-cell-id", f"cells[{place}].id", message) for place in (first, i)]
     return found
 
 

@@ -294,6 +294,12 @@ def test_a_forgery_is_invalid_and_its_place_is_named(made, tmp_path, name):
     assert any(place.startswith(where) for place in places(opened)), places(opened)
 
 
+def test_both_cells_of_one_id_are_named_since_either_may_be_the_changed_one(made, tmp_path):
+    nb = made.notebook
+    nb["cells"][2]["id"] = nb["cells"][3]["id"]
+    assert places(check(made, nb, tmp_path)) == ["cells[2].id", "cells[3].id"]
+
+
 def test_cells_that_are_added_removed_or_moved_are_named(made, tmp_path):
     for change, code in (
         (
